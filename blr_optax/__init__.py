@@ -1,0 +1,66 @@
+"""blr_optax: the Bayesian learning rule as optax transformations that carry a posterior.
+
+lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
+"""
+
+from blr_optax import estimators, families, metrics, rule
+from blr_optax._posterior import Posterior
+
+# The deep-learning rows.
+from blr_optax.optimizers import (
+    adam,
+    gradient_descent,
+    ivon,
+    newton,
+    online_newton,
+    rmsprop,
+    sgd,
+    soba,
+    variational_online_newton,
+)
+
+# What a posterior is for.
+from blr_optax.predict import Predictive, predict
+
+# The rule, and reading any optimizer state.
+from blr_optax.rule import (
+    Estimate,
+    blr_update,
+    estimate,
+    natural_step,
+    posterior,
+    reseed,
+    sample,
+    scale_by_precision,
+    with_posterior,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Estimate",
+    "Posterior",
+    "Predictive",
+    "adam",
+    "blr_update",
+    "estimate",
+    "estimators",
+    "families",
+    "gradient_descent",
+    "ivon",
+    "metrics",
+    "natural_step",
+    "newton",
+    "online_newton",
+    "posterior",
+    "predict",
+    "reseed",
+    "rmsprop",
+    "rule",
+    "sample",
+    "scale_by_precision",
+    "sgd",
+    "soba",
+    "variational_online_newton",
+    "with_posterior",
+]

@@ -1,0 +1,131 @@
+"""Tree helpers that optax.tree lacks: leaves found by path, so that masked trees fit full ones.
+
+Under `optax.partition` and `optax.masked` a transformation sees `MaskedNode` where other leaves
+were, while extra arguments, priors and parameters arrive whole. The path of a leaf is the same in
+both, its position is not; everything that pairs two trees here pairs them by path.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def path_hash(path: Any) -> int:
+    """A stable 32-bit number for a leaf's path, the same in every process and version."""
+    return zlib.crc32(jax.tree_util.keystr(path).encode())
+
+
+def statistics_dtype(dtype: Any) -> Any:
+    """The dtype in which statistics of a weight of this dtype are kept: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_float_leaves(params: Any, who: str) -> None:
+    """Raises ValueError when a parameter leaf is not a real floating-point array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{who}: parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}; a "
+                "posterior needs floating-point parameters. Keep other leaves out with "
+                "optax.masked or optax.partition."
+            )
+
+
+def prefix_leaves(tree: Any, params: Any, name: str) -> Any:
+    """Spreads a prefix tree (a number, or a tree that stops early) over the leaves of params.
+
+    Args:
+        tree: a number or array for every leaf, or a tree with the structure of a prefix of params.
+        params: the tree to follow; `MaskedNode`s in it are passed over.
+        name: the argument's name, for the error.
+
+    Returns:
+        A tree like params whose leaves are the entries of `tree` that stand at or above them.
+
+    Raises:
+        ValueError: when a leaf of params has no entry above it.
+    """
+    entries = {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+    def look_up(path: Any, _: Any) -> Any:
+        for end in range(len(path), -1, -1):
+            key = jax.tree_util.keystr(path[:end])
+            if key in entries:
+                return entries[key]
+        raise ValueError(
+            f"{name}: no entry for parameter {jax.tree_util.keystr(path)}; it has entries for "
+            f"{sorted(entries)}. Give a number, or a tree with the structure of params."
+        )
+
+    return jax.tree_util.tree_map_with_path(look_up, params)
+
+
+def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
+    """Picks from `tree` the leaf that stands at the path of each leaf of params.
+
+    Args:
+        tree: a tree like the full params, of which params may be a masked part.
+        params: the tree to follow.
+        name: the argument's name, for the error.
+        leading: how many extra leading axes the leaves of `tree` have.
+
+    Raises:
+        ValueError: when a leaf is missing or has another shape.
+    """
+    entries = {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+    def look_up(path: Any, param: Any) -> Any:
+        key = jax.tree_util.keystr(path)
+        if key not in entries:
+            raise ValueError(
+                f"{name}: wrong tree structure, nothing at {key or 'the root'}; it has leaves at "
+                f"{sorted(entries)}. Its structure must be that of params."
+            )
+        shape = jnp.shape(entries[key])[leading:]
+        if shape != jnp.shape(param):
+            raise ValueError(
+                f"{name}: leaf {key or 'the root'} has shape {jnp.shape(entries[key])}, expected "
+                f"{'samples + ' if leading else ''}{jnp.shape(param)}."
+            )
+        return entries[key]
+
+    return jax.tree_util.tree_map_with_path(look_up, params)
+
+
+def merge_by_path(params: Any, *parts: Any) -> Any:
+    """A tree like params with every leaf replaced by the one that a part has at its path."""
+    entries = {
+        jax.tree_util.keystr(path): leaf
+        for part in parts
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part)
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: entries.get(jax.tree_util.keystr(path), leaf), params
+    )
+
+
+def mask_to(tree: Any, keep: set[str]) -> Any:
+    """A tree in which every leaf whose path is not in `keep` is a `MaskedNode`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if jax.tree_util.keystr(path) in keep else optax.MaskedNode(), tree
+    )
+
+
+def paths(tree: Any) -> set[str]:
+    """The paths of all leaves of a tree."""
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def is_hole(leaf: Any) -> bool:
+    """Whether a node stands for a leaf that was masked away."""
+    return isinstance(leaf, optax.MaskedNode)

@@ -1,0 +1,237 @@
+"""Which curvature stands for E_q[hess l], the second half of a Gaussian natural gradient.
+
+    l      mean loss                     d = theta - m    displacement of a sample
+    g      grad l(theta)                 S                total precision (not per example)
+
+Each rule gives a matrix for `gaussian` and a diagonal for elementwise families, per example of
+the mean loss. `reparameterized` and `squared_gradient` need no more than the gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+class Sample(NamedTuple):
+    """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`)."""
+
+    loss: Callable[[Any], Array] | None
+    theta: Any
+    grad: Any
+    displacement: Any
+    precision: Any
+    ess: Any
+    key: Array | None
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """hess l(theta), by automatic differentiation; see `exact`."""
+
+    needs_loss = True
+
+    def matrix(self, at: Sample) -> Array:
+        """The Hessian of a loss of one vector."""
+        return jax.hessian(at.loss)(at.theta)
+
+    def diagonal(self, at: Sample) -> Any:
+        """Its diagonal, one Hessian-vector product per coordinate."""
+        flat, unravel = jax.flatten_util.ravel_pytree(at.theta)
+        gradient = jax.grad(lambda x: at.loss(unravel(x)))
+
+        def entry(j: Array) -> Array:
+            e = jnp.zeros_like(flat).at[j].set(1.0)
+            return jax.jvp(gradient, (flat,), (e,))[1][j]
+
+        return unravel(jax.lax.map(entry, jnp.arange(flat.size)))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Reparameterized:
+    """S d g^T, symmetrised, or S d g elementwise; see `reparameterized`."""
+
+    needs_loss = False
+
+    def matrix(self, at: Sample) -> Array:
+        product = jnp.outer(at.precision @ at.displacement, at.grad)
+        return 0.5 * (product + product.T)
+
+    def diagonal(self, at: Sample) -> Any:
+        return jax.tree.map(lambda s, d, g: s * d * g, at.precision, at.displacement, at.grad)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class SquaredGradient:
+    """c g g^T, or c g^2 elementwise; see `squared_gradient`."""
+
+    batch_size: int | None
+    official: bool
+    needs_loss = False
+
+    def scale(self, at: Sample) -> Any:
+        """c: the batch size, or the official code's effective sample size."""
+        return at.ess if self.official else self.batch_size
+
+    def matrix(self, at: Sample) -> Array:
+        return self.scale(at) * jnp.outer(at.grad, at.grad)
+
+    def diagonal(self, at: Sample) -> Any:
+        c = self.scale(at)
+        return jax.tree.map(lambda g: c * g * g, at.grad)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Hutchinson:
+    """E_v[v (hess l v)] over Rademacher v; see `hutchinson`."""
+
+    samples: int
+    needs_loss = True
+
+    def diagonal(self, at: Sample) -> Any:
+        flat, unravel = jax.flatten_util.ravel_pytree(at.theta)
+        gradient = jax.grad(lambda x: at.loss(unravel(x)))
+
+        def probe(key: Array) -> Array:
+            v = jax.random.rademacher(key, flat.shape, flat.dtype)
+            return v * jax.jvp(gradient, (flat,), (v,))[1]
+
+        keys = jax.random.split(at.key, self.samples)
+        return unravel(jnp.mean(jax.vmap(probe)(keys), axis=0))
+
+
+Curvature = Exact | Reparameterized | SquaredGradient | Hutchinson
+
+
+def exact() -> Exact:
+    """The Hessian itself: H = hess l(theta), its diagonal for elementwise families.
+
+    Right for twice differentiable losses; for piecewise linear networks use `reparameterized`
+    (Price's Hessian form fails there). The diagonal costs one Hessian-vector product per coordinate.
+
+    Source: Khan and Rue (2023), the Newton rows. Special case of `blr_update` with
+    `estimator=delta(exact())` at learning rate 1: Newton's method.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> rule = blr.estimators.natural_gradient(
+      ...     "gaussian", lambda x: 3.0 * x[0] ** 2, blr.estimators.delta()
+      ... )
+      >>> lam = blr.families.get("gaussian").natural(mean=jnp.ones(1), precision=jnp.eye(1))
+      >>> print(rule(None, lam)[1].quadratic)
+      [[3.]]
+    """
+    return Exact()
+
+
+def reparameterized() -> Reparameterized:
+    """Price's first-order form: H = E[S d g^T], unbiased for E_q[hess l] from gradients alone.
+
+    Holds for piecewise linear networks too. Its noise grows like sqrt(S): average samples, or pair
+    them (`antithetic=True`), which cancels the dominant term.
+
+    Source: Lin, Khan and Schmidt (2019), Stein's lemma; IVON (Shen et al. 2024), line 3 of Alg. 1.
+    Special case of `blr_update` with `estimator=monte_carlo(1, curvature=reparameterized())`: SOBA.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> print(blr.estimators.reparameterized().needs_loss)
+      False
+    """
+    return Reparameterized()
+
+
+def squared_gradient(batch_size: int | None = None, *, official: bool = False) -> SquaredGradient:
+    """Squares of the mini-batch gradient: H = B g^2, per example.
+
+    The mean gradient of B independent examples near an optimum has E[g^2] = E[g_i^2] / B, so B g^2
+    estimates the Gauss-Newton (Fisher) diagonal of the mean loss; far from it, it is biased
+    upwards.
+
+    Args:
+        batch_size: B, the examples of one gradient evaluation (of a micro-batch, if those are
+            used).
+        official: scale by the effective sample size instead, as the ivon-opt package does with
+            `hess_approx="gradsq"`; too large by about ess / B, kept for parity.
+
+    Raises:
+        ValueError: unless exactly one of the two scales is chosen.
+
+    Source: Khan et al. (2018), Vadam. Special case of `blr_update` with
+    `estimator=monte_carlo(1, curvature=squared_gradient(B))`.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> print(blr.estimators.squared_gradient(32).batch_size)
+      32
+    """
+    if (batch_size is None) == (not official):
+        raise ValueError(
+            "squared_gradient: give batch_size=, the examples of one gradient, or official=True "
+            f"(scaled by ess); got batch_size={batch_size}, official={official}."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"squared_gradient: batch_size={batch_size} must be at least 1.")
+    return SquaredGradient(batch_size, official)
+
+
+def hutchinson(samples: int = 1) -> Hutchinson:
+    """Hutchinson's estimate of the Hessian diagonal: mean of v (H v) over Rademacher v.
+
+    Unbiased for twice differentiable losses at one Hessian-vector product per sample; for
+    elementwise families only.
+
+    Raises:
+        ValueError: for samples < 1.
+
+    Source: Hutchinson (1989); Yao et al. (2021), AdaHessian. Special case of `blr_update` with
+    `estimator=monte_carlo(1, curvature=hutchinson())`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> rule = blr.estimators.natural_gradient(
+      ...     "gaussian_diagonal",
+      ...     lambda x: x @ x,
+      ...     blr.estimators.delta(blr.estimators.hutchinson()),
+      ... )
+      >>> lam = blr.families.get("gaussian_diagonal").natural(mean=jnp.ones(2), precision=1.0)
+      >>> print(rule(jax.random.key(0), lam)[1].quadratic)
+      [1. 1.]
+    """
+    if samples < 1:
+        raise ValueError(f"hutchinson: samples={samples} must be at least 1.")
+    return Hutchinson(samples)
+
+
+def from_gradient(curvature: str | Curvature) -> Curvature:
+    """A curvature that the gradient alone gives, by name or value.
+
+    Raises:
+        ValueError: for an unknown name, or a curvature that needs the loss.
+    """
+    if curvature == "squared_gradient":
+        squared_gradient()
+    rule = reparameterized() if curvature == "reparameterized" else curvature
+    if not isinstance(rule, Curvature):
+        raise ValueError(
+            f"curvature={curvature!r} is unknown; known: 'reparameterized', "
+            "squared_gradient(batch_size), squared_gradient(official=True)."
+        )
+    if rule.needs_loss:
+        raise ValueError(
+            f"curvature={curvature} needs the loss, which this transformation never sees. Use "
+            "'reparameterized' or squared_gradient(...), or pass update(..., curvature=)."
+        )
+    return rule

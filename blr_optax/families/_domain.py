@@ -1,0 +1,115 @@
+"""Domains of natural parameters: what a field may be, and how it moves without leaving it.
+
+For a coordinate x > 0 whose Fisher information is c / x^2, the geodesic step to second order is
+
+    x  <-  x + d + d^2 / (2 x)                                   (Lin, Schmidt and Khan 2020)
+
+which is at least x / 2 for any d; its matrix form is S + D + D S^{-1} D / 2. Both equal the plain
+step x + d to first order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+# Relative steps beyond this are cut, so that their square stays finite in float32.
+LARGEST_RELATIVE_STEP = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """The set a field of natural parameters lives in.
+
+    Attributes:
+        event_ndim: 0 for numbers, 1 for vectors, 2 for symmetric matrices.
+        sign: 0 for the whole line, +1 for above `bound`, -1 for below it; for matrices the
+            sign of the eigenvalues.
+        bound: the finite end of a half-line.
+    """
+
+    event_ndim: int = 0
+    sign: int = 0
+    bound: float = 0.0
+
+    def contains(self, x: Float[Array, ...]) -> Bool[Array, ...]:
+        """Whether x is finite and inside, for every batch element."""
+        axes = tuple(range(-self.event_ndim, 0))
+        inside = jnp.all(jnp.isfinite(x), axis=axes)
+        if self.sign and self.event_ndim < 2:
+            inside &= jnp.all(self.sign * (x - self.bound) > 0, axis=axes)
+        elif self.sign:
+            factor = jnp.linalg.cholesky(self.sign * jnp.where(jnp.isfinite(x), x, 0.0))
+            inside &= jnp.all(jnp.isfinite(factor), axis=axes)
+        return inside
+
+    def retract(self, x: Float[Array, ...], d: Float[Array, ...]) -> Float[Array, ...]:
+        """x + d to first order, inside for any finite d (see the head of this file)."""
+        if not self.sign:
+            return x + d
+        if self.event_ndim == 2:
+            return self.sign * _retract_matrix(self.sign * x, self.sign * d)
+        s = self.sign * (x - self.bound)
+        u = jnp.clip(self.sign * d / s, -LARGEST_RELATIVE_STEP, LARGEST_RELATIVE_STEP)
+        return self.bound + self.sign * s * (1.0 + u + 0.5 * u * u)
+
+    def inside(self, like: Float[Array, ...]) -> Float[Array, ...]:
+        """Some point inside, in the shape of `like`: where a solver may start."""
+        if self.event_ndim == 2:
+            return jnp.broadcast_to(
+                self.sign * jnp.eye(like.shape[-1], dtype=like.dtype), like.shape
+            )
+        return jnp.full_like(like, self.bound + self.sign)
+
+
+def _retract_matrix(s: Float[Array, "... d d"], d: Float[Array, "... d d"]) -> Array:
+    """S + D + D S^{-1} D / 2, with D cut short where rounding would lose the eigenvalues of S."""
+    root = jnp.linalg.cholesky(s)
+    half = jax.scipy.linalg.solve_triangular(root, d, lower=True)
+    relative = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(half, -1, -2), lower=True)
+    largest = jnp.max(jnp.abs(relative), axis=(-2, -1), keepdims=True)
+    cut = jax.lax.stop_gradient(jnp.finfo(s.dtype).eps ** -0.25 / largest)
+
+    def move(d: Array, half: Array) -> Array:
+        return s + d + 0.5 * jnp.swapaxes(half, -1, -2) @ half
+
+    full = move(d, half)
+    inside = positive_definite().contains(full)[..., None, None]
+    return jnp.where(inside, full, move(cut * d, cut * half))
+
+
+def real(event_ndim: int = 0) -> Domain:
+    """Any finite number, vector or matrix."""
+    return Domain(event_ndim)
+
+
+def positive(event_ndim: int = 0) -> Domain:
+    """Numbers above zero."""
+    return Domain(event_ndim, 1)
+
+
+def negative(event_ndim: int = 0) -> Domain:
+    """Numbers below zero."""
+    return Domain(event_ndim, -1)
+
+
+def above(bound: float, event_ndim: int = 0) -> Domain:
+    """Numbers above `bound`, such as -1 for the shape of a gamma density."""
+    return Domain(event_ndim, 1, bound)
+
+
+def positive_definite() -> Domain:
+    """Symmetric matrices with positive eigenvalues."""
+    return Domain(2, 1)
+
+
+def negative_definite() -> Domain:
+    """Symmetric matrices with negative eigenvalues."""
+    return Domain(2, -1)

@@ -1,0 +1,236 @@
+"""The exponential family: q(theta) = h(theta) exp(<lambda, T(theta)> - A(lambda)).
+
+    lambda   natural parameters, the state of record          A(lambda)  log-partition
+    mu       expectation parameters, E_q[T] = grad A(lambda)  F(lambda)  Fisher matrix, Hess A
+    T, h     sufficient statistics and base measure
+
+A family is a frozen dataclass without arrays: a static node of any pytree. What a subclass must
+define is listed in `Family`; everything else follows from A by automatic differentiation and from
+the declared domains, and is overridden only where a closed form is more accurate or faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+
+from blr_optax.families._domain import Domain
+from blr_optax.families._solve import solve_natural
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Base of all exponential families.
+
+    A subclass defines the class attributes below and the methods that raise here: `natural`,
+    `standard`, `log_partition`, `sufficient_statistics`, `log_base_measure`, `sample`, `mean`,
+    `variance`; and `expected_log_base_measure` unless the base measure is constant. All take and
+    return arrays with any leading batch dimensions.
+
+    Attributes:
+        Natural: NamedTuple type of lambda (and of natural gradients).
+        Expectation: NamedTuple type of mu, with the same fields.
+        domains: the domain of each learnt field of lambda.
+        known: fields of lambda that are given and never move (a known covariance, a total).
+        event_ndim: number of trailing axes of theta that are one event.
+        location: whether `natural_at` can centre the family at a point.
+    """
+
+    Natural: ClassVar[type]
+    Expectation: ClassVar[type]
+    domains: ClassVar[dict[str, Domain]]
+    known: ClassVar[tuple[str, ...]] = ()
+    event_ndim: ClassVar[int] = 0
+    location: ClassVar[bool] = False
+    constant_base_measure: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+        if "log_partition" not in cls.__dict__ or cls.known:
+            return
+        plain = cls.log_partition
+        ruled = jax.custom_jvp(plain, nondiff_argnums=(0,))
+
+        @ruled.defjvp
+        def _(self: Family, primals: Any, tangents: Any) -> Any:
+            (lam,), (dlam,) = primals, tangents
+            return ruled(self, lam), self.inner(dlam, self.expectation(lam))
+
+        cls.plain_log_partition = plain
+        cls.log_partition = functools.wraps(plain)(lambda self, lam: ruled(self, lam))
+
+    # What a family says about itself.
+
+    def natural(self, **standard: Array) -> Any:
+        """lambda from standard parameters (keywords)."""
+        raise NotImplementedError
+
+    def standard(self, lam: Any) -> dict[str, Array]:
+        """The standard parameters of lambda; `natural(**standard(lam))` is lambda."""
+        raise NotImplementedError
+
+    def log_partition(self, lam: Any) -> Float[Array, ...]:
+        """A(lambda), one number per batch element; its derivative is mu."""
+        raise NotImplementedError
+
+    def sufficient_statistics(self, theta: Array) -> Any:
+        """T(theta), in the expectation type."""
+        raise NotImplementedError
+
+    def log_base_measure(self, lam: Any, theta: Array) -> Float[Array, ...]:
+        """log h(theta); lambda is passed for its known fields only."""
+        raise NotImplementedError
+
+    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
+        """Draws of theta with leading `shape`."""
+        raise NotImplementedError
+
+    def mean(self, lam: Any) -> Array:
+        """E_q[theta]."""
+        raise NotImplementedError
+
+    def variance(self, lam: Any) -> Array:
+        """Marginal variance of every coordinate of theta."""
+        raise NotImplementedError
+
+    def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
+        """E_q[log h(theta)]; the constant itself unless h depends on theta."""
+        if not self.constant_base_measure:
+            raise NotImplementedError
+        return self.log_base_measure(lam, self.mean(lam))
+
+    # What follows.
+
+    def inner(self, a: Any, b: Any) -> Float[Array, ...]:
+        """<a, b> over the learnt fields, one number per batch element."""
+        return sum(
+            jnp.sum(getattr(a, name) * getattr(b, name), axis=tuple(range(-d.event_ndim, 0)))
+            for name, d in self.domains.items()
+        )
+
+    def combine(self, *terms: tuple[Any, Any]) -> Any:
+        """sum_k a_k lambda_k over the learnt fields; known fields are the first term's."""
+        total = jax.tree.map(
+            lambda *leaves: sum(a * leaf for (a, _), leaf in zip(terms, leaves, strict=True)),
+            *(lam for _, lam in terms),
+        )
+        return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
+
+    def expectation(self, lam: Any) -> Any:
+        """mu = grad A(lambda)."""
+        plain = getattr(type(self), "plain_log_partition", type(self).log_partition)
+        return self.Expectation(*jax.grad(lambda x: jnp.sum(plain(self, x)))(lam))
+
+    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+        """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
+
+        Args:
+            mu: expectation parameters.
+            with_status: also return whether the solve converged, per batch element.
+
+        Returns:
+            lambda, or (lambda, converged). Where it did not converge lambda is NaN, never a guess.
+        """
+        lam, converged = solve_natural(self, mu)
+        return (lam, converged) if with_status else lam
+
+    def log_prob(self, lam: Any, theta: Array) -> Float[Array, ...]:
+        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
+        exponent = self.inner(lam, self.sufficient_statistics(theta))
+        return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
+
+    def entropy(self, lam: Any) -> Float[Array, ...]:
+        """H(q) = A(lambda) - <lambda, mu> - E_q[log h]."""
+        exponent = self.inner(lam, self.expectation(lam))
+        return self.log_partition(lam) - exponent - self.expected_log_base_measure(lam)
+
+    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
+        """KL(p || q) = A(lambda_q) - A(lambda_p) - <lambda_q - lambda_p, mu_p>."""
+        move = self.combine((1.0, lam_q), (-1.0, lam_p))
+        gap = self.log_partition(lam_q) - self.log_partition(lam_p)
+        return gap - self.inner(move, self.expectation(lam_p))
+
+    def fisher_product(self, lam: Any, v: Any) -> Any:
+        """F(lambda) v, the change of mu along v (matrix fields: v symmetric)."""
+        zero = jax.tree.map(jnp.zeros_like, lam)
+        v = v._replace(**{name: getattr(zero, name) for name in self.known})
+        return jax.jvp(self.expectation, (lam,), (v,))[1]
+
+    def fisher(self, lam: Any) -> Float[Array, "... p p"]:
+        """F(lambda) over the flattened learnt fields of one lambda; batches through vmap.
+
+        A matrix field enters entry by entry and F maps the antisymmetric part to zero.
+        """
+        batch = jnp.shape(self.log_partition(lam))
+        if batch:
+            inner = jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape[len(batch) :]), lam)
+            return jax.vmap(self.fisher)(inner)
+        fields = {name: getattr(lam, name) for name in self.domains}
+        flat, unravel = jax.flatten_util.ravel_pytree(fields)
+
+        def symmetric(name: str, v: Array) -> Array:
+            return 0.5 * (v + v.T) if self.domains[name].event_ndim == 2 else v
+
+        def column(e: Array) -> Array:
+            zero = jax.tree.map(jnp.zeros_like, lam)
+            v = zero._replace(**{k: symmetric(k, x) for k, x in unravel(e).items()})
+            change = self.fisher_product(lam, v)
+            return jax.flatten_util.ravel_pytree({k: getattr(change, k) for k in fields})[0]
+
+        return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+    def in_domain(self, lam: Any) -> Bool[Array, ...]:
+        """Whether lambda is a proper member, per batch element."""
+        checks = [d.contains(getattr(lam, name)) for name, d in self.domains.items()]
+        return functools.reduce(jnp.logical_and, checks)
+
+    def retract(self, lam: Any, step: Any) -> Any:
+        """lambda + step to first order, inside the domain for any finite step."""
+        return lam._replace(
+            **{
+                name: d.retract(getattr(lam, name), getattr(step, name))
+                for name, d in self.domains.items()
+            }
+        )
+
+    def safe_step(self, lam: Any, step: Any) -> tuple[Any, Array]:
+        """The plain step where it stays in the domain, `retract` where it would not.
+
+        Returns:
+            The new lambda, and how many batch elements were retracted (int32).
+        """
+        plain = self.combine((1.0, lam), (1.0, step))
+        inside = self.in_domain(plain)
+        retracted = self.retract(lam, step)
+
+        def choose(name: str) -> Array:
+            ndim = self.domains[name].event_ndim
+            where = jnp.expand_dims(inside, tuple(range(-ndim, 0)))
+            return jnp.where(where, getattr(plain, name), getattr(retracted, name))
+
+        chosen = plain._replace(**{name: choose(name) for name in self.domains})
+        return chosen, jnp.sum(~inside, dtype=jnp.int32)
+
+    def base_measure_gradient(self, lam: Any) -> Any:
+        """grad_mu E_q[log h], in the natural type; zero when h is constant."""
+        if self.constant_base_measure:
+            return jax.tree.map(jnp.zeros_like, lam)
+        mu = self.expectation(lam)
+        gradient = jax.grad(
+            lambda m: jnp.sum(self.expected_log_base_measure(self.natural_from_expectation(m)))
+        )(mu)
+        return self.Natural(*gradient)
+
+    def natural_at(self, location: Array, like: Any = None) -> Any:
+        """A lambda centred at `location`, with the scale of `like` (else one)."""
+        raise ValueError(f"{type(self).__name__} has no location: pass init=.")

@@ -1,0 +1,137 @@
+"""mu -> lambda for families without a closed form: a safeguarded Newton solve.
+
+lambda(mu) minimises the convex function A(lambda) - <lambda, mu>. Newton's step is
+F(lambda)^{-1} (mu - grad A(lambda)), halved until it stays in the domain and the function falls.
+The derivative of the solution is F^{-1}, by the implicit function theorem, never the iterations'.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+MAX_NEWTON_STEPS = 200
+MAX_HALVINGS = 60
+
+
+def _symmetric_basis(d: int) -> np.ndarray:
+    """An orthonormal basis of the symmetric d x d matrices, one flattened matrix per row."""
+    rows = []
+    for i in range(d):
+        for j in range(i + 1):
+            e = np.zeros((d, d))
+            e[i, j] = e[j, i] = 1.0 if i == j else np.sqrt(0.5)
+            rows.append(e.ravel())
+    return np.stack(rows)
+
+
+def _coordinates(family: Any, like: Any) -> tuple[Any, Any]:
+    """Minimal coordinates of one lambda (or mu): flat vector <-> fields, symmetric where due."""
+
+    def to_flat(x: Any) -> Float[Array, " p"]:
+        parts = []
+        for name, domain in family.domains.items():
+            field = getattr(x, name)
+            flat = field.reshape(-1)
+            if domain.event_ndim == 2:
+                flat = jnp.asarray(_symmetric_basis(field.shape[-1]), flat.dtype) @ flat
+            parts.append(flat)
+        return jnp.concatenate(parts)
+
+    def to_fields(flat: Float[Array, " p"]) -> Any:
+        start, fields = 0, {}
+        for name, domain in family.domains.items():
+            shape = getattr(like, name).shape
+            if domain.event_ndim == 2:
+                basis = jnp.asarray(_symmetric_basis(shape[-1]), flat.dtype)
+                size = basis.shape[0]
+                fields[name] = (flat[start : start + size] @ basis).reshape(shape)
+            else:
+                size = int(np.prod(shape))
+                fields[name] = flat[start : start + size].reshape(shape)
+            start += size
+        return family.Natural(**fields, **{name: getattr(like, name) for name in family.known})
+
+    return to_flat, to_fields
+
+
+def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
+    to_flat, to_fields = _coordinates(family, mu)
+    target = to_flat(mu)
+    eps = jnp.finfo(target.dtype).eps
+
+    def residual(x: Array) -> Array:
+        return to_flat(family.expectation(to_fields(x))) - target
+
+    def objective(x: Array) -> Array:
+        return family.log_partition(to_fields(x)) - x @ target
+
+    def newton(carry: Any) -> Any:
+        x, last, steps, _ = carry
+        r = residual(x)
+        d = -jnp.linalg.solve(jax.jacfwd(residual)(x), r)
+        value, slope = objective(x), r @ d
+
+        def too_long(c: Any) -> Any:
+            t, halvings = c
+            new = x + t * d
+            # Close to the solution the function is flat to rounding: allow that much.
+            slack = 1e-4 * t * slope + 4 * eps * (1 + jnp.abs(value))
+            good = family.in_domain(to_fields(new)) & (objective(new) <= value + slack)
+            return ~good & (halvings < MAX_HALVINGS)
+
+        t, _ = jax.lax.while_loop(
+            too_long, lambda c: (0.5 * c[0], c[1] + 1), (jnp.ones_like(value), 0)
+        )
+        # -slope / 2 is the distance to the solution, as a KL divergence, and Newton squares it: the
+        # last step is one from below eps, or one that rounding keeps from being squared.
+        relative = jnp.max(jnp.abs(d)) / (jnp.max(jnp.abs(x)) + jnp.sqrt(eps))
+        close = (-slope <= eps) & (relative <= jnp.sqrt(eps))
+        stalled = (last <= jnp.sqrt(eps)) & (-slope >= 0.25 * last) & (relative <= eps**0.25)
+        return x + t * d, -slope, steps + 1, close | stalled
+
+    def running(carry: Any) -> Any:
+        x, _, steps, done = carry
+        return ~done & (steps < MAX_NEWTON_STEPS) & jnp.all(jnp.isfinite(x))
+
+    start = to_flat(
+        type(mu)(
+            **{**mu._asdict(), **{n: d.inside(getattr(mu, n)) for n, d in family.domains.items()}}
+        )
+    )
+    begin = (start, jnp.array(jnp.inf, start.dtype), 0, jnp.array(False))
+    x, _, _, done = jax.lax.while_loop(running, newton, begin)
+    converged = done & family.in_domain(to_fields(x))
+    return to_fields(jnp.where(converged, x, jnp.nan)), converged
+
+
+def solve_natural(family: Any, mu: Any) -> tuple[Any, Array]:
+    """(lambda, converged) with grad A(lambda) = mu, batched, differentiable in mu."""
+
+    @jax.custom_jvp
+    def solve(mu: Any) -> tuple[Any, Array]:
+        return _solve_one(family, mu)
+
+    @solve.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (mu,), (dmu,) = primals, tangents
+        lam, converged = solve(mu)
+        to_flat, to_fields = _coordinates(family, mu)
+        fisher = jax.jacfwd(lambda x: to_flat(family.expectation(to_fields(x))))(to_flat(lam))
+        tangent = to_fields(jnp.linalg.solve(fisher, to_flat(dmu)))
+        zero = {name: jnp.zeros_like(getattr(mu, name)) for name in family.known}
+        return (lam, converged), (
+            tangent._replace(**zero),
+            np.zeros(jnp.shape(converged), jax.dtypes.float0),
+        )
+
+    batch = max((jnp.ndim(getattr(mu, name)) - d.event_ndim for name, d in family.domains.items()))
+    for _ in range(batch):
+        solve = jax.vmap(solve)
+    return solve(mu)

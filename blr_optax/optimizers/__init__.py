@@ -1,0 +1,18 @@
+"""The deep-learning rows of the table, each a short composition of the rule's parts."""
+
+from blr_optax.optimizers.adaptive import adam, rmsprop
+from blr_optax.optimizers.gradient import gradient_descent, sgd
+from blr_optax.optimizers.ivon import ivon, soba
+from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
+
+__all__ = [
+    "adam",
+    "gradient_descent",
+    "ivon",
+    "newton",
+    "online_newton",
+    "rmsprop",
+    "sgd",
+    "soba",
+    "variational_online_newton",
+]

@@ -1,0 +1,208 @@
+"""IVON, the improved variational online Newton method, and SOBA, its plain form.
+
+    sigma  =  1 / sqrt( ess (h + delta) )
+    theta  =  m + sigma eps,   g = grad of the mean loss at theta
+    v     <-  b1 v + (1 - b1) g
+    c      =  g (theta - m) / sigma^2
+    h     <-  b2 h + (1 - b2) c + (1 - b2)^2 (h - c)^2 / (2 (h + delta))
+    m     <-  m - lr (h_0 + delta) clip( ( v / (1 - b1^t) + delta m ) / (h + delta), -xi, xi )
+
+Shen et al. (2024), Algorithm 1. The precision h + delta and everything that needs the raw gradient
+are `scale_by_precision`; clipping, the rescaled learning rate and its sign are optax's own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax.rule import scale_by_precision
+from blr_optax.rule._numbers import at, check_positive, check_unit_interval
+from blr_optax.rule._precision import prior_precision, prior_trees
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax._posterior import Posterior
+    from blr_optax.estimators import Curvature
+
+WEIGHT_DECAY = 1e-4
+
+
+class RescaleState(NamedTuple):
+    """State of IVON's learning-rate rescaling: the step, and the prior's precisions (or ())."""
+
+    count: Array
+    prior: Any
+
+
+def _rescale(
+    hess_init: Any, weight_decay: Any, prior: Posterior | None, ess: Any
+) -> optax.GradientTransformation:
+    """Multiplies every leaf by h_0 + delta, its first precision, at the current weight decay."""
+
+    def init_fn(params: Any) -> RescaleState:
+        return RescaleState(jnp.zeros((), jnp.int32), prior_trees(prior, params))
+
+    def update_fn(
+        updates: Any, state: RescaleState, params: Any = None
+    ) -> tuple[Any, RescaleState]:
+        h = _tree.prefix_leaves(hess_init, updates, "hess_init")
+        size = at(ess, state.count)
+        d = prior_precision(weight_decay, state.prior, size, updates, state.count)
+        updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
+        return updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def ivon(
+    learning_rate: float | Array | Callable,
+    ess: float | Array | Callable,
+    *,
+    hess_init: Any = 1.0,
+    b1: Any = 0.9,
+    b2: Any = 0.99999,
+    weight_decay: Any = None,
+    clip_radius: Any = None,
+    rescale_lr: bool = True,
+    debias: bool = True,
+    curvature: str | Curvature = "reparameterized",
+    prior: Posterior | None = None,
+    init: Posterior | None = None,
+    key: Any = 0,
+    generator: str = "hash",
+) -> optax.GradientTransformationExtraArgs:
+    """IVON: a diagonal Gaussian over the weights at Adam's cost, by the improved learning rule.
+
+    p <- p (1 + u + u^2 / 2), u = (1 - b2)(c + delta - p) / p, for p = h + delta;
+    m <- m - lr (h_0 + delta) clip( (v_hat + delta m) / p, -xi, xi );  q = N(m, 1 / (ess p)).
+
+    A training loop changes in one line: the gradient is taken at `sample(opt_state, params)`; or
+    use `estimate` for several samples and pass `curvature=est.curvature` to `update`.
+
+    Args:
+        learning_rate: lr, a number or schedule; typically larger than SGD's, rescaled by h_0 +
+            delta.
+        ess: effective sample size: the number of training examples, larger for a colder posterior.
+            May be a schedule.
+        hess_init: h_0, the first curvature per example: 0.01 to 1; too small makes the noise too
+            large. A number or a prefix tree.
+        b1: decay of the gradient's average; 0 for none.
+        b2: decay of the precision, very close to 1 (1 - b2 must fall as ess grows).
+        weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, prefix tree
+            or schedule; 1e-4 by default, 0 when a prior is given.
+        clip_radius: xi, elementwise bound on the preconditioned step; None for none.
+        rescale_lr: multiply the learning rate by h_0 + delta.
+        debias: divide the gradient's average by 1 - b1^t.
+        curvature: "reparameterized" (Price) or `squared_gradient(...)`.
+        prior: any mean-field Gaussian posterior, also an improper one (a prior times a site); a
+            weight_decay given besides adds to it.
+        init: the first posterior, whose mean must be the parameters.
+        key: typed key or integer seed.
+        generator: "hash" (fast) or "threefry", of the weights' noise.
+
+    Raises:
+        ValueError: for arguments out of range, unknown names, trees of another structure, integer
+            parameters.
+
+    Source: Shen et al. (2024), "Variational Learning is Effective for Large Deep Networks",
+    Algorithm 1. Special case of `blr_update` with family "gaussian_diagonal", `step="improved"` and
+    `monte_carlo(1, curvature=reparameterized())`, when b1 = 0, learning_rate = 1 - b2,
+    rescale_lr=False.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> loss = lambda w: jnp.mean((w - 3.0) ** 2)
+      >>> params, tx = jnp.zeros(4), blr.ivon(0.3, ess=100.0, b2=0.99)
+      >>> state = tx.init(params)
+      >>> for _ in range(200):
+      ...     grads = jax.grad(loss)(blr.sample(state, params))  # the one line that changes
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = params + updates
+      >>> print(bool(jnp.all(jnp.abs(params - 3.0) < 0.3)))
+      True
+    """
+    check_positive("learning_rate", learning_rate, zero=True)
+    check_unit_interval("b1", b1)
+    check_positive("clip_radius", clip_radius)
+    if weight_decay is None:
+        weight_decay = WEIGHT_DECAY if prior is None else 0.0
+    parts = [
+        scale_by_precision(
+            ess,
+            b2=b2,
+            hess_init=hess_init,
+            weight_decay=weight_decay,
+            prior=prior,
+            init=init,
+            momentum=optax.ema(b1, debias=debias),
+            curvature=curvature,
+            generator=generator,
+            key=key,
+        )
+    ]
+    if clip_radius is not None:
+        parts.append(optax.clip(clip_radius))
+    if rescale_lr:
+        parts.append(_rescale(hess_init, weight_decay, prior, ess))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+def soba(
+    learning_rate: float | Array | Callable,
+    ess: float | Array | Callable,
+    *,
+    hess_init: Any = 1.0,
+    b2: Any = 0.99999,
+    weight_decay: Any = None,
+    curvature: str | Curvature = "reparameterized",
+    prior: Posterior | None = None,
+    init: Posterior | None = None,
+    key: Any = 0,
+    generator: str = "hash",
+) -> optax.GradientTransformationExtraArgs:
+    """SOBA, second-order Bayes: IVON without momentum, learning-rate rescaling and clipping.
+
+    p <- p (1 + u + u^2 / 2), u = (1 - b2)(c + delta - p) / p;  m <- m - lr (g + delta m) / p.
+
+    Args:
+        learning_rate: lr, a number or schedule; 1 - b2 makes it the natural step of the rule.
+        ess, hess_init, b2, weight_decay, curvature, prior, init, key, generator: as in `ivon`.
+
+    Raises:
+        ValueError: as `ivon`.
+
+    Source: Lin, Schmidt and Khan (2020), the authors' slides. Special case of
+    `blr_update` with family "gaussian_diagonal", `step="improved"`, `monte_carlo(1,
+    curvature=reparameterized())`, when learning_rate = 1 - b2.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> tx, params = blr.soba(0.5, ess=10.0, b2=0.5, weight_decay=0.0), jnp.ones(1)
+      >>> updates, state = tx.update(
+      ...     jnp.ones(1), tx.init(params), params, curvature=jnp.array([3.0])
+      ... )
+      >>> print(updates)  # -0.5 * 1 / 2.5
+      [-0.2]
+    """
+    return ivon(
+        learning_rate,
+        ess,
+        hess_init=hess_init,
+        b1=0.0,
+        b2=b2,
+        weight_decay=weight_decay,
+        rescale_lr=False,
+        debias=False,
+        curvature=curvature,
+        prior=prior,
+        init=init,
+        key=key,
+        generator=generator,
+    )

@@ -1,0 +1,203 @@
+"""Figures from arrays: calibration, uncertainty, regression bands, training curves.
+
+Each function takes arrays (of jax or numpy), draws on `ax` or on a new figure, and returns the
+figure: nothing is shown and no global state of matplotlib is touched; no display is needed.
+Matplotlib is imported when a figure is made: ``pip install 'blr_optax[plot]'``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Array, Float
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from blr_optax.metrics import Calibration
+
+# Okabe & Ito (2008): told apart under every common colour blindness.
+BLUE, ORANGE, GREEN, PINK, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
+GREY = "#555555"
+BOX = {"boxstyle": "round", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+
+
+def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> Figure:
+    """Accuracy against confidence by bin, the gaps between them, and how many examples each holds.
+
+    Args:
+        calibration: From `metrics.calibration`, `metrics.adaptive_calibration`, or one class of
+            `metrics.classwise_calibration` (``jax.tree.map(lambda x: x[k], ...)``).
+        ax: Where to draw; its upper fifth becomes the panel of counts.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if `calibration` holds several classes.
+        ImportError: without matplotlib.
+    """
+    if np.ndim(calibration.ece) != 0:
+        raise ValueError(
+            f"calibration has ece of shape {np.shape(calibration.ece)}; give one class of it, "
+            "jax.tree.map(lambda x: x[k], calibration)."
+        )
+    ax = _axes(ax, figsize=(4.2, 5.2))
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    edges, count, confidence, accuracy = (np.asarray(x) for x in calibration[3:])
+    filled = count > 0
+    left, width = edges[:-1][filled], np.diff(edges)[filled]
+    count, confidence, accuracy = count[filled], confidence[filled], accuracy[filled]
+    bars = {"x": left, "width": width, "align": "edge", "linewidth": 0.8}
+    gap = {"color": VERMILION, "alpha": 0.35, "hatch": "//", "edgecolor": VERMILION}
+
+    ax.bar(height=accuracy, color=BLUE, edgecolor="white", label="accuracy", **bars)
+    ax.bar(height=confidence - accuracy, bottom=accuracy, label="gap", **gap, **bars)
+    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="calibrated")
+    errors = f"ECE {float(calibration.ece):.3f}\nMCE {float(calibration.mce):.3f}"
+    ax.text(0.97, 0.04, errors, transform=ax.transAxes, ha="right", va="bottom", bbox=BOX)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    ax.legend(loc="upper left", frameon=False)
+
+    above = make_axes_locatable(ax).append_axes("top", size="25%", pad=0.18, sharex=ax)
+    above.bar(height=count, color=GREY, edgecolor="white", **bars)
+    above.set(ylabel="examples")
+    above.tick_params(labelbottom=False)
+    above.spines[["top", "right"]].set_visible(False)
+    return ax.figure
+
+
+def entropy_histogram(
+    inside: Float[Array, "*n"],
+    outside: Float[Array, "*m"],
+    *,
+    bins: int = 30,
+    labels: tuple[str, str] = ("in distribution", "out of distribution"),
+    ax: Axes | None = None,
+) -> Figure:
+    """Densities of the predictive entropy on two sets, over common bins.
+
+    Args:
+        inside: Entropies in nats where the model should be sure, such as `Predictive.total`.
+        outside: Entropies where it should not be.
+        bins: Number of bins from 0 to the largest entropy.
+        labels: Names of the two sets.
+        ax: Where to draw.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    ax = _axes(ax)
+    sets = [np.ravel(inside), np.ravel(outside)]
+    edges = np.linspace(0, max(x.max() for x in sets), bins + 1)
+    for x, label, color in zip(sets, labels, (BLUE, VERMILION), strict=True):
+        face = {"facecolor": (color, 0.3), "edgecolor": color, "linewidth": 1.5}
+        ax.hist(x, edges, density=True, histtype="stepfilled", label=label, **face)
+    ax.set(xlabel="predictive entropy (nats)", ylabel="density", xlim=(0, edges[-1]))
+    ax.legend(frameon=False)
+    return ax.figure
+
+
+def regression_band(
+    x: Float[Array, " n"],
+    mean: Float[Array, " n"],
+    epistemic: Float[Array, " n"],
+    aleatoric: Float[Array, " n"] | float = 0.0,
+    *,
+    data: tuple[Float[Array, " m"], Float[Array, " m"]] | None = None,
+    deviations: float = 2.0,
+    ax: Axes | None = None,
+) -> Figure:
+    """Predicted mean with a band for the weights and a wider one for weights and noise.
+
+    The bands are ``mean +- deviations sqrt(variance)`` with the variance ``epistemic``, and
+    ``epistemic + aleatoric`` where that is wider.
+
+    Args:
+        x: Inputs, in any order.
+        mean: Predicted means.
+        epistemic: Variance over weights, as in `RegressionPredictive`.
+        aleatoric: Variance of the noise.
+        data: Observations ``(x, y)`` to show as points.
+        deviations: Half-width of the bands in standard deviations.
+        ax: Where to draw.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    ax = _axes(ax)
+    x, mean, epistemic, aleatoric = np.broadcast_arrays(x, mean, epistemic, aleatoric)
+    order = np.argsort(x)
+    x, mean, epistemic, aleatoric = (v[order] for v in (x, mean, epistemic, aleatoric))
+    bands = [("epistemic", epistemic, 0.45)]
+    if np.any(aleatoric > 0):
+        bands.insert(0, ("epistemic + aleatoric", epistemic + aleatoric, 0.18))
+    for label, variance, alpha in bands:
+        half = deviations * np.sqrt(variance)
+        name = f"{label} ({deviations:g} sd)"
+        ax.fill_between(x, mean - half, mean + half, color=BLUE, alpha=alpha, lw=0, label=name)
+    ax.plot(x, mean, color=BLUE, linewidth=1.8, label="mean")
+    if data is not None:
+        ax.plot(*data, "o", color="black", markersize=3, label="data", zorder=3)
+    ax.set(xlabel="x", ylabel="y")
+    # Above the axes: inside, it would hide part of a band that fills them.
+    ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    return ax.figure
+
+
+def training_curves(
+    curves: Mapping[str, Float[Array, " t"]],
+    *,
+    steps: Float[Array, " t"] | None = None,
+    xlabel: str = "step",
+    ylabel: str = "loss",
+    yscale: str = "linear",
+    ax: Axes | None = None,
+) -> Figure:
+    """One line per named curve.
+
+    Args:
+        curves: Values by name, such as ``{"IVON": losses, "AdamW": losses}``.
+        steps: Their common horizontal positions, by default ``0, 1, 2, ...`` for each.
+        xlabel: Title of the horizontal axis.
+        ylabel: Title of the vertical axis.
+        yscale: "linear" or "log".
+        ax: Where to draw.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    ax = _axes(ax)
+    ax.set_prop_cycle(color=[BLUE, VERMILION, GREEN, ORANGE, PINK])
+    for name, values in curves.items():
+        values = np.asarray(values)
+        ax.plot(np.arange(len(values)) if steps is None else steps, values, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
+    ax.legend(frameon=False)
+    return ax.figure
+
+
+def _axes(ax: Axes | None, figsize: tuple[float, float] = (5.2, 3.6)) -> Axes:
+    """The given axes, or those of a new figure; both without the frame's top and right sides."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'blr_optax[plot]'") from error
+    if ax is None:
+        ax = Figure(figsize=figsize, layout="constrained").add_subplot()
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax

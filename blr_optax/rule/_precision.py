@@ -1,0 +1,312 @@
+"""`scale_by_precision`: the rule for a diagonal Gaussian whose mean is the network's parameters.
+
+    m    posterior mean, the parameters            g    grad of the mean loss at theta ~ q
+    p    precision per example (IVON's h + delta)  c    curvature per example, from g
+    S    total precision, ess p                    d0   prior precision per example, lambda_0's
+
+    theta  <-  m + eps / sqrt(ess p)                                  sampling, in `sample`
+    u      <-  rho (c + d0 - p) / p,   rho = 1 - b2                   relative step of the precision
+    p      <-  p (1 + u + u^2 / 2)                                    improved retraction: >= p / 2
+    out    <-  ( momentum(g) + d0 m - d0 m0 ) / p                     new precision, old mean
+
+This is `natural_step` of the mean-field normal with the mean's rate left to the chain
+(Lin, Schmidt and Khan 2020; Shen et al. 2024, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax._posterior import Posterior
+from blr_optax.estimators._curvature import Curvature, Sample, from_gradient
+from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
+from blr_optax.families import GaussianNatural, MeanField, Normal
+from blr_optax.rule._numbers import all_finite, at, check_positive, check_unit_interval
+from blr_optax.rule._protocol import Rule
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+STEPS = ("improved", "improved_old", "plain")
+
+
+class ScaleByPrecisionState(NamedTuple):
+    """State of `scale_by_precision`: Adam's memory.
+
+    Attributes:
+        count: steps made, skipped ones too (int32).
+        key: typed key, constant; the draw of step t is a function of (key, t, path).
+        rule: static, how samples, curvature and the posterior are read.
+        precision: per-example precision p, a tree like the parameters, float32 or wider.
+        ess: effective sample size of the coming step.
+        prior: natural parameters of the prior, trees like the parameters; () without one.
+        momentum: state of the momentum transformation.
+        skipped: steps skipped because something was not finite (int32).
+    """
+
+    count: Array
+    key: Array
+    rule: PrecisionRule
+    precision: Any
+    ess: Array
+    prior: Any
+    momentum: Any
+    skipped: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRule(Rule):
+    """How a `ScaleByPrecisionState` is read.
+
+    Attributes:
+        kind: the curvature that a gradient gives.
+        generator: of the noise.
+    """
+
+    kind: Curvature
+    generator: str
+
+    def part(self, state: ScaleByPrecisionState, params: Any) -> Any:
+        return _tree.matching_leaves(params, state.precision, "params")
+
+    def noise(self, state: ScaleByPrecisionState, key: Array) -> Any:
+        return standard_normal(key, state.precision, self.generator)
+
+    def weights(self, state: ScaleByPrecisionState, params: Any, noise: Any) -> Any:
+        """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype."""
+
+        def draw(p: Array, eps: Array, m: Array) -> Array:
+            return (m.astype(p.dtype) + eps * jax.lax.rsqrt(state.ess.astype(p.dtype) * p)).astype(
+                m.dtype
+            )
+
+        return jax.tree.map(draw, state.precision, noise, params)
+
+    def curvature(self, state: ScaleByPrecisionState, params: Any, weights: Any, grads: Any) -> Any:
+        """Per-example curvature from the displacement actually made, which matters in bfloat16."""
+
+        def widen(p: Array, x: Array) -> Array:
+            return x.astype(p.dtype)
+
+        wide = [jax.tree.map(widen, state.precision, x) for x in (params, weights, grads)]
+        displacement = jax.tree.map(jnp.subtract, wide[1], wide[0])
+        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        return self.kind.diagonal(
+            Sample(None, wide[1], wide[2], displacement, total, state.ess, None)
+        )
+
+    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Posterior:
+        """N(params, 1 / (ess p))."""
+        family = MeanField(Normal())
+        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
+        return Posterior(family, family.from_mean(mean, total))
+
+
+def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
+    """The natural parameters of a mean-field Gaussian as trees like params; () for None.
+
+    Raises:
+        ValueError: for another family or another tree structure.
+    """
+    if prior is None:
+        return ()
+    if (
+        not isinstance(prior, Posterior)
+        or not isinstance(prior.natural, GaussianNatural)
+        or (prior.family not in (Normal(), MeanField(Normal())))
+    ):
+        found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
+        raise ValueError(
+            f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
+        )
+    copies = [_tree.matching_leaves(field, params, name) for field in prior.natural]
+    return GaussianNatural(
+        *(
+            jax.tree.map(lambda p, x: jnp.array(x, _tree.statistics_dtype(p.dtype)), params, field)
+            for field in copies
+        )
+    )
+
+
+def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
+    """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
+    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
+    if prior == ():
+        return decay
+    return jax.tree.map(lambda w, q: w - 2.0 * q / ess, decay, prior.quadratic)
+
+
+def _bounded(p: Array) -> Array:
+    """Keeps a precision where its products with float32 numbers are finite."""
+    info = jnp.finfo(p.dtype)
+    return jnp.clip(p, float(info.tiny) ** 0.5, float(info.max) ** 0.5)
+
+
+def scale_by_precision(
+    ess: Any,
+    *,
+    b2: Any = 0.99999,
+    hess_init: Any = 1.0,
+    weight_decay: Any = 0.0,
+    prior: Posterior | None = None,
+    init: Posterior | None = None,
+    momentum: optax.GradientTransformation | None = None,
+    curvature: str | Curvature = "reparameterized",
+    step: str = "improved",
+    generator: str = "hash",
+    key: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition by the posterior precision that the rule learns: the heart of IVON.
+
+    p <- p (1 + u + u^2 / 2),  u = (1 - b2) (c + d0 - p) / p;  out = ( momentum(g) + d0 (m - m0) ) /
+    p
+
+    It must get the raw gradient E_q[grad] at the sampled weights: nothing that changes gradients
+    may stand in front of it (an average there makes the curvature too small by 1 - b1). Momentum is
+    therefore an argument. A step whose gradient or curvature is not finite leaves mean and
+    precision as they are, is counted in `skipped`, and the next draw differs.
+
+    Args:
+        ess: effective sample size, the number of examples the mean loss stands for; may be a
+            schedule.
+        b2: decay of the precision; rho = 1 - b2.
+        hess_init: first curvature per example; p starts at hess_init + d0. A number or a prefix
+            tree.
+        weight_decay: precision per example of a zero-mean prior, d0 without `prior` (the prior's
+            total precision is ess * weight_decay). A number, a prefix tree, or a schedule.
+        prior: a mean-field Gaussian posterior, also an improper one; its precision and linear term
+            join d0.
+        init: the first posterior; its mean must be the parameters, its precision replaces
+            hess_init.
+        momentum: an optax transformation run on the gradient, such as `optax.ema(0.9,
+            debias=True)`.
+        curvature: "reparameterized" or `squared_gradient(...)`, used when `update` gets no
+            `curvature=`.
+        step: "improved", "improved_old" (the old precision preconditions the mean) or "plain" (may
+            leave the domain when the curvature is negative).
+        generator: "hash" (fast) or "threefry".
+        key: typed key or integer seed.
+
+    Returns:
+        A transformation. `update(grads, state, params, curvature=None)`; `curvature` is a tree like
+        the parameters, per example (`estimate` returns it). Without it, it is derived from the
+        gradient and this step's noise, the gradient being taken at `sample(opt_state, params)`.
+
+    Raises:
+        ValueError: for arguments out of range, unknown names, trees of another structure, integer
+            parameters, missing params.
+
+    Source: Shen et al. (2024), Algorithm 1; Lin, Schmidt and Khan (2020). Special case of
+    `blr_update` with family "gaussian_diagonal", `monte_carlo(1, curvature=reparameterized())` and
+    `step="improved"`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> tx = blr.scale_by_precision(ess=100.0, b2=0.5, hess_init=1.0)
+      >>> params = jnp.zeros(1)
+      >>> out, state = tx.update(jnp.ones(1), tx.init(params), params, curvature=jnp.array([3.0]))
+      >>> print(state.precision, out)  # u = 1: p = 1 + 1 + 1/2
+      [2.5] [0.4]
+    """
+    check_positive("ess", ess)
+    check_positive("hess_init", hess_init, zero=True)
+    check_positive("weight_decay", weight_decay, zero=True)
+    check_unit_interval("b2", b2)
+    check_generator(generator)
+    if step not in STEPS:
+        raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
+    rule = PrecisionRule(from_gradient(curvature), generator)
+    inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
+
+    def init_fn(params: Any) -> ScaleByPrecisionState:
+        _tree.check_float_leaves(params, "scale_by_precision")
+        count = jnp.zeros((), jnp.int32)
+        size = jnp.asarray(at(ess, count), jnp.result_type(float))
+        prior_ = prior_trees(prior, params)
+        start = prior_trees(init, params, "init")
+
+        def first(m: Any, p: Any) -> Array:
+            return jnp.full_like(m, p, dtype=_tree.statistics_dtype(m.dtype))
+
+        if init is None:
+            h = _tree.prefix_leaves(hess_init, params, "hess_init")
+            d0 = prior_precision(weight_decay, prior_, size, params, count)
+            precision = jax.tree.map(lambda m, h, d: first(m, h + d), params, h, d0)
+        else:
+            precision = jax.tree.map(
+                lambda m, q: first(m, -2.0 * q / size), params, start.quadratic
+            )
+        wide = jax.tree.map(
+            lambda m: jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)), params
+        )
+        return ScaleByPrecisionState(
+            count,
+            canonical_key(key),
+            rule,
+            precision,
+            size,
+            prior_,
+            inner.init(wide),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: ScaleByPrecisionState,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, ScaleByPrecisionState]:
+        if params is None:
+            raise ValueError(
+                "scale_by_precision: update needs params, update(grads, state, params)."
+            )
+        grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, updates)
+        if curvature is None:
+            noise = state.rule.noise(state, step_key(state.key, state.count))
+            weights = state.rule.weights(state, params, noise)
+            finite = all_finite(grads)
+            grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+            curvature = state.rule.curvature(state, params, weights, grads)
+        else:
+            curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
+            finite = all_finite(grads, curvature)
+            grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
+        d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
+        pull0 = (
+            jax.tree.map(lambda x: x / state.ess, state.prior.linear)
+            if state.prior
+            else jax.tree.map(lambda _: 0.0, state.precision)
+        )
+        averaged, momentum_state = inner.update(grads, state.momentum, params, **extra)
+
+        def move(p: Array, c: Array, d: Any, g: Array, m: Array, pull: Any) -> tuple[Array, Array]:
+            gate = finite.astype(p.dtype)
+            rho = gate * jnp.asarray(1.0 - b2, p.dtype)
+            u = rho * (c + d - p) / p
+            new = p + p * u if step == "plain" else _bounded(p + p * (u + 0.5 * u * u))
+            out = gate * (g + d * m.astype(p.dtype) - pull) / (p if step == "improved_old" else new)
+            return new, out.astype(m.dtype)
+
+        moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull0)
+        precision, out = jax.tree.transpose(
+            jax.tree.structure(state.precision), jax.tree.structure((0, 0)), moved
+        )
+        count = optax.safe_increment(state.count)
+        return out, state._replace(
+            count=count,
+            precision=precision,
+            momentum=momentum_state,
+            ess=jnp.asarray(at(ess, count), state.ess.dtype),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

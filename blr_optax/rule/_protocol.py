@@ -1,0 +1,97 @@
+"""How a posterior is found inside any optimizer state, and what may be asked of it.
+
+A state that carries a posterior is a NamedTuple with a field `rule`: a small static object with the
+protocol below. Chains, masks, partitions and wrappers keep it where they keep the state, so it is
+searched for by what it is, never by position or class name. Everything that a rule returns is a
+tree like the part of the parameters that its state knows, with `MaskedNode` elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax._posterior import Posterior
+
+NO_POSTERIOR = (
+    "{who}: the optimizer state carries no posterior. Pass the state of one of this library's "
+    "transformations (ivon, adam, blr_update, ...), also inside chain, masked or partition."
+)
+
+
+class Rule:
+    """Base of the rule objects; a rule without noise is a point: it samples the parameters."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Rules ride in states as static pytree nodes."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+    evaluates_loss = False  # whether the transformation evaluates the loss itself
+
+    def part(self, state: Any, params: Any) -> Any:
+        """The leaves of params that the state knows, `MaskedNode` elsewhere."""
+        return params
+
+    def noise(self, state: Any, key: Array) -> Any:
+        """Standard normals for one draw, or None for a point."""
+        return None
+
+    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+        """The weights at which the loss is looked at."""
+        return params
+
+    def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
+        """Curvature per example from a gradient at `weights`, or None."""
+        return None
+
+    def posterior(self, state: Any, params: Any) -> Posterior:
+        """q, over the leaves that the state knows."""
+        raise NotImplementedError
+
+
+def carries_posterior(node: Any) -> bool:
+    """Whether a node of a state is one that carries a posterior."""
+    return isinstance(getattr(node, "rule", None), Rule)
+
+
+def posterior_states(opt_state: Any, who: str) -> list[Any]:
+    """All states in `opt_state` that carry a posterior.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=carries_posterior)
+    found = [node for node in nodes if carries_posterior(node)]
+    if not found:
+        raise ValueError(NO_POSTERIOR.format(who=who))
+    return found
+
+
+def refuse_multi_steps(opt_state: Any, who: str) -> None:
+    """Raises ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
+
+    def is_multi(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(is_multi(node) for node in jax.tree.leaves(opt_state, is_leaf=is_multi)):
+        raise ValueError(
+            f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of the "
+            "last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead, or take "
+            "the gradient at sample(opt_state, params) without an estimate."
+        )
+
+
+def map_posterior_states(f: Callable[[Any], Any], opt_state: Any) -> Any:
+    """`opt_state` with f applied to every state that carries a posterior."""
+    return jax.tree.map(
+        lambda node: f(node) if carries_posterior(node) else node,
+        opt_state,
+        is_leaf=carries_posterior,
+    )

@@ -1,0 +1,177 @@
+"""Reading any optimizer state: this step's weights, the posterior, and a fresh key.
+
+Several posteriors over disjoint leaves (`optax.partition`) are merged leaf by leaf, each by its own
+rule. Two over one leaf are an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax._posterior import Posterior
+from blr_optax.estimators._noise import canonical_key, step_key
+from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned, PinnedNatural
+from blr_optax.rule._protocol import map_posterior_states, posterior_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+def covered(states: list[Any], params: Any, who: str) -> list[Any]:
+    """For every state, the part of params that it knows (`MaskedNode` elsewhere).
+
+    Raises:
+        ValueError: when two states know the same leaf.
+    """
+    parts, seen = [], set()
+    for state in states:
+        part = state.rule.part(state, params)
+        twice = seen & (known := _tree.paths(part))
+        if twice:
+            raise ValueError(
+                f"{who}: two posteriors over one leaf, {sorted(twice)[0] or 'params'}. Chain "
+                "at most one transformation that carries a posterior over each parameter."
+            )
+        seen |= known
+        parts.append(part)
+    return parts
+
+
+def draw(states: list[Any], parts: list[Any], params: Any, noises: list[Any]) -> Any:
+    """The weights at which the loss is looked at, given each state's noise (None: a point)."""
+    drawn = [
+        state.rule.weights(state, part, noise)
+        for state, part, noise in zip(states, parts, noises, strict=True)
+    ]
+    return _tree.merge_by_path(params, *drawn)
+
+
+def sample(opt_state: Any, params: Any) -> Any:
+    """This step's weights, at which the gradient is to be taken.
+
+    theta = m + sigma eps, eps a function of the state's key, the step and the leaf's path, so the
+    same call within one step gives the same weights and nothing is stored. An optimizer that looks
+    at its parameters (SGD, Adam, Newton) returns params.
+
+    Args:
+        opt_state: the state of any chain, mask, partition or wrapper with a posterior inside.
+        params: the parameters, the posterior's mean.
+
+    Returns:
+        A tree like params, in its dtypes.
+
+    Raises:
+        ValueError: when the state carries no posterior, or two over one leaf.
+
+    Source: Shen et al. (2024), Algorithm 1, line 1. For every row of `blr_update`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params = jnp.zeros(3)
+      >>> state = blr.ivon(0.1, ess=1e12).init(params)
+      >>> print(jnp.abs(blr.sample(state, params)).max() < 1e-5)
+      True
+    """
+    states = posterior_states(opt_state, "sample")
+    parts = covered(states, params, "sample")
+    noises = [noise_of(state) for state in states]
+    return draw(states, parts, params, noises)
+
+
+def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
+    """The noise of one draw of this step; None for a point. `fold` separates devices."""
+    if not hasattr(state, "key"):
+        return None
+    key = step_key(state.key, state.count, index)
+    return state.rule.noise(state, key if fold is None else jax.random.fold_in(key, fold))
+
+
+def posterior(opt_state: Any, params: Any) -> Posterior:
+    """The posterior that an optimizer state carries, as a value.
+
+    Args:
+        opt_state: the state of any chain, mask, partition or wrapper with a posterior inside.
+        params: the parameters, the posterior's mean.
+
+    Returns:
+        A `Posterior` over a tree like params. Leaves without one are the points that params has
+        there (family `Pinned`).
+
+    Raises:
+        ValueError: when the state carries no posterior, two over one leaf, or a joint one beside
+            others.
+
+    Source: Khan and Rue (2023), Table 1. For every row of `blr_update`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params = {"w": jnp.ones(2)}
+      >>> q = blr.posterior(
+      ...     blr.ivon(0.1, ess=50.0, hess_init=2.0, weight_decay=0.0).init(params), params
+      ... )
+      >>> print(q.mean["w"], q.variance["w"])
+      [1. 1.] [0.01 0.01]
+    """
+    states = posterior_states(opt_state, "posterior")
+    parts = covered(states, params, "posterior")
+    found = [state.rule.posterior(state, part) for state, part in zip(states, parts, strict=True)]
+    known = set().union(*map(_tree.paths, parts))
+    whole = known == _tree.paths(params)
+    if len(found) == 1 and whole:
+        return found[0]
+    family = MeanField(Normal())
+    if any(q.family != family for q in found):
+        raise ValueError(
+            "posterior: a joint posterior (blr_update) beside other leaves cannot be merged; only "
+            "mean-field ones are, leaf by leaf."
+        )
+    masked = _tree.mask_to(params, known)
+    natural = GaussianNatural(
+        *(
+            _tree.merge_by_path(masked, *(getattr(q.natural, name) for q in found))
+            for name in GaussianNatural._fields
+        )
+    )
+    if whole:
+        return Posterior(family, natural)
+    points = _tree.mask_to(params, _tree.paths(params) - known)
+    return Posterior(Pinned(family), PinnedNatural(natural, points))
+
+
+def reseed(opt_state: Any, key: Array) -> Any:
+    """The same state with another key, so that an ensemble's members draw different noise.
+
+    `jax.vmap(tx.init)` gives every member one key; with a stacked state the new key is split over
+    the leading axes of the old.
+
+    Args:
+        opt_state: a state with a posterior inside.
+        key: typed key or integer seed.
+
+    Raises:
+        ValueError: when the state carries no posterior.
+
+    Source: the library's key convention, C9. For every row of `blr_update`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> state = jax.vmap(blr.ivon(0.1, ess=10.0).init)(jnp.zeros((4, 2)))
+      >>> state = blr.reseed(state, jax.random.key(1))
+      >>> theta = jax.vmap(blr.sample)(state, jnp.zeros((4, 2)))
+      >>> print(len(set(theta[:, 0].tolist())))
+      4
+    """
+    posterior_states(opt_state, "reseed")
+    key = canonical_key(key)
+
+    def renew(state: Any) -> Any:
+        if not hasattr(state, "key"):
+            return state
+        shape = jnp.shape(state.key)
+        return state._replace(key=jax.random.split(key, shape) if shape else jax.random.clone(key))
+
+    return map_posterior_states(renew, opt_state)

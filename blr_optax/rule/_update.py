@@ -1,0 +1,251 @@
+"""`blr_update(family, loss, ...)`: the Bayesian learning rule as an optax transformation.
+
+Each update looks at the loss under q, takes its natural gradient, and makes one `natural_step`:
+
+    value, gradient = natural_gradient(family, loss, estimator)(key, lambda, *batch)
+    lambda <- natural_step(family, lambda, gradient, rho, prior, ess)
+    updates = mean(lambda) - params
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax._posterior import Posterior
+from blr_optax.estimators import Estimator, natural_gradient
+from blr_optax.estimators._expectation import Delta
+from blr_optax.estimators._noise import canonical_key, standard_normal
+from blr_optax.families import Family, MeanField, Raveled, get
+from blr_optax.rule._numbers import all_finite, at, check_positive
+from blr_optax.rule._protocol import Rule
+from blr_optax.rule._step import check_step, direction, move
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+class BlrUpdateState(NamedTuple):
+    """State of `blr_update`; `natural` is authoritative, the parameters follow it.
+
+    Attributes:
+        count: steps made, skipped ones too (int32).
+        key: typed key, constant; step t draws from fold_in(key, t).
+        rule: static, how the posterior is read.
+        natural: lambda.
+        expected_loss: E_q[mean loss] before the last step, as estimated.
+        retracted: members of lambda that the last step had to retract (int32).
+        skipped: steps skipped because something was not finite (int32).
+    """
+
+    count: Array
+    key: Array
+    rule: BlrRule
+    natural: Any
+    expected_loss: Array
+    retracted: Array
+    skipped: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BlrRule(Rule):
+    """How a `BlrUpdateState` is read: q itself, with or without noise.
+
+    Attributes:
+        family: the family of `natural`.
+        point: whether the estimator looks at the mean only.
+        generator: of the noise.
+    """
+
+    family: Family
+    point: bool
+    generator: str
+    evaluates_loss = True
+
+    def noise(self, state: BlrUpdateState, key: Array) -> Any:
+        like = None if self.point else self.family.mean(state.natural)
+        return None if self.point else standard_normal(key, like, self.generator)
+
+    def weights(self, state: BlrUpdateState, params: Any, noise: Any) -> Any:
+        if noise is None:
+            return params
+        draw = jax.tree.map(
+            jnp.add, self.family.mean(state.natural), self.family.displace(state.natural, noise)
+        )
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
+
+    def posterior(self, state: BlrUpdateState, params: Any) -> Posterior:
+        return Posterior(self.family, state.natural)
+
+
+def family_over(family: str | Family, params: Any) -> Family:
+    """The family over a tree of parameters: elementwise ones become mean fields, vectors ravel."""
+    family = get(family)
+    if isinstance(family, (MeanField, Raveled)):
+        return family
+    if family.event_ndim == 0:
+        return MeanField(family)
+    is_vector = isinstance(params, jax.Array) and params.ndim == 1
+    return family if is_vector else Raveled.like(family, params)
+
+
+def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
+    """The first lambda: `init`, else centred at params, else the prior."""
+    params = jax.tree.map(lambda p: jnp.asarray(p, _tree.statistics_dtype(p.dtype)), params)
+    if init is not None:
+        return jax.tree.map(jnp.array, init.natural)
+    if family.location:
+        return family.natural_at(params, None if prior is None else prior.natural)
+    if prior is not None:
+        return jax.tree.map(jnp.array, prior.natural)
+    raise ValueError(
+        f"blr_update: {type(family).__name__} has no location to centre at params; "
+        "pass init= or prior=."
+    )
+
+
+def _check_like(name: str, given: Posterior | None, family: Any, params: Any) -> None:
+    """Raises ValueError when a posterior argument does not fit the family and the parameters."""
+    if given is None:
+        return
+    if not isinstance(given, Posterior):
+        raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
+    like = (
+        jax.eval_shape(lambda p: _first(family, p, None, None), params) if family.location else None
+    )
+    found = jax.tree.map(jnp.shape, given.natural)
+    wanted = found if like is None else jax.tree.map(lambda x: x.shape, like)
+    if found != wanted:
+        raise ValueError(
+            f"{name}: its natural parameters have structure and shapes {found}; the family over "
+            f"params has {wanted}."
+        )
+
+
+def blr_update(
+    family: str | Family,
+    loss: Any,
+    learning_rate: Any,
+    *,
+    ess: Any = 1.0,
+    prior: Posterior | None = None,
+    init: Posterior | None = None,
+    estimator: Estimator | None = None,
+    step: str | None = None,
+    key: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The Bayesian learning rule for any family and loss.
+
+    lambda <- (1 - rho) lambda + rho ( lambda_0 - ess grad_mu E_q[mean loss] )
+
+    without `prior`: (1 - rho) lambda - rho grad_mu { ess E_q[mean loss] + E_q[log h] }, a flat
+    density.
+
+    The transformation evaluates the loss itself: `update(grads, state, params, batch=(x, y))`;
+    `grads` are not used and may be None. The parameters are the mean of q. It must stand last in a
+    chain.
+
+    Args:
+        family: a registered name or a family; over a pytree elementwise families become mean
+            fields, vector families act on its flat vector.
+        loss: `loss(theta, *batch)`, a mean loss; or `conjugate(...)`, `glm(...)`, or a sum.
+        learning_rate: rho, a number or an optax schedule.
+        ess: effective sample size: the number of examples the mean loss stands for. May be a
+            schedule.
+        prior: a posterior of the family; None is a flat density.
+        init: the first posterior; by default centred at params with the precision of the prior,
+            else one.
+        estimator: how plain functions are treated; ten antithetic pairs by default.
+        step: how lambda moves, see `natural_step`; None is "auto".
+        key: typed key or integer seed.
+
+    Returns:
+        A transformation whose state carries q; read it with `posterior(opt_state, params)`.
+
+    Raises:
+        ValueError: for an unknown family, loss, estimator or step, a rate or ess that is not
+            positive, a prior or init of another structure, integer parameters, or missing params.
+
+    Source: Khan and Rue (2023), "The Bayesian Learning Rule", Eqs. 3-5. Every optimizer of this
+    library is a special case.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> tx = blr.blr_update(
+      ...     "gaussian",
+      ...     lambda x: 2.0 * jnp.sum((x - 3.0) ** 2),
+      ...     1.0,
+      ...     estimator=blr.estimators.delta(),
+      ... )
+      >>> params = jnp.zeros(2)
+      >>> updates, state = tx.update(None, tx.init(params), params)
+      >>> print(params + updates, blr.posterior(state, params).variance)
+      [3. 3.] [0.25 0.25]
+    """
+    check_positive("learning_rate", learning_rate)
+    check_positive("ess", ess)
+    how = check_step("auto" if step is None else step, get(family))
+    natural_gradient(family, loss, estimator)  # checks its arguments where they are given
+    point = estimator is not None and isinstance(estimator, Delta)
+    generator = getattr(estimator, "generator", "threefry")
+
+    def init_fn(params: Any) -> BlrUpdateState:
+        _tree.check_float_leaves(params, "blr_update")
+        over = family_over(family, params)
+        _check_like("prior", prior, over, params)
+        _check_like("init", init, over, params)
+        natural = _first(over, params, init, prior)
+        dtype = jnp.result_type(*jax.tree.leaves(natural), jnp.float32)
+        return BlrUpdateState(
+            count=jnp.zeros((), jnp.int32),
+            key=canonical_key(key),
+            rule=BlrRule(over, point, generator),
+            natural=natural,
+            expected_loss=jnp.zeros((), dtype),
+            retracted=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(
+        updates: Any, state: BlrUpdateState, params: Any = None, *, batch: Any = (), **unused: Any
+    ) -> tuple[Any, BlrUpdateState]:
+        del updates, unused
+        if params is None:
+            raise ValueError(
+                "blr_update: update needs params, update(grads, state, params, batch=(...))."
+            )
+        over, lam = state.rule.family, state.natural
+        dtype = jnp.result_type(*jax.tree.leaves(lam))
+        rho = jnp.asarray(at(learning_rate, state.count), dtype)
+        scale = jnp.asarray(at(ess, state.count), dtype)
+        batch = batch if isinstance(batch, tuple) else (batch,)
+
+        gradient = natural_gradient(over, loss, estimator)
+        draw = jax.random.fold_in(state.key, state.count)
+        value, grad_mu = gradient(draw, lam, *batch)
+        d = direction(over, lam, grad_mu, prior, scale)
+        finite = all_finite(d)
+        gate = finite.astype(dtype)
+        d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), d)
+        new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
+
+        new_mean = over.mean(new)
+        updates = jax.tree.map(
+            lambda m, p: (m - p.astype(m.dtype)).astype(p.dtype), new_mean, params
+        )
+        return updates, state._replace(
+            count=optax.safe_increment(state.count),
+            natural=new,
+            retracted=retracted,
+            expected_loss=jnp.where(
+                finite, value.astype(state.expected_loss.dtype), state.expected_loss
+            ),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,80 @@
+"""What every test relies on: eight devices, deterministic examples, and three fixtures."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# These are read once, when jax starts; setting them later does nothing, and says nothing.
+assert "jax" not in sys.modules, "a pytest plugin imported jax before tests/conftest.py"
+ON_DEVICE = os.environ.get("BLR_DEVICE") == "1"
+if not ON_DEVICE:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Eight devices for the sharding tests; everything else runs on the first one.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+
+settings.register_profile(
+    "blr_optax",
+    deadline=None,  # the first example of a shape pays for its compilation
+    derandomize=True,  # a red run must be red again
+    max_examples=25,
+    # `x64` and `strict` set a mode and nothing else: sharing them between examples is right.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("blr_optax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave device tests out unless they are asked for, whatever -m says."""
+    if not ON_DEVICE:
+        needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")
+        for item in items:
+            if item.get_closest_marker("device"):
+                item.add_marker(needs_device)
+
+
+def load_golden(name: str) -> dict:
+    """Reference numbers from tests/golden/NAME.json; its `readme` key says what they are.
+
+    A fresh dict each time, so that no test can spoil another one's numbers. Import it
+    (`from conftest import load_golden`) to parametrize over the cases of a file.
+    """
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict]:
+    """`golden(name)` is `load_golden(name)`."""
+    return load_golden
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Jax's strict modes for one test: no silent broadcast, no key used twice, no leaked tracer.
+
+    They cannot be global: optax itself relies on rank promotion, many a test draws twice from
+    one key on purpose, and the leak check switches caches off.
+    """
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_key_reuse(True),
+        jax.checking_leaks(),
+    ):
+        yield

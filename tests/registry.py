@@ -1,0 +1,187 @@
+"""One row per transformation: what it is, and what it can do. A new one is one more row.
+
+`tests/test_contract.py` holds every row to the contract C1 to C19, except for the lines that a row
+is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
+parameters (C7, C10), and take no curvature (C11, C13, C14).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import blr_optax as blr
+
+SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A transformation under test.
+
+    Attributes:
+        name: of the row.
+        make: keyword arguments -> transformation.
+        numbers: hyper-parameters that may be floats, arrays or schedules.
+        exempt: contract lines that do not apply.
+        noisy: whether it looks at samples.
+        loss: whether `update` takes the batch and evaluates the loss.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    numbers: dict[str, float]
+    exempt: frozenset = frozenset()
+    noisy: bool = False
+    loss: bool = False
+
+    def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
+        return self.make(**{**self.numbers, **more})
+
+
+def mean_loss(params, x, y):
+    """A smooth mean loss over a tree with a matrix, a vector and a number."""
+    z = jnp.tanh(x @ params["w"]) @ jnp.ones(params["w"].shape[1]) + params["b"][0] * x[:, 0]
+    return jnp.mean((z + params["c"] - y) ** 2)
+
+
+def make_params(dtype=jnp.float32):
+    return {
+        "w": jnp.arange(6.0).reshape(3, 2).astype(dtype) / 10,
+        "b": jnp.ones(2, dtype),
+        "c": jnp.zeros((), dtype),
+    }
+
+
+def make_batch(n=8, dtype=jnp.float32):
+    x = jnp.sin(jnp.arange(3.0 * n)).reshape(n, 3).astype(dtype)
+    return x, jnp.cos(jnp.arange(1.0 * n)).astype(dtype)
+
+
+def _prior(scale):
+    family = blr.families.get("gaussian_diagonal")
+    return blr.Posterior(family, family.natural(mean=make_params(), precision=scale))
+
+
+# Two samples, so that compiling the loss's Hessian is all that these rows cost.
+_TWO = blr.estimators.monte_carlo(2)
+
+
+def _blr(family, **fixed):
+    return lambda learning_rate, ess, **more: blr.blr_update(
+        family, mean_loss, learning_rate, ess=ess, **{**fixed, **more}
+    )
+
+
+_IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
+_SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
+_RULE = {"learning_rate": 0.3, "ess": 20.0}
+
+ROWS = [
+    Row("gradient_descent", blr.gradient_descent, {"learning_rate": 0.1, "ess": 20.0}),
+    Row("sgd", blr.sgd, {"learning_rate": 0.1, "ess": 20.0}),
+    Row(
+        "sgd_nesterov",
+        lambda **k: blr.sgd(momentum=0.9, nesterov=True, **k),
+        {"learning_rate": 0.05, "ess": 20.0},
+    ),
+    Row("rmsprop", blr.rmsprop, {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0}),
+    Row(
+        "rmsprop_centered",
+        lambda **k: blr.rmsprop(centered=True, momentum=0.5, eps=1e-3, **k),
+        {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0},
+    ),
+    Row("adam", blr.adam, {"learning_rate": 0.05, "b1": 0.9, "b2": 0.99, "ess": 20.0}),
+    Row("soba", blr.soba, _SOBA, noisy=True),
+    Row("ivon", blr.ivon, _IVON, noisy=True),
+    Row("ivon_clip", lambda **k: blr.ivon(clip_radius=0.5, **k), _IVON, noisy=True),
+    Row("ivon_prior", lambda **k: blr.ivon(prior=_prior(2.0), **k), _IVON, noisy=True),
+    Row(
+        "ivon_squared",
+        lambda **k: blr.ivon(curvature=blr.estimators.squared_gradient(8), **k),
+        _IVON,
+        noisy=True,
+    ),
+    Row(
+        "scale_by_precision",
+        lambda learning_rate, **k: optax.chain(
+            blr.scale_by_precision(**k), optax.scale_by_learning_rate(learning_rate)
+        ),
+        _SOBA,
+        noisy=True,
+    ),
+    Row(
+        "blr_gaussian_diagonal",
+        _blr("gaussian_diagonal", estimator=_TWO),
+        _RULE,
+        exempt=SELF,
+        noisy=True,
+        loss=True,
+    ),
+    Row(
+        "blr_gaussian",
+        _blr("gaussian", estimator=_TWO),
+        _RULE,
+        exempt=SELF | {"C2"},
+        noisy=True,
+        loss=True,
+    ),
+    Row(
+        "blr_gaussian_fixed",
+        _blr("gaussian_fixed", estimator=blr.estimators.delta()),
+        {"learning_rate": 0.1, "ess": 1.0},
+        exempt=SELF | {"C2"},
+        loss=True,
+    ),
+    Row(
+        "online_newton",
+        lambda **k: blr.online_newton(mean_loss, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        loss=True,
+    ),
+    Row(
+        "newton",
+        lambda **k: blr.newton(mean_loss, **k),
+        {"ess": 20.0},
+        exempt=SELF | {"C2"},
+        loss=True,
+    ),
+    Row(
+        "variational_online_newton",
+        lambda **k: blr.variational_online_newton(mean_loss, estimator=_TWO, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        noisy=True,
+        loss=True,
+    ),
+]
+
+
+def rows(line=None):
+    """pytest parameters: all rows that a contract line applies to."""
+    import pytest
+
+    return [pytest.param(row, id=row.name) for row in ROWS if line not in row.exempt]
+
+
+def one_step(row, tx, params, state, batch, **extra):
+    """The core path: gradient at this step's weights, update, apply."""
+    if row.loss:
+        updates, state = tx.update(None, state, params, batch=batch, **extra)
+    else:
+        weights = blr.sample(state, params)
+        updates, state = tx.update(jax.grad(mean_loss)(weights, *batch), state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def train(row, tx, params, batch, steps, jit=True, **extra):
+    step = lambda p, s, b: one_step(row, tx, p, s, b, **extra)  # noqa: E731
+    step = jax.jit(step) if jit else step
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state, batch)
+    return params, state
