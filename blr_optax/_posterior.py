@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families import Family
-from blr_optax.families._checks import concrete
+from blr_optax.families._checks import holds
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -49,7 +49,7 @@ class Posterior:
 
     def _proper(self, what: str) -> Any:
         """lambda, after an eager check; under tracing an improper one gives NaN."""
-        if concrete(self.natural) and not bool(self.proper):
+        if not holds(self.family.in_domain, self.natural):
             raise ValueError(
                 f"Posterior.{what}: the natural parameters are outside the domain of "
                 f"{type(self.family).__name__}, so this is no density. A site may be improper: "

@@ -14,6 +14,17 @@ def concrete(*values: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
+def holds(test: Callable[[Any], Any], value: Any) -> bool:
+    """Whether a test holds for all of a value; True for traced ones, which Python cannot see.
+
+    Constants are looked at outside any trace that the caller may be in, such as a scan's.
+    """
+    if not concrete(value):
+        return True
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(test(value)))
+
+
 def exactly_one(who: str, **given: Any) -> None:
     """Raises ValueError unless exactly one of the keywords was given."""
     names = [name for name, value in given.items() if value is not None]
@@ -23,5 +34,5 @@ def exactly_one(who: str, **given: Any) -> None:
 
 def require(name: str, value: Any, valid: str, test: Callable[[Any], Any]) -> None:
     """Raises ValueError when a concrete standard parameter is outside its range."""
-    if concrete(value) and not bool(jnp.all(test(jnp.asarray(value)))):
+    if not holds(lambda x: test(jnp.asarray(x)), value):
         raise ValueError(f"{name} must be {valid}; got {value}.")

@@ -320,13 +320,15 @@ class Gaussian(GaussianFamily):
     def kl(self, lam_p: GaussianNatural, lam_q: GaussianNatural) -> Array:
         s_p, s = self.precision(lam_p), self.precision(lam_q)
         d = self.mean(lam_p) - self.mean(lam_q)
+        root, root_q = jnp.linalg.cholesky(s_p), jnp.linalg.cholesky(s)
         # S_q relative to S_p, minus one: digits survive when p is close to q.
-        root = jnp.linalg.cholesky(s_p)
         half = jax.scipy.linalg.solve_triangular(root, s - s_p, lower=True)
         relative = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(half, -1, -2), lower=True)
         near = jnp.linalg.norm(relative, axis=(-2, -1)) < NEAR
         small = _symmetric(jnp.where(near[..., None, None], relative, 0.0))
-        far = jnp.trace(relative, axis1=-2, axis2=-1) - _log_det(s) + _log_det(s_p)
+        trace = jnp.trace(relative, axis1=-2, axis2=-1)
+        diagonal_q, diagonal = (jnp.diagonal(x, axis1=-2, axis2=-1) for x in (root_q, root))
+        far = trace - 2.0 * jnp.sum(jnp.log(diagonal_q / diagonal), axis=-1)
         spread = jnp.where(near, _matrix_excess(small), far)
         return 0.5 * (spread + jnp.sum(d * matvec(s, d), axis=-1))
 

@@ -81,9 +81,10 @@ def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
         def too_long(c: Any) -> Any:
             t, halvings = c
             new = x + t * d
-            # Close to the solution the function is flat to rounding: allow that much.
+            # Close to the solution the function is flat to rounding, and full steps are right.
             slack = 1e-4 * t * slope + 4 * eps * (1 + jnp.abs(value))
-            good = family.in_domain(to_fields(new)) & (objective(new) <= value + slack)
+            falls = (objective(new) <= value + slack) | (-slope <= jnp.sqrt(eps))
+            good = family.in_domain(to_fields(new)) & falls
             return ~good & (halvings < MAX_HALVINGS)
 
         t, _ = jax.lax.while_loop(

@@ -1,0 +1,190 @@
+"""Posterior: a density as a value, against densities on a grid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from blr_optax import Posterior, families
+
+NORMAL, GAUSSIAN = families.get("normal"), families.get("gaussian")
+FIXED, DIAGONAL = families.get("gaussian_fixed"), families.get("gaussian_diagonal")
+COVARIANCES = (np.array([[1.0, 0.4], [0.4, 0.7]]), np.array([[0.5, -0.2], [-0.2, 2.0]]))
+MEANS = (np.array([0.3, -0.5]), np.array([-0.4, 0.8]))
+
+
+def posterior(family, **standard):
+    return Posterior(family, family.natural(**jax.tree.map(jnp.asarray, standard)))
+
+
+def pair(name):
+    """Two posteriors of a family, and their scipy densities over points [n, 2]."""
+    if name == "gaussian":
+        q = [
+            posterior(GAUSSIAN, mean=m, covariance=c)
+            for m, c in zip(MEANS, COVARIANCES, strict=True)
+        ]
+        return q, [
+            stats.multivariate_normal(m, c).logpdf for m, c in zip(MEANS, COVARIANCES, strict=True)
+        ]
+    diagonal = [np.diag(c) for c in COVARIANCES]
+    logs = [
+        stats.multivariate_normal(m, np.diag(v)).logpdf
+        for m, v in zip(MEANS, diagonal, strict=True)
+    ]
+    if name == "gaussian_diagonal":
+        tree = lambda x: {"a": x[:1], "b": x[1]}  # noqa: E731
+        return [
+            posterior(DIAGONAL, mean=tree(m), precision=tree(1 / v))
+            for m, v in zip(MEANS, diagonal, strict=True)
+        ], logs
+    return [
+        posterior(NORMAL, mean=m, variance=v) for m, v in zip(MEANS, diagonal, strict=True)
+    ], logs
+
+
+def log_density(q, points):
+    """log q over points [n, 2], whatever the family's theta looks like."""
+    points = jnp.asarray(points)
+    if q.family == DIAGONAL:
+        return q.log_prob({"a": points[:, :1], "b": points[:, 1]})
+    value = q.log_prob(points)
+    return value.sum(-1) if q.family == NORMAL else value
+
+
+def grid():
+    z, h = np.linspace(-14, 14, 401, retstep=True)
+    return np.stack(np.meshgrid(z, z), -1).reshape(-1, 2), h * h
+
+
+@pytest.mark.parametrize("name", ["normal", "gaussian", "gaussian_diagonal"])
+@pytest.mark.parametrize(
+    ("combine", "exponents"),
+    [
+        (lambda p, q: p * q, (1, 1)),
+        (lambda p, q: p**2 / q**0.25, (2, -0.25)),
+        (lambda p, q: p**0.3, (0.3, 0)),
+        (lambda p, q: p * q / q, (1, 0)),
+        (lambda p, q: (p * q) ** 0.5 * q, (0.5, 1.5)),
+    ],
+)
+def test_arithmetic_is_that_of_densities(x64, name, combine, exponents):
+    (p, q), (log_p, log_q) = pair(name)
+    points, cell = grid()
+    product = exponents[0] * log_p(points) + exponents[1] * log_q(points)
+    normalised = product - np.log(np.sum(np.exp(product)) * cell)
+    np.testing.assert_allclose(log_density(combine(p, q), points), normalised, rtol=1e-9, atol=1e-8)
+
+
+def test_a_known_base_measure_is_counted_once(x64):
+    """q1 q2 / h for the fixed Gaussian: lambda adds, the known precision does not move."""
+    s = np.linalg.inv(COVARIANCES[0])
+    p, q = (posterior(FIXED, mean=m, precision=s) for m in MEANS)
+    np.testing.assert_allclose((p * q).mean, MEANS[0] + MEANS[1], rtol=1e-12)
+    np.testing.assert_allclose((p / q).mean, MEANS[0] - MEANS[1], rtol=1e-12)
+    np.testing.assert_allclose((p**0.5).variance, np.diag(COVARIANCES[0]), rtol=1e-12)
+    points, cell = grid()
+    of_mean = lambda m: stats.multivariate_normal(m, COVARIANCES[0]).logpdf(points)  # noqa: E731
+    product = of_mean(MEANS[0]) + of_mean(MEANS[1]) - of_mean(np.zeros(2))
+    product -= np.log(np.sum(np.exp(product)) * cell)
+    np.testing.assert_allclose((p * q).log_prob(jnp.asarray(points)), product, rtol=1e-9, atol=1e-8)
+
+
+def test_methods_are_those_of_the_family(x64):
+    p, q = pair("gaussian")[0]
+    np.testing.assert_array_equal(p.mean, GAUSSIAN.mean(p.natural))
+    np.testing.assert_allclose(p.variance, np.diag(COVARIANCES[0]))
+    np.testing.assert_allclose(p.standard()["covariance"], COVARIANCES[0])
+    np.testing.assert_allclose(
+        p.expectation().quadratic, COVARIANCES[0] + np.outer(MEANS[0], MEANS[0])
+    )
+    np.testing.assert_allclose(
+        p.entropy(), stats.multivariate_normal(MEANS[0], COVARIANCES[0]).entropy()
+    )
+    assert p.sample(jax.random.key(0), (3, 4)).shape == (3, 4, 2)
+    d, c = MEANS[0] - MEANS[1], COVARIANCES
+    s = np.linalg.inv(c[1])
+    kl = 0.5 * (
+        np.trace(s @ c[0]) - 2 + d @ s @ d - np.log(np.linalg.det(c[0]) / np.linalg.det(c[1]))
+    )
+    np.testing.assert_allclose(p.kl(q), kl)
+    assert bool(p.proper)
+
+
+IMPROPER = {
+    "normal": lambda: pair("normal")[0][0] ** -1.0,
+    "gaussian": lambda: pair("gaussian")[0][0] / pair("gaussian")[0][0],
+    "gaussian_diagonal": lambda: pair("gaussian_diagonal")[0][0] ** -0.5,
+}
+
+
+@pytest.mark.parametrize("name", IMPROPER)
+def test_improper_sites_take_part_in_arithmetic_only(x64, name):
+    site, (p, q) = IMPROPER[name](), pair(name)[0]
+    assert not bool(site.proper)
+    theta = p.sample(jax.random.key(0))
+    asked = {
+        "mean": lambda: site.mean,
+        "variance": lambda: site.variance,
+        "standard": site.standard,
+        "expectation": site.expectation,
+        "sample": lambda: site.sample(jax.random.key(0)),
+        "log_prob": lambda: site.log_prob(theta),
+        "entropy": site.entropy,
+        "kl": lambda: site.kl(p),
+    }
+    for what, ask in asked.items():
+        with pytest.raises(ValueError, match=rf"Posterior.{what}: .* outside the domain"):
+            ask()
+    with pytest.raises(ValueError, match=r"Posterior.kl: .* outside the domain"):
+        p.kl(site)
+    back = (p * q) * site / site
+    jax.tree.map(np.testing.assert_allclose, back.natural, (p * q).natural)
+
+
+def test_under_tracing_an_improper_site_is_nan_not_an_error(x64):
+    site = IMPROPER["normal"]()
+    entropy, proper = jax.jit(lambda q: (q.entropy(), q.proper))(site)
+    assert np.isnan(entropy).all() and not bool(proper)
+
+
+def test_a_posterior_is_a_pytree(x64):
+    p, q = pair("gaussian")[0]
+    assert len(jax.tree.leaves(p)) == 2
+    assert jax.tree.structure(p) == jax.tree.structure(q)
+    product = jax.jit(lambda a, b: a * b)(p, q)
+    assert isinstance(product, Posterior) and product.family == GAUSSIAN
+    jax.tree.map(np.testing.assert_allclose, product, p * q)
+    both = jax.tree.map(lambda *x: jnp.stack(x), p, q)
+    means = jax.vmap(lambda a: a.mean)(both)
+    np.testing.assert_allclose(means, MEANS)
+    np.testing.assert_allclose(both.mean, MEANS)  # families broadcast over leading axes
+    slope = jax.grad(lambda a: a.kl(p))(p)
+    assert isinstance(slope, Posterior)
+    jax.tree.map(lambda x: np.testing.assert_allclose(x, 0, atol=1e-12), slope)
+    h = 1e-6
+    ahead, behind = (
+        Posterior(GAUSSIAN, GAUSSIAN.combine((1.0, q.natural), (t, p.natural))).kl(p)
+        for t in (h, -h)
+    )
+    np.testing.assert_allclose(
+        GAUSSIAN.inner(jax.grad(lambda a: a.kl(p))(q).natural, p.natural),
+        (ahead - behind) / (2 * h),
+        rtol=1e-6,
+    )
+
+
+def test_one_improper_element_of_a_batch_makes_it_improper(x64):
+    batch = Posterior(NORMAL, families.GaussianNatural(jnp.zeros(2), jnp.array([-1.0, 1.0])))
+    assert not bool(batch.proper)
+    with pytest.raises(ValueError, match="outside the domain"):
+        _ = batch.mean
+
+
+@pytest.mark.parametrize("op", ["__mul__", "__truediv__", "kl"])
+def test_members_of_two_families_do_not_mix(op):
+    normal, gaussian = pair("normal")[0][0], pair("gaussian")[0][0]
+    for other in (gaussian, 2.0):
+        with pytest.raises(ValueError, match="two members of one family; got Normal"):
+            getattr(normal, op)(other)
