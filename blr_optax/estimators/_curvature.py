@@ -119,7 +119,8 @@ def exact() -> Exact:
     """The Hessian itself: H = hess l(theta), its diagonal for elementwise families.
 
     Right for twice differentiable losses; for piecewise linear networks use `reparameterized`
-    (Price's Hessian form fails there). The diagonal costs one Hessian-vector product per coordinate.
+    (Price's Hessian form fails there). The diagonal costs one Hessian-vector product per
+    coordinate.
 
     Source: Khan and Rue (2023), the Newton rows. Special case of `blr_update` with
     `estimator=delta(exact())` at learning rate 1: Newton's method.

@@ -113,8 +113,8 @@ def delta(curvature: Curvature | None = None) -> Delta:
     Raises:
         ValueError: for a curvature made of displacements, which vanish here.
 
-    Source: Khan and Rue (2023), Sec. 1.3; Nickl et al. (2023), Eq. 30. Special case of `blr_update` with
-    `estimator=delta()`: online Newton, and Newton at learning rate 1.
+    Source: Khan and Rue (2023), Sec. 1.3; Nickl et al. (2023), Eq. 30. Special case of `blr_update`
+    with `estimator=delta()`: online Newton, and Newton at learning rate 1.
 
     Example:
       >>> import blr_optax as blr

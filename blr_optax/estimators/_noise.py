@@ -6,7 +6,7 @@ needs it derives it again, and inside one jit XLA merges the derivations.
 Two generators. "threefry" is `jax.random.normal`. "hash" is made for perturbing weights, where a
 cryptographic generator costs more than a training step: every number hashes its own counter,
 
-    z <- (i xor k0) c1;  z <- z xor (z >> 15) + k1;  z <- z c2;  z <- z xor (z >> 16);  ...
+    z <- (i xor k0) c1;   z <- (z xor (z >> 15)) (k1 or 1);   z <- z xor (z >> 16)
 
 and becomes a normal by Box and Muller, e = sqrt(-2 log u) cos(2 pi t), with u from the high bits
 and t from a further round, so that one 32-bit word buys one normal. Logarithm and cosine are
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 GENERATORS = ("hash", "threefry")
 
-# Odd multipliers of the lowbias32 hash and the golden ratio's, all with good avalanche.
-_C1, _C2, _C3 = np.uint32(0x7FEB352D), np.uint32(0x846CA68B), np.uint32(0x9E3779B1)
+# Odd multipliers with good avalanche: lowbias32's first, and the golden ratio's.
+_C1, _C2 = np.uint32(0x7FEB352D), np.uint32(0x9E3779B1)
 
 # cos(2 pi t) = p(t^2) for |t| <= 1/2, and log(1 + m) = m q(m) on [sqrt(1/2) - 1, sqrt(2) - 1].
 _COS = (
@@ -93,11 +93,11 @@ def _counters(shape: tuple[int, ...]) -> UInt32[Array, ...]:
 def hash_normal(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
     """Standard normals from two key words by the counter hash, float32."""
     z = (_counters(shape) ^ words[0]) * _C1
-    z = (z ^ (z >> 15)) + words[1]
-    z = z * _C2
+    # A multiplier that is itself part of the key: streams that share counters share nothing else.
+    z = (z ^ (z >> 15)) * (words[1] | np.uint32(1))
     z = z ^ (z >> 16)
     u = ((z >> 8).astype(jnp.float32) + 0.5) * np.float32(2.0**-24)
-    z = z * _C3
+    z = z * _C2
     z = z ^ (z >> 15)
     t = z.astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-32)
     return jnp.sqrt(-2.0 * _log(u)) * _polynomial(t * t, _COS)
