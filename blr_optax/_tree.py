@@ -15,9 +15,20 @@ import jax.numpy as jnp
 import optax
 
 
+def leaf_name(path: Any) -> str:
+    """A leaf's path as text, without the `.value` of a box around the leaf.
+
+    `nnx.Optimizer` gives `init` its variables boxed and `update` the bare arrays: one leaf, one
+    name.
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path)
+
+
 def path_hash(path: Any) -> int:
     """A stable 32-bit number for a leaf's path, the same in every process and version."""
-    return zlib.crc32(jax.tree_util.keystr(path).encode())
+    return zlib.crc32(leaf_name(path).encode())
 
 
 def statistics_dtype(dtype: Any) -> Any:
@@ -31,7 +42,7 @@ def check_float_leaves(params: Any, who: str) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"{who}: parameter {jax.tree_util.keystr(path) or 'params'} has dtype {dtype}; a "
+                f"{who}: parameter {leaf_name(path) or 'params'} has dtype {dtype}; a "
                 "posterior needs floating-point parameters. Keep other leaves out with "
                 "optax.masked or optax.partition."
             )
@@ -51,17 +62,15 @@ def prefix_leaves(tree: Any, params: Any, name: str) -> Any:
     Raises:
         ValueError: when a leaf of params has no entry above it.
     """
-    entries = {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    entries = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     def look_up(path: Any, _: Any) -> Any:
         for end in range(len(path), -1, -1):
-            key = jax.tree_util.keystr(path[:end])
+            key = leaf_name(path[:end])
             if key in entries:
                 return entries[key]
         raise ValueError(
-            f"{name}: no entry for parameter {jax.tree_util.keystr(path)}; it has entries for "
+            f"{name}: no entry for parameter {leaf_name(path)}; it has entries for "
             f"{sorted(entries)}. Give a number, or a tree with the structure of params."
         )
 
@@ -80,12 +89,10 @@ def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
     Raises:
         ValueError: when a leaf is missing or has another shape.
     """
-    entries = {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    entries = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
     def look_up(path: Any, param: Any) -> Any:
-        key = jax.tree_util.keystr(path)
+        key = leaf_name(path)
         if key not in entries:
             raise ValueError(
                 f"{name}: wrong tree structure, nothing at {key or 'the root'}; it has leaves at "
@@ -105,25 +112,25 @@ def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
 def merge_by_path(params: Any, *parts: Any) -> Any:
     """A tree like params with every leaf replaced by the one that a part has at its path."""
     entries = {
-        jax.tree_util.keystr(path): leaf
+        leaf_name(path): leaf
         for part in parts
         for path, leaf in jax.tree_util.tree_leaves_with_path(part)
     }
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: entries.get(jax.tree_util.keystr(path), leaf), params
+        lambda path, leaf: entries.get(leaf_name(path), leaf), params
     )
 
 
 def mask_to(tree: Any, keep: set[str]) -> Any:
     """A tree in which every leaf whose path is not in `keep` is a `MaskedNode`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if jax.tree_util.keystr(path) in keep else optax.MaskedNode(), tree
+        lambda path, leaf: leaf if leaf_name(path) in keep else optax.MaskedNode(), tree
     )
 
 
 def paths(tree: Any) -> set[str]:
     """The paths of all leaves of a tree."""
-    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def is_hole(leaf: Any) -> bool:

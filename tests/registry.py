@@ -2,7 +2,8 @@
 
 `tests/test_contract.py` holds every row to the contract C1 to C19, except for the lines that a row
 is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
-parameters (C7, C10), and take no curvature (C11, C13, C14).
+parameters (C7, C10), take no curvature (C11, C13, C14), and have a loss of the plain tree, not of
+an nnx model (C16).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import optax
 
 import blr_optax as blr
 
-SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15"})
+SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16"})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,8 +83,8 @@ def online_newton(
     Raises:
         ValueError: as `blr_update`.
 
-    Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023), Eq. 31. Special case of `blr_update` with family
-    "gaussian" and `estimator=delta(exact())`.
+    Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023), Eq. 31. Special case of `blr_update`
+    with family "gaussian" and `estimator=delta(exact())`.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -133,8 +133,8 @@ def variational_online_newton(
     Raises:
         ValueError: as `blr_update`.
 
-    Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023), Eq. 29. Special case of `blr_update` with family
-    "gaussian".
+    Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023), Eq. 29. Special case of `blr_update`
+    with family "gaussian".
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr

@@ -23,6 +23,8 @@ from blr_optax.rule._read import covered, draw, noise_of
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+UNROLLED_SAMPLES = 4
+
 
 class Estimate(NamedTuple):
     """What `estimate` returns.
@@ -85,11 +87,16 @@ def _zeros(shapes: Any) -> Any:
     return jax.tree.map(zero, shapes)
 
 
-def _total(evaluate: Callable[[Any], Any], inputs: Any, count: int) -> Any:
-    """Sum of evaluate over the leading axis of inputs, by one scan; a single one is not scanned."""
+def _total(evaluate: Callable[[Any], Any], inputs: Any, count: int, unrolled: int) -> Any:
+    """Sum of evaluate over the leading axis of inputs: unrolled up to a count, else one scan.
+
+    A CPU runs convolutions inside a scan many times slower than outside, so a few samples are
+    unrolled; micro-batches are asked for to save memory, which only a scan does.
+    """
+    if count <= unrolled:
+        rows = [jax.tree.map(lambda x, i=i: x[i], inputs) for i in range(count)]
+        return functools.reduce(_accumulate, map(evaluate, rows))
     first = jax.tree.map(lambda x: x[0], inputs)
-    if count == 1:
-        return evaluate(first)
     start = _zeros(jax.eval_shape(evaluate, first))
     return jax.lax.scan(lambda t, x: (_accumulate(t, evaluate(x)), None), start, inputs)[0]
 
@@ -207,9 +214,9 @@ def estimate(
 
         if microbatch is None:
             return at_piece(pieces)
-        return _total(at_piece, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), pieces), count)
+        return _total(at_piece, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), pieces), count, 1)
 
-    total = _total(at_draw, (jnp.arange(samples), noise), samples)
+    total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
     evaluations = samples * count * (2 if antithetic else 1)
 
     def average(x: Array) -> Array:

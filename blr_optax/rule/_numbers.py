@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,13 @@ def check_unit_interval(name: str, number: Any) -> None:
 
 
 def all_finite(*trees: Any) -> Any:
-    """One boolean: whether every entry is finite (a sum is, if and only if, barring overflow)."""
-    total = sum((jnp.sum(leaf) for leaf in jax.tree.leaves(trees)), start=jnp.zeros(()))
-    return jnp.isfinite(total)
+    """One boolean: whether every entry is finite (a sum is, if and only if, barring overflow).
+
+    Sums over the leading axes first, which add whole rows at a time; one sum over all would be
+    a chain of additions that no compiler may reorder.
+    """
+    checks = [
+        jnp.all(jnp.isfinite(jnp.sum(x, axis=tuple(range(jnp.ndim(x) - 1)))))
+        for x in jax.tree.leaves(trees)
+    ]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))

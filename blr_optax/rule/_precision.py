@@ -27,6 +27,7 @@ from blr_optax._posterior import Posterior
 from blr_optax.estimators._curvature import Curvature, Sample, from_gradient
 from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
 from blr_optax.families import GaussianNatural, MeanField, Normal
+from blr_optax.families._domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._numbers import all_finite, at, check_positive, check_unit_interval
 from blr_optax.rule._protocol import Rule
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
 STEPS = ("improved", "improved_old", "plain")
+SMALLEST_PRECISION, LARGEST_PRECISION = 1e-15, 1e15
 
 
 class ScaleByPrecisionState(NamedTuple):
@@ -109,6 +111,11 @@ class PrecisionRule(Rule):
         return Posterior(family, family.from_mean(mean, total))
 
 
+def filled(m: Any, x: Any) -> Array:
+    """x in the shape and sharding of a parameter, in its statistics dtype."""
+    return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
+
+
 def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
     """The natural parameters of a mean-field Gaussian as trees like params; () for None.
 
@@ -126,13 +133,8 @@ def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> An
         raise ValueError(
             f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
         )
-    copies = [_tree.matching_leaves(field, params, name) for field in prior.natural]
-    return GaussianNatural(
-        *(
-            jax.tree.map(lambda p, x: jnp.array(x, _tree.statistics_dtype(p.dtype)), params, field)
-            for field in copies
-        )
-    )
+    fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
+    return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
 
 
 def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
@@ -143,10 +145,15 @@ def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: A
     return jax.tree.map(lambda w, q: w - 2.0 * q / ess, decay, prior.quadratic)
 
 
-def _bounded(p: Array) -> Array:
-    """Keeps a precision where its products with float32 numbers are finite."""
-    info = jnp.finfo(p.dtype)
-    return jnp.clip(p, float(info.tiny) ** 0.5, float(info.max) ** 0.5)
+def _retracted(p: Array, u: Array) -> Array:
+    """p (1 + u + u^2 / 2) for a relative step u, kept where products with float32 are finite.
+
+    Written as a quotient, which XLA stores once and reads: a product it would form again in every
+    kernel that needs it, from a copy of the old p (and a quotient of quotients it would rewrite).
+    """
+    u = jnp.clip(u, -LARGEST_RELATIVE_STEP, LARGEST_RELATIVE_STEP)
+    shrink = 1.0 / (1.0 + u + 0.5 * u * u)
+    return p / jnp.clip(shrink, p / LARGEST_PRECISION, p / SMALLEST_PRECISION)
 
 
 def scale_by_precision(
@@ -232,16 +239,13 @@ def scale_by_precision(
         prior_ = prior_trees(prior, params)
         start = prior_trees(init, params, "init")
 
-        def first(m: Any, p: Any) -> Array:
-            return jnp.full_like(m, p, dtype=_tree.statistics_dtype(m.dtype))
-
         if init is None:
             h = _tree.prefix_leaves(hess_init, params, "hess_init")
             d0 = prior_precision(weight_decay, prior_, size, params, count)
-            precision = jax.tree.map(lambda m, h, d: first(m, h + d), params, h, d0)
+            precision = jax.tree.map(lambda m, h, d: filled(m, h + d), params, h, d0)
         else:
             precision = jax.tree.map(
-                lambda m, q: first(m, -2.0 * q / size), params, start.quadratic
+                lambda m, q: filled(m, -2.0 * q / size), params, start.quadratic
             )
         wide = jax.tree.map(
             lambda m: jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)), params
@@ -292,8 +296,9 @@ def scale_by_precision(
             gate = finite.astype(p.dtype)
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
             u = rho * (c + d - p) / p
-            new = p + p * u if step == "plain" else _bounded(p + p * (u + 0.5 * u * u))
-            out = gate * (g + d * m.astype(p.dtype) - pull) / (p if step == "improved_old" else new)
+            new = p + p * u if step == "plain" else _retracted(p, u)
+            by = p if step == "improved_old" else jnp.maximum(new, SMALLEST_PRECISION)
+            out = gate * (g + d * m.astype(p.dtype) - pull) / by
             return new, out.astype(m.dtype)
 
         moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull0)

@@ -82,9 +82,9 @@ def refuse_multi_steps(opt_state: Any, who: str) -> None:
 
     if any(is_multi(node) for node in jax.tree.leaves(opt_state, is_leaf=is_multi)):
         raise ValueError(
-            f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of the "
-            "last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead, or take "
-            "the gradient at sample(opt_state, params) without an estimate."
+            f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of "
+            "the last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead, "
+            "or take the gradient at sample(opt_state, params) without an estimate."
         )
 
 

@@ -1,0 +1,189 @@
+"""Bad input gets one clear error: the argument, its value, the fix."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from registry import make_batch, make_params, mean_loss
+
+import blr_optax as blr
+
+DIAGONAL = blr.families.get("gaussian_diagonal")
+
+
+def ivon_state(params=None):
+    params = make_params() if params is None else params
+    tx = blr.ivon(0.1, 50.0)
+    return tx, tx.init(params), params
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: blr.families.get("gausian"), ["gausian", "gaussian_diagonal", "known"]),
+        (lambda: blr.blr_update("gausian", mean_loss, 0.1), ["gausian", "known"]),
+        (lambda: blr.blr_update("normal", 3.0, 0.1), ["loss", "function", "float"]),
+        (lambda: blr.blr_update("normal", mean_loss, -0.1), ["learning_rate", "-0.1", "positive"]),
+        (lambda: blr.blr_update("normal", mean_loss, 0.1, ess=0.0), ["ess", "0.0", "positive"]),
+        (lambda: blr.blr_update("normal", mean_loss, 0.1, step="auot"), ["auot", "improved"]),
+        (
+            lambda: blr.blr_update("gaussian_fixed", mean_loss, 0.1, step="square_root"),
+            ["square_root", "GaussianFixed"],
+        ),
+        (
+            lambda: blr.blr_update("normal", mean_loss, 0.1, estimator="delta"),
+            ["estimator", "delta()", "monte_carlo"],
+        ),
+        (lambda: blr.ivon(0.1, -5.0), ["ess", "-5.0", "positive"]),
+        (lambda: blr.ivon(-0.1, 5.0), ["learning_rate", "-0.1"]),
+        (lambda: blr.ivon(0.1, 5.0, b1=1.0), ["b1", "1.0", "[0, 1)"]),
+        (lambda: blr.ivon(0.1, 5.0, b2=1.5), ["b2", "1.5", "[0, 1)"]),
+        (lambda: blr.ivon(0.1, 5.0, hess_init=-1.0), ["hess_init", "-1.0"]),
+        (lambda: blr.ivon(0.1, 5.0, weight_decay=-1.0), ["weight_decay", "-1.0"]),
+        (lambda: blr.ivon(0.1, 5.0, clip_radius=-1.0), ["clip_radius", "-1.0"]),
+        (lambda: blr.ivon(0.1, 5.0, curvature="price"), ["price", "reparameterized"]),
+        (lambda: blr.ivon(0.1, 5.0, curvature="squared_gradient"), ["batch_size"]),
+        (
+            lambda: blr.ivon(0.1, 5.0, curvature=blr.estimators.exact()),
+            ["loss", "reparameterized"],
+        ),
+        (lambda: blr.ivon(0.1, 5.0, generator="philox"), ["philox", "hash", "threefry"]),
+        (lambda: blr.scale_by_precision(5.0, step="auto"), ["auto", "improved"]),
+        (lambda: blr.sgd(0.1, ess=-1.0), ["ess", "-1.0"]),
+        (lambda: blr.adam(0.1, ess=0.0), ["ess", "0.0"]),
+        (lambda: blr.adam(0.1, prior_precision=-1.0), ["prior_precision", "-1.0"]),
+        (lambda: blr.rmsprop(0.1, ess=-2), ["ess", "-2"]),
+        (lambda: blr.estimators.monte_carlo(0), ["samples", "0"]),
+        (lambda: blr.estimators.squared_gradient(), ["batch_size", "official"]),
+        (lambda: blr.estimators.delta(blr.estimators.reparameterized()), ["delta", "displacement"]),
+    ],
+)
+def test_static_arguments(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value), f"{word!r} not in {error.value}"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: blr.ivon(0.1, 5.0),
+        lambda: blr.sgd(0.1),
+        lambda: blr.adam(0.1),
+        lambda: blr.blr_update("gaussian_diagonal", mean_loss, 0.1),
+    ],
+)
+def test_integer_parameters(make):
+    with pytest.raises(ValueError, match=r"int32.*(masked|partition)"):
+        make().init({"w": jnp.ones(2), "steps": jnp.arange(3)})
+
+
+def test_raw_keys():
+    with pytest.raises(ValueError, match=r"jax\.random\.key"):
+        blr.ivon(0.1, 5.0, key=jax.random.PRNGKey(0)).init(make_params())
+
+
+@pytest.mark.parametrize(
+    "tx", [blr.ivon(0.1, 5.0), blr.blr_update("gaussian_diagonal", mean_loss, 0.1)]
+)
+def test_missing_params(tx):
+    state = tx.init(make_params())
+    with pytest.raises(ValueError, match="params"):
+        tx.update(make_params(), state)
+
+
+@pytest.mark.parametrize("name", ["curvature", "noise", "prior", "init"])
+@pytest.mark.parametrize("how", ["missing", "shape"])
+def test_wrong_trees(name, how):
+    tx, state, params = ivon_state()
+    wrong = {k: v for k, v in params.items() if k != "b"}
+    if how == "shape":
+        wrong = {**params, "b": jnp.ones(7)}
+    with pytest.raises(ValueError, match=name) as error:
+        if name == "curvature":
+            tx.update(params, state, params, curvature=wrong)
+        elif name == "noise":
+            noise = jax.tree.map(lambda x: jnp.asarray(x)[None], wrong)
+            blr.estimate(mean_loss, state, params, *make_batch(), noise=noise)
+        else:
+            q = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=wrong, precision=1.0))
+            blr.ivon(0.1, 5.0, **{name: q}).init(params)
+    assert "'b'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["hess_init", "weight_decay"])
+def test_prefix_trees_must_reach_every_leaf(name):
+    with pytest.raises(ValueError, match=f"{name}.*'b'"):
+        blr.ivon(0.1, 5.0, **{name: {"w": 1.0, "c": 2.0}}).init(make_params())
+
+
+def test_priors_of_another_kind():
+    gaussian = blr.families.get("gaussian")
+    full = blr.Posterior(gaussian, gaussian.natural(mean=jnp.zeros(2), precision=jnp.eye(2)))
+    with pytest.raises(ValueError, match=r"prior.*mean-field"):
+        blr.ivon(0.1, 5.0, prior=full).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"prior.*Posterior"):
+        blr.ivon(0.1, 5.0, prior=1.0).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="prior"):
+        blr.blr_update("gaussian", lambda w: w @ w, 0.1, prior=full).init(jnp.zeros(3))
+
+
+@pytest.mark.parametrize("read", [blr.sample, blr.posterior])
+def test_states_without_a_posterior(read):
+    params = make_params()
+    with pytest.raises(ValueError, match="no posterior"):
+        read(optax.adam(0.1).init(params), params)
+    with pytest.raises(ValueError, match="no posterior"):
+        blr.estimate(mean_loss, optax.adam(0.1).init(params), params, *make_batch())
+    with pytest.raises(ValueError, match="no posterior"):
+        blr.reseed(optax.adam(0.1).init(params), jax.random.key(0))
+
+
+@pytest.mark.parametrize("second", [lambda: blr.ivon(0.1, 5.0), lambda: blr.sgd(0.1)])
+def test_two_posteriors_over_one_leaf(second):
+    params = make_params()
+    state = optax.chain(blr.ivon(0.1, 5.0), second()).init(params)
+    for read in (blr.sample, blr.posterior):
+        with pytest.raises(ValueError, match="two posteriors over one leaf"):
+            read(state, params)
+
+
+def test_estimate_refuses_what_it_cannot_do():
+    tx, state, params = ivon_state()
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"MultiSteps.*microbatch"):
+        blr.estimate(mean_loss, optax.MultiSteps(tx, 2).init(params), params, *batch)
+    rule = blr.blr_update("gaussian_diagonal", mean_loss, 0.1)
+    with pytest.raises(ValueError, match=r"evaluates the loss itself"):
+        blr.estimate(mean_loss, rule.init(params), params, *batch)
+    with pytest.raises(ValueError, match="samples=0"):
+        blr.estimate(mean_loss, state, params, *batch, samples=0)
+    with pytest.raises(ValueError, match=r"microbatch=3.*8"):
+        blr.estimate(mean_loss, state, params, *batch, microbatch=3)
+    noise = jax.tree.map(lambda p: jnp.zeros((2, *p.shape)), params)
+    with pytest.raises(ValueError, match="2 samples"):
+        blr.estimate(mean_loss, state, params, *batch, noise=noise, samples=3)
+    ragged = {**noise, "b": jnp.zeros((3, 2))}
+    with pytest.raises(ValueError, match="leading axis"):
+        blr.estimate(mean_loss, state, params, *batch, noise=ragged)
+
+
+def test_joint_posterior_beside_others():
+    params = make_params()
+    tx = optax.chain(blr.ivon(0.1, 5.0), blr.blr_update("gaussian", mean_loss, 0.1))
+    with pytest.raises(ValueError, match="two posteriors"):
+        blr.posterior(tx.init(params), params)
+
+
+def test_functions_under_families_without_an_estimator():
+    @blr.families.register("test_errors_poisson_like")
+    class PoissonLike(blr.families.Family):
+        """A family that is not Gaussian."""
+
+        Natural = blr.families.GaussianNatural
+        Expectation = blr.families.GaussianExpectation
+        domains = blr.families.Normal.domains
+
+    with pytest.raises(ValueError, match=r"not Gaussian.*conjugate"):
+        blr.estimators.natural_gradient("test_errors_poisson_like", mean_loss)
