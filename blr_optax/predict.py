@@ -109,7 +109,7 @@ def predict(
     if link is jax.nn.sigmoid:
         raise ValueError(
             "link=jax.nn.sigmoid gives one number per output, not a distribution over the last "
-            "axis; use link=blr_optax.predict.binary, which returns both classes."
+            "axis; use `from blr_optax.predict import binary` and link=binary for both."
         )
 
     def statistics(weights):
