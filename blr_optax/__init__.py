@@ -3,7 +3,7 @@
 lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
-from blr_optax import estimators, families, metrics, rule
+from blr_optax import estimators, families, metrics, plots, rule
 from blr_optax._posterior import Posterior
 
 # The deep-learning rows.
@@ -20,7 +20,7 @@ from blr_optax.optimizers import (
 )
 
 # What a posterior is for.
-from blr_optax.predict import Predictive, predict
+from blr_optax.predict import Predictive, binary_link, predict, predict_regression
 
 # The rule, and reading any optimizer state.
 from blr_optax.rule import (
@@ -42,6 +42,7 @@ __all__ = [
     "Posterior",
     "Predictive",
     "adam",
+    "binary_link",
     "blr_update",
     "estimate",
     "estimators",
@@ -52,8 +53,10 @@ __all__ = [
     "natural_step",
     "newton",
     "online_newton",
+    "plots",
     "posterior",
     "predict",
+    "predict_regression",
     "reseed",
     "rmsprop",
     "rule",

@@ -77,6 +77,12 @@ class Posterior:
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Any:
         """Draws of theta with leading `shape`; `key` is a typed key."""
+        if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+            raise ValueError(
+                "Posterior.sample: key must be a typed key, jax.random.key(seed); got an array of "
+                f"dtype {jnp.result_type(key)}."
+            )
+        shape = (shape,) if isinstance(shape, int) else shape
         return self.family.sample(key, self._proper("sample"), shape)
 
     def log_prob(self, theta: Any) -> Float[Array, ...]:

@@ -74,7 +74,19 @@ def prefix_leaves(tree: Any, params: Any, name: str) -> Any:
             f"{sorted(entries)}. Give a number, or a tree with the structure of params."
         )
 
-    return jax.tree_util.tree_map_with_path(look_up, params)
+    found = jax.tree_util.tree_map_with_path(look_up, params)
+    _refuse_strays(entries, params, name)
+    return found
+
+
+def _refuse_strays(entries: dict[str, Any], params: Any, name: str) -> None:
+    """Raises ValueError when entries match no leaf of params, unless params is a masked part."""
+    known = paths(params)
+    if not known or any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        return
+    strays = [key for key in entries if not any(path.startswith(key) for path in known)]
+    if strays:
+        raise ValueError(f"{name}: entries {strays} stand at no parameter; known: {sorted(known)}.")
 
 
 def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
@@ -106,7 +118,10 @@ def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
             )
         return entries[key]
 
-    return jax.tree_util.tree_map_with_path(look_up, params)
+    found = jax.tree_util.tree_map_with_path(look_up, params)
+    if name in ("curvature", "noise", "prior", "init"):
+        _refuse_strays(entries, params, name)
+    return found
 
 
 def merge_by_path(params: Any, *parts: Any) -> Any:

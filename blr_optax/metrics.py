@@ -292,7 +292,7 @@ def fpr_at_tpr(scores: Reals, positive: Truths, *, tpr: float = 0.95) -> Operati
     needed = share.numerator * whole - (-share.numerator * rest) // share.denominator
     threshold = jnp.sort(jnp.where(positive, scores, -jnp.inf), descending=True)[needed - 1]
     fpr = jnp.mean(scores >= threshold, dtype=scores.dtype, where=~positive)
-    return OperatingPoint(fpr, threshold)
+    return OperatingPoint(jnp.where(n > 0, fpr, jnp.nan), threshold)
 
 
 def _ranks(scores: Array, member: Array) -> tuple[Array, Array]:

@@ -55,10 +55,10 @@ class RegressionPredictive(NamedTuple):
         return self.epistemic + self.aleatoric
 
 
-def binary(logits: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
+def binary_link(logits: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
     """Link for one logit per example: the probabilities of classes 0 and 1, on a new last axis.
 
-    >>> binary(jnp.log(jnp.array([1.0, 3.0]))).round(4).tolist()  # odds 1:1 and 3:1
+    >>> binary_link(jnp.log(jnp.array([1.0, 3.0]))).round(4).tolist()  # odds 1:1 and 3:1
     [[0.5, 0.5], [0.25, 0.75]]
     """
     return jnp.stack([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
@@ -87,7 +87,7 @@ def predict(
         samples: Number of weight samples ``S`` (static).
         chunk: How many of them are evaluated at once (static), lower it to save memory.
         link: From the outputs of `apply` to probabilities over the last axis. For logits without a
-            class axis, one per example or per independent label, use `binary`; for
+            class axis, one per example or per independent label, use `binary_link`; for
             log-probabilities, `jax.numpy.exp`.
 
     Returns:
@@ -102,18 +102,28 @@ def predict(
     >>> class TwoModels:
     ...     def sample(self, key, shape):
     ...         return jnp.where(jax.random.bernoulli(key, 0.5, shape), 1e3, -1e3)
-    >>> p = predict(jax.random.key(0), TwoModels(), jnp.multiply, 1.0, samples=4096, link=binary)
+    >>> p = predict(
+    ...     jax.random.key(0), TwoModels(), jnp.multiply, 1.0, samples=4096, link=binary_link
+    ... )
     >>> [round(float(h), 2) for h in (p.total, p.aleatoric, p.epistemic)]
     [0.69, 0.0, 0.69]
     """
     if link is jax.nn.sigmoid:
         raise ValueError(
             "link=jax.nn.sigmoid gives one number per output, not a distribution over the last "
-            "axis; use `from blr_optax.predict import binary` and link=binary for both."
+            "axis; use link=blr_optax.binary_link, which returns both classes."
         )
 
     def statistics(weights):
-        probs = link(apply(weights, *inputs))
+        outputs = apply(weights, *inputs)
+        sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(inputs) if jnp.ndim(x)}
+        if link is jax.nn.softmax and outputs.ndim == 1 and outputs.shape[0] in sizes:
+            raise ValueError(
+                f"predict: apply returned shape {outputs.shape}, one number per example and no "
+                "class axis to take a softmax over. For one logit per example use "
+                "link=binary_link; for a regression use predict_regression."
+            )
+        probs = link(outputs)
         return probs, metrics.entropy(probs)
 
     probs, aleatoric = _mean_over_samples(key, q, statistics, samples, chunk)

@@ -30,6 +30,7 @@ class Row:
         exempt: contract lines that do not apply.
         noisy: whether it looks at samples.
         loss: whether `update` takes the batch and evaluates the loss.
+        slow: whether its tests are marked slow: a variant of a row that the fast run has.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     exempt: frozenset = frozenset()
     noisy: bool = False
     loss: bool = False
+    slow: bool = False
 
     def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
         return self.make(**{**self.numbers, **more})
@@ -88,17 +90,19 @@ ROWS = [
         "sgd_nesterov",
         lambda **k: blr.sgd(momentum=0.9, nesterov=True, **k),
         {"learning_rate": 0.05, "ess": 20.0},
+        slow=True,
     ),
     Row("rmsprop", blr.rmsprop, {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0}),
     Row(
         "rmsprop_centered",
         lambda **k: blr.rmsprop(centered=True, momentum=0.5, eps=1e-3, **k),
         {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0},
+        slow=True,
     ),
     Row("adam", blr.adam, {"learning_rate": 0.05, "b1": 0.9, "b2": 0.99, "ess": 20.0}),
     Row("soba", blr.soba, _SOBA, noisy=True),
     Row("ivon", blr.ivon, _IVON, noisy=True),
-    Row("ivon_clip", lambda **k: blr.ivon(clip_radius=0.5, **k), _IVON, noisy=True),
+    Row("ivon_clip", lambda **k: blr.ivon(clip_radius=0.5, **k), _IVON, noisy=True, slow=True),
     Row("ivon_prior", lambda **k: blr.ivon(prior=_prior(2.0), **k), _IVON, noisy=True),
     Row(
         "ivon_squared",
@@ -113,6 +117,7 @@ ROWS = [
         ),
         _SOBA,
         noisy=True,
+        slow=True,
     ),
     Row(
         "blr_gaussian_diagonal",
@@ -143,6 +148,7 @@ ROWS = [
         _RULE,
         exempt=SELF | {"C2"},
         loss=True,
+        slow=True,
     ),
     Row(
         "newton",
@@ -150,6 +156,7 @@ ROWS = [
         {"ess": 20.0},
         exempt=SELF | {"C2"},
         loss=True,
+        slow=True,
     ),
     Row(
         "variational_online_newton",
@@ -158,6 +165,7 @@ ROWS = [
         exempt=SELF | {"C2"},
         noisy=True,
         loss=True,
+        slow=True,
     ),
 ]
 
@@ -166,7 +174,11 @@ def rows(line=None):
     """pytest parameters: all rows that a contract line applies to."""
     import pytest
 
-    return [pytest.param(row, id=row.name) for row in ROWS if line not in row.exempt]
+    return [
+        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
+        for row in ROWS
+        if line not in row.exempt
+    ]
 
 
 def one_step(row, tx, params, state, batch, **extra):

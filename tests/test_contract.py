@@ -91,6 +91,19 @@ def test_c3_state_keeps_its_types(row):
 
 
 @pytest.mark.parametrize("row", rows("C3"))
+def test_c3_float32_parameters_stay_float32_under_x64(row):
+    with jax.enable_x64(True):
+        params, tx, batch = make_params(jnp.float32), row.tx(), make_batch()
+        state = tx.init(params)
+        _, after = jax.jit(lambda p, s: one_step(row, tx, p, s, batch))(params, state)
+        assert types(after) == types(state)
+        if row.noisy and not row.loss:
+            wide = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float64), params)
+            _, after = tx.update(params, state, params, curvature=wide)
+            assert types(after) == types(state)
+
+
+@pytest.mark.parametrize("row", rows("C3"))
 def test_c3_inside_cond_and_wrappers(row):
     params, tx = make_params(), row.tx()
     wrapped = optax.apply_if_finite(tx, max_consecutive_errors=3)
@@ -196,6 +209,20 @@ def test_c7_masked_and_partitioned(row):
     np.testing.assert_array_equal(q.variance["b"], np.zeros(2))
     np.testing.assert_array_equal(q.mean["b"], params["b"])
     assert_same(q.variance["w"], blr.posterior(whole.init(params), params).variance["w"])
+
+
+@pytest.mark.parametrize("row", rows("C8"))
+def test_c8_arrays_given_as_hyperparameters_survive_donation(row):
+    """Shared arrays, twice over: a state that kept them would lose or donate them twice."""
+    arrays = {k: jnp.float32(v) for k, v in row.numbers.items()}
+    tx, batch = row.tx(**arrays), make_batch()
+    step = jax.jit(lambda p, s: one_step(row, tx, p, s, batch), donate_argnums=(0, 1))
+    for _ in range(2):
+        params = make_params()
+        params, state = step(params, tx.init(params))
+        q = blr.posterior(state, params)
+        params, state = step(params, state)
+        assert np.all(np.isfinite(q.mean["w"]))  # a posterior outlives the state it came from
 
 
 @pytest.mark.parametrize("row", rows("C8"))
@@ -319,6 +346,17 @@ def test_c13_non_finite_statistics_skip_the_step_and_are_counted(row, poison, ba
     core, skipped = tx.update(grad, state, params) if poison == "grad" else (updates, after)
     assert all(not np.any(u) for u in jax.tree.leaves(core)) or poison != "grad"
     assert int(optax.tree.get(skipped, "skipped")) == 1
+
+
+@pytest.mark.parametrize("row", [r for r in rows("C13") if r.values[0].noisy])
+def test_c13_a_gradient_whose_square_overflows_is_skipped(row):
+    params, tx = make_params(), row.tx()
+    state = tx.init(params)
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 3e19), params)
+    updates, after = tx.update(grads, state, params)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert_same(optax.tree.get(after, "precision"), optax.tree.get(state, "precision"))
+    assert int(optax.tree.get(after, "skipped")) == 1
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e6, 1e15, 1e30])

@@ -41,6 +41,10 @@ def ivon_state(params=None):
         (lambda: blr.ivon(0.1, 5.0, hess_init=-1.0), ["hess_init", "-1.0"]),
         (lambda: blr.ivon(0.1, 5.0, weight_decay=-1.0), ["weight_decay", "-1.0"]),
         (lambda: blr.ivon(0.1, 5.0, clip_radius=-1.0), ["clip_radius", "-1.0"]),
+        (
+            lambda: blr.ivon(0.1, 5.0, hess_init=0.0, weight_decay=0.0),
+            ["hess_init", "weight_decay"],
+        ),
         (lambda: blr.ivon(0.1, 5.0, curvature="price"), ["price", "reparameterized"]),
         (lambda: blr.ivon(0.1, 5.0, curvature="squared_gradient"), ["batch_size"]),
         (

@@ -3,6 +3,7 @@
 `ROWS` drives the contract: a new family is one row.
 """
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Callable
@@ -1167,3 +1168,69 @@ def test_tracing_checks_nothing_and_returns_nan_free_errors_only_eagerly():
 
 def test_domain_is_a_value():
     assert Domain(2, -1) == _domain.negative_definite() and Domain() == _domain.real()
+
+
+# --- known fields and batches through the defaults ------------------------------------------------
+
+
+@families.register("test_binomial")
+class KnownTotal(families.Family):
+    """A binomial that overrides nothing: total is known, and the base measure is left out."""
+
+    Natural = collections.namedtuple("KnownTotalNatural", ["logit", "total"])
+    Expectation = collections.namedtuple("KnownTotalExpectation", ["logit", "total"])
+    domains: ClassVar[dict] = {"logit": families.Domain()}
+    known = ("total",)
+
+    def log_partition(self, lam):
+        return lam.total * jax.nn.softplus(lam.logit)
+
+
+def test_known_fields_pass_through_the_defaults(x64):
+    family = families.get("test_binomial")
+    lam = family.Natural(jnp.array([0.3, -2.0]), jnp.array([7.0, 3.0]))
+    mu = family.expectation(lam)
+    np.testing.assert_allclose(mu.logit, lam.total * jax.nn.sigmoid(lam.logit), rtol=1e-12)
+    np.testing.assert_array_equal(mu.total, lam.total)
+    back, converged = family.natural_from_expectation(mu, with_status=True)
+    assert np.all(converged)
+    np.testing.assert_allclose(back.logit, lam.logit, rtol=1e-9)
+    np.testing.assert_array_equal(back.total, lam.total)
+    change = family.fisher_product(lam, family.Natural(jnp.ones(2), jnp.ones(2)))
+    p = jax.nn.sigmoid(lam.logit)
+    np.testing.assert_allclose(change.logit, lam.total * p * (1 - p), rtol=1e-12)
+    np.testing.assert_array_equal(change.total, np.zeros(2))
+
+
+def test_the_solve_is_differentiable_for_batches(x64):
+    family = families.get("test_binomial")
+    mu = family.Expectation(jnp.array([2.0, 1.0]), jnp.array([7.0, 3.0]))
+
+    def total(x):
+        return jnp.sum(family.natural_from_expectation(mu._replace(logit=x)).logit)
+
+    p = mu.logit / mu.total
+    np.testing.assert_allclose(jax.grad(total)(mu.logit), 1 / (mu.total * p * (1 - p)), rtol=1e-9)
+
+
+def test_square_root_steps_fall_back_before_the_factor_changes_sign(x64):
+    normal = families.get("normal")
+    lam = normal.natural(mean=0.0, precision=1.0)
+    for d, wanted in ((1.0, 4.0), (3.0, 1 + 3 + 4.5), (100.0, 1 + 100 + 5000.0)):
+        step = normal.Natural(jnp.array(0.0), jnp.array(-0.5 * d))
+        new = normal.precision(normal.retract(lam, step, form="square_root"))
+        np.testing.assert_allclose(new, wanted, rtol=1e-12)
+    full = families.get("gaussian")
+    lam = full.natural(mean=jnp.zeros(2), precision=jnp.eye(2))
+    step = full.Natural(jnp.zeros(2), -0.5 * 100.0 * jnp.eye(2))
+    new = full.precision(full.retract(lam, step, form="square_root"))
+    np.testing.assert_allclose(new, 5101.0 * np.eye(2), rtol=1e-12)
+
+
+def test_gaussian_broadcasts_means_against_precisions(x64):
+    full = families.get("gaussian")
+    lam = full.natural(mean=jnp.ones((4, 2)), precision=jnp.eye(2))
+    assert full.mean(lam).shape == (4, 2)
+    assert full.entropy(lam).shape == (4,)
+    with pytest.raises(ValueError, match="precision must be symmetric"):
+        full.natural(mean=jnp.zeros(2), precision=jnp.array([[1.0, 0.5], [0.0, 1.0]]))

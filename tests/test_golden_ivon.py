@@ -264,19 +264,15 @@ def test_prior_and_dual_terms(name, dtype):
             mean=vector(case["init_mean"]),
             precision=vector(ess * (np.array(case["init_hess"]) + delta + kappa)),
         )
-        # The official factor is h_0 plus the prior's own precision, without decay and dual terms;
-        # `prior=` has them in one product, so the test applies that factor itself.
-        factor = hyper["hess_init"] + delta if hyper["rescale_lr"] else np.ones(3)
-        scale = optax.stateless(lambda u, _: jax.tree.map(lambda x: x * jnp.array(factor), u))
-        tx = optax.chain(
-            blr.ivon(
-                hyper["lr"],
-                **keywords(hyper, weight_decay=kappa, rescale_lr=False),
-                prior=prior * blr.Posterior(family, site),
-                init=blr.Posterior(family, init),
-            ),
-            scale,
-        )
+        options = {"weight_decay": kappa, "prior": prior * blr.Posterior(family, site)}
+        if hyper["rescale_lr"]:
+            # The official rate is rescaled by h_0 plus the prior's own precision, which is what
+            # ours does when that precision is the weight decay and the rest an improper prior.
+            linear = ess * (delta * np.array(mean0) + np.array(hyper["dual_mean"]))
+            rest = ess * (kappa + np.array(hyper["dual_prec"]))
+            natural = blr.families.GaussianNatural(vector(linear), vector(-0.5 * rest))
+            options = {"weight_decay": vector(delta), "prior": blr.Posterior(family, natural)}
+        tx = blr.ivon(hyper["lr"], **keywords(hyper, **options), init=blr.Posterior(family, init))
         params = vector(case["init_mean"])
         state, loss = tx.init(params), problem_loss(data["problem"])
         for step in case["steps"]:

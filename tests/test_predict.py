@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blr_optax import Posterior, families, metrics
-from blr_optax.predict import binary, predict, predict_regression
+from blr_optax.predict import binary_link, predict, predict_regression
 
 KEY = jax.random.key(3)
 
@@ -90,7 +90,7 @@ def test_binary_link_equals_softmax_of_two_logits():
     q, x = problem(classes=1)
     one = lambda weights, x: linear(weights, x)[..., 0]  # noqa: E731
     two = lambda weights, x: jnp.pad(linear(weights, x), [(0, 0), (1, 0)])  # noqa: E731
-    by_logit = predict(KEY, q, one, x, samples=16, link=binary)
+    by_logit = predict(KEY, q, one, x, samples=16, link=binary_link)
     by_softmax = predict(KEY, q, two, x, samples=16)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
     jax.tree.map(close, by_logit, by_softmax)
@@ -195,7 +195,8 @@ Q, X = problem()
         (lambda: predict_regression(0, Q, linear, X), r"key=0"),
         (lambda: predict(KEY, Q, linear, X, samples=0), r"samples=0"),
         (lambda: predict(KEY, Q, linear, X, chunk=0), r"chunk=0"),
-        (lambda: predict(KEY, Q, linear, X, link=jax.nn.sigmoid), r"link=.*predict.binary"),
+        (lambda: predict(KEY, Q, lambda w, x: linear(w, x)[..., 0], X), r"predict_regression"),
+        (lambda: predict(KEY, Q, linear, X, link=jax.nn.sigmoid), r"link=.*binary_link"),
         (lambda: predict_regression(KEY, Q, linear, X, samples=1), r"samples=1 .*2"),
     ],
 )

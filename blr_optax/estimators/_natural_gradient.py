@@ -16,7 +16,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.estimators._curvature import Hutchinson, Sample, SquaredGradient
-from blr_optax.estimators._expectation import Estimator, monte_carlo
+from blr_optax.estimators._expectation import Estimator, MonteCarlo, monte_carlo
 from blr_optax.estimators._terms import Conjugate, Term, terms
 from blr_optax.families import Family, MeanField, get
 
@@ -34,6 +34,8 @@ def _function_gradient(
 ) -> tuple[Array, Any]:
     """(E_q[l], grad_mu E_q[l]) of a plain function under a Gaussian family."""
     mean, precision = family.mean(lam), family.precision(lam)
+    if key is None and isinstance(estimator, MonteCarlo):
+        raise ValueError("natural_gradient: monte_carlo draws samples; pass a typed key, not None.")
     node_key, curvature_key = (None, None) if key is None else (key, jax.random.fold_in(key, 2**31))
     z, w = estimator.nodes(node_key, mean)
 

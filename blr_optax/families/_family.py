@@ -127,9 +127,11 @@ class Family:
         return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
 
     def expectation(self, lam: Any) -> Any:
-        """mu = grad A(lambda)."""
+        """mu = grad A(lambda) over the learnt fields; known ones pass through."""
         plain = getattr(type(self), "plain_log_partition", type(self).log_partition)
-        return self.Expectation(*jax.grad(lambda x: jnp.sum(plain(self, x)))(lam))
+        learnt = {name: getattr(lam, name) for name in self.domains}
+        gradient = jax.grad(lambda x: jnp.sum(plain(self, lam._replace(**x))))(learnt)
+        return self.Expectation(**gradient, **{name: getattr(lam, name) for name in self.known})
 
     def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
         """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
@@ -161,10 +163,16 @@ class Family:
         return gap - self.inner(move, self.expectation(lam_p))
 
     def fisher_product(self, lam: Any, v: Any) -> Any:
-        """F(lambda) v, the change of mu along v (matrix fields: v symmetric)."""
-        zero = jax.tree.map(jnp.zeros_like, lam)
-        v = v._replace(**{name: getattr(zero, name) for name in self.known})
-        return jax.jvp(self.expectation, (lam,), (v,))[1]
+        """F(lambda) v, the change of mu along v (matrix fields: v symmetric); zero where known."""
+        learnt, along = ({n: getattr(x, n) for n in self.domains} for x in (lam, v))
+
+        def mu(x: Any) -> Any:
+            found = self.expectation(lam._replace(**x))
+            return {name: getattr(found, name) for name in self.domains}
+
+        change = jax.jvp(mu, (learnt,), (along,))[1]
+        zero = {name: jnp.zeros_like(getattr(lam, name)) for name in self.known}
+        return self.Expectation(**change, **zero)
 
     def fisher(self, lam: Any) -> Float[Array, "... p p"]:
         """F(lambda) over the flattened learnt fields of one lambda; batches through vmap.

@@ -201,8 +201,9 @@ class Normal(GaussianFamily):
         d = -2.0 * step.quadratic
         new = _domain.positive().retract(s, d)
         if form == "square_root":  # S^{-1} = c^2, c <- c - c (c^2 d) / 2
-            root = s / jnp.square(1.0 - 0.5 * d / s)
-            new = jnp.where(_domain.positive().contains(root), root, new)
+            factor = 1.0 - 0.5 * d / s
+            root = s / jnp.square(factor)
+            new = jnp.where((factor > 0) & _domain.positive().contains(root), root, new)
         by = new if form == "improved" else s
         return self.from_mean(m + (step.linear - d * m) / by, new)
 
@@ -229,6 +230,14 @@ def matvec(s: Array, v: Array) -> Array:
 
 def _symmetric(x: Array) -> Array:
     return 0.5 * (x + jnp.swapaxes(x, -1, -2))
+
+
+def _symmetric_definite(x: Array) -> Array:
+    """Whether a matrix is symmetric, up to rounding, and positive definite."""
+    transposed = jnp.swapaxes(x, -1, -2)
+    rounding = 100 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), initial=0.0)
+    symmetric = jnp.all(jnp.abs(x - transposed) <= rounding, axis=(-1, -2))
+    return symmetric & _domain.positive_definite().contains(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,15 +269,15 @@ class Gaussian(GaussianFamily):
         exactly_one("gaussian", covariance=covariance, precision=precision)
         for name, value in (("covariance", covariance), ("precision", precision)):
             if value is not None:
-                require(
-                    name, value, "symmetric positive definite", _domain.positive_definite().contains
-                )
+                require(name, value, "symmetric positive definite", _symmetric_definite)
         precision = (
             _inverse(jnp.asarray(covariance)) if precision is None else jnp.asarray(precision)
         )
         return self.from_mean(jnp.asarray(mean), precision)
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
+        batch = jnp.broadcast_shapes(mean.shape[:-1], precision.shape[:-2])
+        precision = jnp.broadcast_to(precision, (*batch, *precision.shape[-2:]))
         return GaussianNatural(matvec(precision, mean), -0.5 * precision)
 
     def natural_at(self, location: Array, like: Any = None) -> GaussianNatural:
@@ -352,7 +361,8 @@ class Gaussian(GaussianFamily):
         improved:      S' = S + D + D S^{-1} D / 2,  m' = m + S'^{-1} (step.linear - D m)
         improved_old:  the same S', the mean preconditioned with the old S
         square_root:   S'^{-1} = C' C'^T,  C' = C (I - tril_half(C^T D C)),  C C^T = S^{-1}, the
-                       mean preconditioned with the old S; improved where C' is singular
+                       mean preconditioned with the old S; improved where the diagonal of
+                       C' would change its sign
 
         tril_half is the strictly lower part plus half the diagonal (Lin, Schmidt
         and Khan 2020; Kumar et al. 2025).
@@ -366,7 +376,8 @@ class Gaussian(GaussianFamily):
             half = jnp.tril(k, -1) + 0.5 * k * jnp.eye(k.shape[-1], dtype=k.dtype)
             c = c - c @ half
             root = _symmetric(_inverse(c @ jnp.swapaxes(c, -1, -2)))
-            inside = _domain.positive_definite().contains(root)[..., None, None]
-            new = jnp.where(inside, root, new)
+            keeps_sign = jnp.all(jnp.diagonal(half, axis1=-2, axis2=-1) < 1.0, axis=-1)
+            inside = keeps_sign & _domain.positive_definite().contains(root)
+            new = jnp.where(inside[..., None, None], root, new)
         by = new if form == "improved" else s
         return self.from_mean(m + solve(by, step.linear - matvec(d, m)), _symmetric(new))

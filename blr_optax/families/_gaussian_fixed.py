@@ -18,7 +18,6 @@ from blr_optax.families._gaussian import (
     Gaussian,
     GaussianFamily,
     GaussianNatural,
-    matvec,
     solve,
 )
 from blr_optax.families._parameters import parameters
@@ -76,7 +75,8 @@ class GaussianFixed(GaussianFamily):
         return FixedNatural(lam.linear, -2.0 * lam.quadratic)
 
     def from_mean(self, mean: Array, precision: Array) -> FixedNatural:
-        return FixedNatural(matvec(precision, mean), precision)
+        lam = Gaussian().from_mean(mean, precision)
+        return FixedNatural(lam.linear, -2.0 * lam.quadratic)
 
     def natural_at(self, location: Array, like: Any = None) -> FixedNatural:
         eye = jnp.eye(location.shape[-1], dtype=location.dtype)

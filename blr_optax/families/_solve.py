@@ -132,7 +132,8 @@ def solve_natural(family: Any, mu: Any) -> tuple[Any, Array]:
             np.zeros(jnp.shape(converged), jax.dtypes.float0),
         )
 
-    batch = max((jnp.ndim(getattr(mu, name)) - d.event_ndim for name, d in family.domains.items()))
-    for _ in range(batch):
-        solve = jax.vmap(solve)
-    return solve(mu)
+    axes = max(jnp.ndim(getattr(mu, name)) - d.event_ndim for name, d in family.domains.items())
+    batched = solve
+    for _ in range(axes):
+        batched = jax.vmap(batched)
+    return batched(mu)

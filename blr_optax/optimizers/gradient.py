@@ -57,7 +57,7 @@ def sgd(
         ValueError: for an ess that is not positive, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.1. Special case of `blr_update` with family "gaussian_fixed"
-    of precision 1 / alpha, `estimator=delta()`, learning rate 1 and mini-batch losses.
+    of precision ess / alpha, `estimator=delta()`, learning rate 1 and mini-batch losses.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -86,7 +86,8 @@ def gradient_descent(
         ValueError: for an ess that is not positive, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 1.3. Special case of `blr_update` with family "gaussian_fixed"
-    of unit precision, `estimator=delta()` and learning rate alpha.
+    of precision ess / alpha, `estimator=delta()` and learning rate 1; at ess = 1 the steps are also
+    those of unit precision with learning rate alpha.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr

@@ -22,8 +22,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval
-from blr_optax.rule._precision import prior_precision, prior_trees
+from blr_optax.rule._numbers import at, check_positive, check_unit_interval, is_zero
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -35,28 +34,27 @@ WEIGHT_DECAY = 1e-4
 
 
 class RescaleState(NamedTuple):
-    """State of IVON's learning-rate rescaling: the step, and the prior's precisions (or ())."""
+    """State of IVON's learning-rate rescaling: the step, for schedules (int32)."""
 
     count: Array
-    prior: Any
 
 
-def _rescale(
-    hess_init: Any, weight_decay: Any, prior: Posterior | None, ess: Any
-) -> optax.GradientTransformation:
-    """Multiplies every leaf by h_0 + delta, its first precision, at the current weight decay."""
+def _rescale(hess_init: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """Multiplies every leaf by hess_init + weight_decay, at the current weight decay.
+
+    A `prior`'s precision is left out: it may be large, and a rate above 2 / (h_0 + delta) diverges.
+    """
 
     def init_fn(params: Any) -> RescaleState:
-        return RescaleState(jnp.zeros((), jnp.int32), prior_trees(prior, params))
+        return RescaleState(jnp.zeros((), jnp.int32))
 
     def update_fn(
         updates: Any, state: RescaleState, params: Any = None
     ) -> tuple[Any, RescaleState]:
         h = _tree.prefix_leaves(hess_init, updates, "hess_init")
-        size = at(ess, state.count)
-        d = prior_precision(weight_decay, state.prior, size, updates, state.count)
+        d = _tree.prefix_leaves(at(weight_decay, state.count), updates, "weight_decay")
         updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
-        return updates, state._replace(count=optax.safe_increment(state.count))
+        return updates, RescaleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -130,9 +128,15 @@ def ivon(
     """
     check_positive("learning_rate", learning_rate, zero=True)
     check_unit_interval("b1", b1)
-    check_positive("clip_radius", clip_radius)
+    if clip_radius is not None:
+        check_positive("clip_radius", clip_radius)
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY if prior is None else 0.0
+    if rescale_lr and is_zero(hess_init) and is_zero(weight_decay):
+        raise ValueError(
+            "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "
+            "one positive, or pass rescale_lr=False."
+        )
     parts = [
         scale_by_precision(
             ess,
@@ -150,7 +154,7 @@ def ivon(
     if clip_radius is not None:
         parts.append(optax.clip(clip_radius))
     if rescale_lr:
-        parts.append(_rescale(hess_init, weight_decay, prior, ess))
+        parts.append(_rescale(hess_init, weight_decay))
     return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
 
 

@@ -44,10 +44,11 @@ class Estimate(NamedTuple):
     aux: Any
 
 
-def _split(batch: tuple, microbatch: int) -> tuple[Any, int]:
-    """The batch in strided micro-batches along a second axis, and how many there are.
+def _split(batch: tuple, microbatch: int) -> tuple[Callable[[Any], Any], int]:
+    """A function from an index to a strided micro-batch, and how many there are.
 
-    Example i goes to micro-batch i mod M: a sharded batch axis stays sharded within each.
+    Example i goes to micro-batch i mod M: a sharded batch axis stays sharded within each. Arguments
+    without axes (a temperature, a key) go to all.
     """
     sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf)}
     if len(sizes) != 1:
@@ -59,7 +60,17 @@ def _split(batch: tuple, microbatch: int) -> tuple[Any, int]:
     if microbatch < 1 or size % microbatch:
         raise ValueError(f"estimate: microbatch={microbatch} must divide the batch size {size}.")
     count = size // microbatch
-    return jax.tree.map(lambda x: jnp.reshape(x, (microbatch, count, *x.shape[1:])), batch), count
+
+    def piece(index: Array) -> tuple:
+        def take(x: Any) -> Any:
+            if not jnp.ndim(x):
+                return x
+            strided = jnp.reshape(x, (microbatch, count, *jnp.shape(x)[1:]))
+            return jax.lax.dynamic_index_in_dim(strided, index, axis=1, keepdims=False)
+
+        return jax.tree.map(take, batch)
+
+    return piece, count
 
 
 def _accumulate(total: Any, new: Any) -> Any:
@@ -182,14 +193,15 @@ def estimate(
         ]
     if samples < 1:
         raise ValueError(f"estimate: samples={samples} must be at least 1.")
-    pieces, count = (batch, 1) if microbatch is None else _split(batch, microbatch)
+    piece, count = (None, 1) if microbatch is None else _split(batch, microbatch)
     device = None if axis_name is None else jax.lax.axis_index(axis_name)
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
 
-    def at_weights(noises: list[Any], piece: tuple) -> tuple:
+    def at_weights(noises: list[Any], examples: tuple) -> tuple:
         weights = draw(states, parts, params, noises)
-        value, grad = gradient(weights, *piece)
+        value, grad = gradient(weights, *examples)
         value, aux = value if has_aux else (value, None)
+        aux = jax.tree.map(jnp.asarray, aux)
         curvature = [
             state.rule.curvature(
                 state,
@@ -208,13 +220,13 @@ def estimate(
         )
         signs = (1.0, -1.0) if antithetic else (1.0,)
 
-        def at_piece(piece: tuple) -> tuple:
-            results = [at_weights(scaled(noises, sign), piece) for sign in signs]
+        def at_examples(examples: tuple) -> tuple:
+            results = [at_weights(scaled(noises, sign), examples) for sign in signs]
             return functools.reduce(_accumulate, results)
 
-        if microbatch is None:
-            return at_piece(pieces)
-        return _total(at_piece, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), pieces), count, 1)
+        if piece is None:
+            return at_examples(batch)
+        return _total(lambda index: at_examples(piece(index)), jnp.arange(count), count, 1)
 
     total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
     evaluations = samples * count * (2 if antithetic else 1)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from blr_optax.families._checks import holds
+
 
 def at(hyper: Any, count: Any) -> Any:
     """The value of a number, array, tree or schedule at a step."""
@@ -15,10 +17,21 @@ def at(hyper: Any, count: Any) -> Any:
 
 
 def check_positive(name: str, hyper: Any, *, zero: bool = False) -> None:
-    """Raises ValueError for plain Python numbers out of range; others may be traced."""
+    """Raises ValueError for concrete numbers out of range; schedules and traced ones pass."""
+    if hyper is None:
+        raise ValueError(f"{name}=None must be a number, an array or a schedule.")
     for number in jax.tree.leaves(hyper):
-        if isinstance(number, (int, float)) and not (number > 0 or (zero and number == 0)):
+        if callable(number):
+            continue
+        if isinstance(number, (str, bool)):
+            raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
+        if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
             raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")
+
+
+def is_zero(hyper: Any) -> bool:
+    """Whether a hyper-parameter is the plain number zero."""
+    return isinstance(hyper, (int, float)) and hyper == 0
 
 
 def check_unit_interval(name: str, number: Any) -> None:
@@ -37,4 +50,17 @@ def all_finite(*trees: Any) -> Any:
         jnp.all(jnp.isfinite(jnp.sum(x, axis=tuple(range(jnp.ndim(x) - 1)))))
         for x in jax.tree.leaves(trees)
     ]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def squares_finite(*trees: Any) -> Any:
+    """One boolean: whether all entries, and what follows from their squares, are finite.
+
+    A gradient that is finite but so large that its square is not within reach of the curvatures'
+    arithmetic counts as non-finite.
+    """
+    checks = []
+    for x in jax.tree.leaves(trees):
+        rows = jnp.sum(x * x, axis=tuple(range(jnp.ndim(x) - 1)))
+        checks.append(jnp.all(rows < float(jnp.finfo(x.dtype).max) ** 0.7))
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))

@@ -102,9 +102,7 @@ def with_posterior(
     tx = optax.with_extra_args_support(tx)
 
     def numbers(count: Any) -> dict[str, Array]:
-        return {
-            name: jnp.asarray(at(x, count), jnp.result_type(float)) for name, x in hyper.items()
-        }
+        return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Any) -> WithPosteriorState:
         _tree.check_float_leaves(params, type(rule).__name__)

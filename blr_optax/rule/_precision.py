@@ -26,9 +26,17 @@ from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._curvature import Curvature, Sample, from_gradient
 from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
-from blr_optax.families import GaussianNatural, MeanField, Normal
+from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
+from blr_optax.families._checks import holds
 from blr_optax.families._domain import LARGEST_RELATIVE_STEP
-from blr_optax.rule._numbers import all_finite, at, check_positive, check_unit_interval
+from blr_optax.rule._numbers import (
+    all_finite,
+    at,
+    check_positive,
+    check_unit_interval,
+    is_zero,
+    squares_finite,
+)
 from blr_optax.rule._protocol import Rule
 
 if TYPE_CHECKING:
@@ -111,6 +119,17 @@ class PrecisionRule(Rule):
         return Posterior(family, family.from_mean(mean, total))
 
 
+def near(a: Array, b: Array) -> Array:
+    """Whether a mean and a parameter agree up to the parameter's rounding."""
+    rounding = 10 * jnp.finfo(b.dtype).eps
+    return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
+
+
+def positive(tree: Any) -> Array:
+    """Whether all entries of a tree are positive."""
+    return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])
+
+
 def filled(m: Any, x: Any) -> Array:
     """x in the shape and sharding of a parameter, in its statistics dtype."""
     return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
@@ -124,16 +143,14 @@ def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> An
     """
     if prior is None:
         return ()
-    if (
-        not isinstance(prior, Posterior)
-        or not isinstance(prior.natural, GaussianNatural)
-        or (prior.family not in (Normal(), MeanField(Normal())))
-    ):
+    known = (Normal(), MeanField(Normal()), Pinned(MeanField(Normal())))
+    if not isinstance(prior, Posterior) or prior.family not in known:
         found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
         raise ValueError(
             f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
         )
-    fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
+    natural = prior.natural.free if isinstance(prior.family, Pinned) else prior.natural
+    fields = [_tree.matching_leaves(field, params, name) for field in natural]
     return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
 
 
@@ -142,7 +159,11 @@ def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: A
     decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
     if prior == ():
         return decay
-    return jax.tree.map(lambda w, q: w - 2.0 * q / ess, decay, prior.quadratic)
+    return jax.tree.map(
+        lambda w, q: jnp.asarray(w, q.dtype) - 2.0 * q / jnp.asarray(ess, q.dtype),
+        decay,
+        prior.quadratic,
+    )
 
 
 def _retracted(p: Array, u: Array) -> Array:
@@ -172,13 +193,14 @@ def scale_by_precision(
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the posterior precision that the rule learns: the heart of IVON.
 
-    p <- p (1 + u + u^2 / 2),  u = (1 - b2) (c + d0 - p) / p;  out = ( momentum(g) + d0 (m - m0) ) /
-    p
+    p <- p (1 + u + u^2 / 2),  u = (1 - b2) (c + d0 - p) / p;
+    out = ( momentum(g) + d0 (m - m0) ) / p.
 
     It must get the raw gradient E_q[grad] at the sampled weights: nothing that changes gradients
     may stand in front of it (an average there makes the curvature too small by 1 - b1). Momentum is
-    therefore an argument. A step whose gradient or curvature is not finite leaves mean and
-    precision as they are, is counted in `skipped`, and the next draw differs.
+    therefore an argument. A step whose gradient or curvature is not finite (or a gradient whose
+    square is not) leaves mean and precision as they are, is counted in `skipped`, and the next draw
+    differs.
 
     Args:
         ess: effective sample size, the number of examples the mean loss stands for; may be a
@@ -229,13 +251,17 @@ def scale_by_precision(
     check_generator(generator)
     if step not in STEPS:
         raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
+    if prior is None and init is None and is_zero(hess_init) and is_zero(weight_decay):
+        raise ValueError(
+            "hess_init=0 and weight_decay=0 leave no first precision; make one positive."
+        )
     rule = PrecisionRule(from_gradient(curvature), generator)
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
     def init_fn(params: Any) -> ScaleByPrecisionState:
         _tree.check_float_leaves(params, "scale_by_precision")
         count = jnp.zeros((), jnp.int32)
-        size = jnp.asarray(at(ess, count), jnp.result_type(float))
+        size = jnp.array(at(ess, count), jnp.result_type(float))
         prior_ = prior_trees(prior, params)
         start = prior_trees(init, params, "init")
 
@@ -243,10 +269,24 @@ def scale_by_precision(
             h = _tree.prefix_leaves(hess_init, params, "hess_init")
             d0 = prior_precision(weight_decay, prior_, size, params, count)
             precision = jax.tree.map(lambda m, h, d: filled(m, h + d), params, h, d0)
+            if not holds(positive, precision):
+                raise ValueError(
+                    "hess_init + the prior's precision per example must be positive everywhere; "
+                    "with an improper prior raise hess_init, or pass init=."
+                )
         else:
             precision = jax.tree.map(
                 lambda m, q: filled(m, -2.0 * q / size), params, start.quadratic
             )
+            if not holds(positive, precision):
+                raise ValueError("init: its precision must be positive everywhere.")
+            means = jax.tree.map(lambda lin, quad: -0.5 * lin / quad, *start)
+            if not holds(
+                lambda pair: jnp.array(jax.tree.leaves(jax.tree.map(near, *pair))), (means, params)
+            ):
+                raise ValueError(
+                    "init: its mean must be the parameters; start from params = init.mean."
+                )
         wide = jax.tree.map(
             lambda m: jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)), params
         )
@@ -277,16 +317,17 @@ def scale_by_precision(
         if curvature is None:
             noise = state.rule.noise(state, step_key(state.key, state.count))
             weights = state.rule.weights(state, params, noise)
-            finite = all_finite(grads)
+            finite = squares_finite(grads)
             grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
             curvature = state.rule.curvature(state, params, weights, grads)
         else:
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
-            finite = all_finite(grads, curvature)
+            curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
+            finite = squares_finite(grads) & all_finite(curvature)
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
         d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
         pull0 = (
-            jax.tree.map(lambda x: x / state.ess, state.prior.linear)
+            jax.tree.map(lambda x: x / state.ess.astype(x.dtype), state.prior.linear)
             if state.prior
             else jax.tree.map(lambda _: 0.0, state.precision)
         )
@@ -295,9 +336,11 @@ def scale_by_precision(
         def move(p: Array, c: Array, d: Any, g: Array, m: Array, pull: Any) -> tuple[Array, Array]:
             gate = finite.astype(p.dtype)
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
+            d = jnp.asarray(d, p.dtype)
             u = rho * (c + d - p) / p
             new = p + p * u if step == "plain" else _retracted(p, u)
-            by = p if step == "improved_old" else jnp.maximum(new, SMALLEST_PRECISION)
+            # The bound is no more than a wall between two divisions, see `_retracted`.
+            by = {"improved_old": p, "plain": new}.get(step, jnp.maximum(new, SMALLEST_PRECISION))
             out = gate * (g + d * m.astype(p.dtype) - pull) / by
             return new, out.astype(m.dtype)
 
@@ -310,7 +353,7 @@ def scale_by_precision(
             count=count,
             precision=precision,
             momentum=momentum_state,
-            ess=jnp.asarray(at(ess, count), state.ess.dtype),
+            ess=jnp.array(at(ess, count), state.ess.dtype),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

@@ -80,7 +80,8 @@ class BlrRule(Rule):
         return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
 
     def posterior(self, state: BlrUpdateState, params: Any) -> Posterior:
-        return Posterior(self.family, state.natural)
+        # A copy: the state may be donated, the posterior is a value to keep.
+        return Posterior(self.family, jax.tree.map(jnp.copy, state.natural))
 
 
 def family_over(family: str | Family, params: Any) -> Family:
@@ -111,15 +112,19 @@ def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | 
 
 def _check_like(name: str, given: Posterior | None, family: Any, params: Any) -> None:
     """Raises ValueError when a posterior argument does not fit the family and the parameters."""
-    if given is None:
+    if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return
     if not isinstance(given, Posterior):
         raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
-    like = (
-        jax.eval_shape(lambda p: _first(family, p, None, None), params) if family.location else None
-    )
-    found = jax.tree.map(jnp.shape, given.natural)
-    wanted = found if like is None else jax.tree.map(lambda x: x.shape, like)
+    if not isinstance(given.natural, family.Natural):
+        raise ValueError(
+            f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
+            f"params has {family.Natural.__name__}."
+        )
+    if not family.location:
+        return
+    like = jax.eval_shape(lambda p: _first(family, p, None, None), params)
+    found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
         raise ValueError(
             f"{name}: its natural parameters have structure and shapes {found}; the family over "
@@ -233,6 +238,7 @@ def blr_update(
         gate = finite.astype(dtype)
         d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), d)
         new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
+        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
 
         new_mean = over.mean(new)
         updates = jax.tree.map(
