@@ -156,14 +156,19 @@ def test_hash_streams_that_share_their_counters_share_nothing_else():
 # --- reproducibility ------------------------------------------------------------------------------
 
 
+def assert_same_up_to_fusing(a, b):
+    """Programs of other shapes fuse multiplications and additions elsewhere: the last bits move."""
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+
+
 def test_the_hash_counts_in_row_major_order():
     made = jax.jit(
         lambda shape: hash_normal(jnp.array([5, 7], jnp.uint32), shape), static_argnums=0
     )
     flat = made((2048,))
     for shape in [(2, 1024), (4, 8, 64), (1, 2048)]:
-        np.testing.assert_array_equal(made(shape).ravel(), flat)
-    np.testing.assert_array_equal(made((100,)), flat[:100])
+        assert_same_up_to_fusing(made(shape).ravel(), flat)
+    assert_same_up_to_fusing(made((100,)), flat[:100])
     assert made(()) == flat[0]
     assert made((0, 3)).shape == (0, 3)
 
