@@ -235,3 +235,25 @@ def test_a_posterior_is_the_prior_of_the_next_task():
     at_once = learn(jnp.arange(20), None)
     np.testing.assert_allclose(sequential.variance, at_once.variance, rtol=1e-3)
     np.testing.assert_allclose(sequential.mean, at_once.mean, rtol=1e-2, atol=1e-3)
+
+
+def test_a_tight_prior_does_not_blow_up_the_rescaled_rate():
+    """A prior a hundred times as precise as hess_init: the step must not be scaled by it."""
+    family, target = blr.families.get("gaussian_diagonal"), jnp.array([1.0, -2.0, 0.5])
+    prior = blr.Posterior(family, family.natural(mean=target, precision=2e4))
+    loss = lambda w: 50.0 * jnp.sum(jnp.square(w - target))  # noqa: E731  # curvature 100
+    tx = blr.ivon(0.3, 200.0, b2=0.99, prior=prior)
+
+    def body(carry, _):
+        params, state = carry
+        est = blr.estimate(loss, state, params, antithetic=True)
+        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        return (params + updates, state), None
+
+    params = target + 0.05
+    (params, state), _ = jax.lax.scan(body, (params, tx.init(params)), length=500)
+    q = blr.posterior(state, params)
+    np.testing.assert_allclose(params, target, atol=1e-2)
+    # 200 * 100 from the loss and 2e4 from the prior: 4e4.
+    assert jnp.all(q.variance < 1 / 3e4)
+    assert jnp.all(q.variance > 1 / 6e4)

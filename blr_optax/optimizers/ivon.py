@@ -8,7 +8,8 @@
     m     <-  m - lr (h_0 + delta) clip( ( v / (1 - b1^t) + delta m ) / (h + delta), -xi, xi )
 
 Shen et al. (2024), Algorithm 1. The precision h + delta and everything that needs the raw gradient
-are `scale_by_precision`; clipping, the rescaled learning rate and its sign are optax's own parts.
+are `scale_by_precision`; clipping and the learning rate are optax's own parts. With a `prior` delta
+is its precision per example, except in the rescaled rate, which takes the weight decay alone.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def ivon(
     use `estimate` for several samples and pass `curvature=est.curvature` to `update`.
 
     Args:
-        learning_rate: lr, a number or schedule; typically larger than SGD's, rescaled by h_0 +
-            delta.
+        learning_rate: lr, a number or schedule, rescaled by hess_init + weight_decay. Lower it, or
+            set clip_radius, when a run diverges.
         ess: effective sample size: the number of training examples, larger for a colder posterior.
             May be a schedule.
         hess_init: h_0, the first curvature per example: 0.01 to 1; too small makes the noise too
@@ -96,7 +97,7 @@ def ivon(
         weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, prefix tree
             or schedule; 1e-4 by default, 0 when a prior is given.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
-        rescale_lr: multiply the learning rate by h_0 + delta.
+        rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
         prior: any mean-field Gaussian posterior, also an improper one (a prior times a site); a
