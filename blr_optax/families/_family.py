@@ -20,7 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.families._domain import Domain
-from blr_optax.families._solve import solve_natural
+from blr_optax.families._solve import solve_fisher, solve_natural
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -41,7 +41,10 @@ class Family:
         domains: the domain of each learnt field of lambda.
         known: fields of lambda that are given and never move (a known covariance, a total).
         event_ndim: number of trailing axes of theta that are one event.
+        joint: whether theta is a NamedTuple of parts (mean and precision, say), not one array.
         location: whether `natural_at` can centre the family at a point.
+        constant_base_measure: whether h does not depend on theta.
+        reparameterized: whether samples carry exact gradients in lambda.
     """
 
     Natural: ClassVar[type]
@@ -49,8 +52,10 @@ class Family:
     domains: ClassVar[dict[str, Domain]]
     known: ClassVar[tuple[str, ...]] = ()
     event_ndim: ClassVar[int] = 0
+    joint: ClassVar[bool] = False
     location: ClassVar[bool] = False
     constant_base_measure: ClassVar[bool] = True
+    reparameterized: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
@@ -102,6 +107,12 @@ class Family:
     def variance(self, lam: Any) -> Array:
         """Marginal variance of every coordinate of theta."""
         raise NotImplementedError
+
+    def support(self, lam: Any) -> Array:
+        """All values of theta, along a new leading axis; discrete families with few values."""
+        raise ValueError(
+            f"{type(self).__name__} has no finite support to enumerate: use a sampling estimator."
+        )
 
     def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
         """E_q[log h(theta)]; the constant itself unless h depends on theta."""
@@ -173,6 +184,18 @@ class Family:
         change = jax.jvp(mu, (learnt,), (along,))[1]
         zero = {name: jnp.zeros_like(getattr(lam, name)) for name in self.known}
         return self.Expectation(**change, **zero)
+
+    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+        """F(lambda)^{-1} v: a gradient in lambda as the natural gradient, which is one in mu.
+
+        Args:
+            lam: natural parameters.
+            v: of the expectation type, like a gradient in lambda (matrix fields symmetric).
+
+        Returns:
+            Natural type; zero where known.
+        """
+        return solve_fisher(self, lam, v)
 
     def fisher(self, lam: Any) -> Float[Array, "... p p"]:
         """F(lambda) over the flattened learnt fields of one lambda; batches through vmap.

@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
-import numpy as np
 
 from blr_optax.families import _domain
 from blr_optax.families._checks import exactly_one, require
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
+from blr_optax.families._special import LOG_2PI, NEAR, excess_near, relative_excess
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-LOG_2PI = float(np.log(2.0 * np.pi))
 
 
 @parameters
@@ -73,21 +71,10 @@ class GaussianFamily(Family):
         raise NotImplementedError
 
 
-NEAR = 0.1  # relative changes of S below which KL divergences are summed without cancellation
-
-
-def _excess(x: Array) -> Array:
-    """x - log(1 + x) for |x| < NEAR, to the last digit."""
-    # log(1 + x) = 2 atanh(y) with 2 y = x - x y, so that the leading terms cancel on paper.
-    y = x / (2.0 + x)
-    series = jnp.polyval(jnp.array([1 / k for k in range(15, 1, -2)], y.dtype), y * y)
-    return y * (x - 2.0 * y * y * series)
-
-
 @jax.custom_jvp
 def _matrix_excess(r: Array) -> Array:
     """tr R - log det(I + R) for symmetric R with eigenvalues below NEAR."""
-    return jnp.sum(_excess(jnp.linalg.eigvalsh(r)), axis=-1)
+    return jnp.sum(excess_near(jnp.linalg.eigvalsh(r)), axis=-1)
 
 
 @_matrix_excess.defjvp
@@ -178,10 +165,7 @@ class Normal(GaussianFamily):
     def kl(self, lam_p: GaussianNatural, lam_q: GaussianNatural) -> Array:
         s_p, s_q = self.precision(lam_p), self.precision(lam_q)
         d = self.mean(lam_p) - self.mean(lam_q)
-        ratio = (s_q - s_p) / s_p
-        near = jnp.abs(ratio) < NEAR
-        spread = jnp.where(near, _excess(jnp.where(near, ratio, 0.0)), ratio - jnp.log(s_q / s_p))
-        return 0.5 * (spread + s_q * d * d)
+        return 0.5 * (relative_excess(s_p, s_q) + s_q * d * d)
 
     def sample(self, key: Array, lam: GaussianNatural, shape: tuple[int, ...] = ()) -> Array:
         like = self.mean(lam)

@@ -112,6 +112,29 @@ def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
     return to_fields(jnp.where(converged, x, jnp.nan)), converged
 
 
+def _fisher_solved(family: Any, lam: Any, v: Any) -> Any:
+    """F(lambda)^{-1} v of one lambda, of the natural type."""
+    to_flat, to_fields = _coordinates(family, lam)
+    fisher = jax.jacfwd(lambda x: to_flat(family.expectation(to_fields(x))))(to_flat(lam))
+    # F is scaled to a unit diagonal, so that fields of different units do not cost digits.
+    scale = jax.lax.rsqrt(jnp.diagonal(fisher))
+    solved = scale * jnp.linalg.solve(fisher * scale[:, None] * scale, scale * to_flat(v))
+    zero = {name: jnp.zeros_like(getattr(lam, name)) for name in family.known}
+    return to_fields(solved)._replace(**zero)
+
+
+def _batch_axes(family: Any, x: Any) -> int:
+    return max(jnp.ndim(getattr(x, name)) - d.event_ndim for name, d in family.domains.items())
+
+
+def solve_fisher(family: Any, lam: Any, v: Any) -> Any:
+    """F(lambda)^{-1} v, batched."""
+    solve = lambda lam, v: _fisher_solved(family, lam, v)  # noqa: E731
+    for _ in range(_batch_axes(family, lam)):
+        solve = jax.vmap(solve)
+    return solve(lam, v)
+
+
 def solve_natural(family: Any, mu: Any) -> tuple[Any, Array]:
     """(lambda, converged) with grad A(lambda) = mu, batched, differentiable in mu."""
 
@@ -123,17 +146,10 @@ def solve_natural(family: Any, mu: Any) -> tuple[Any, Array]:
     def _(primals: Any, tangents: Any) -> Any:
         (mu,), (dmu,) = primals, tangents
         lam, converged = solve(mu)
-        to_flat, to_fields = _coordinates(family, mu)
-        fisher = jax.jacfwd(lambda x: to_flat(family.expectation(to_fields(x))))(to_flat(lam))
-        tangent = to_fields(jnp.linalg.solve(fisher, to_flat(dmu)))
-        zero = {name: jnp.zeros_like(getattr(mu, name)) for name in family.known}
-        return (lam, converged), (
-            tangent._replace(**zero),
-            np.zeros(jnp.shape(converged), jax.dtypes.float0),
-        )
+        still = np.zeros(jnp.shape(converged), jax.dtypes.float0)
+        return (lam, converged), (_fisher_solved(family, lam, dmu), still)
 
-    axes = max(jnp.ndim(getattr(mu, name)) - d.event_ndim for name, d in family.domains.items())
     batched = solve
-    for _ in range(axes):
+    for _ in range(_batch_axes(family, mu)):
         batched = jax.vmap(batched)
     return batched(mu)

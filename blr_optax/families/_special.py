@@ -1,0 +1,208 @@
+"""Special functions as families need them: free of cancellation, differentiable twice.
+
+    log Gamma(a) = (a - 1/2) log a - a + log(2 pi) / 2 + r(a)          Stirling's remainder r
+    psi(a)       = log a - l(a),    l(a) = 1 / (2 a) - r'(a)           log minus digamma
+
+For large a everything that a density needs is small beside log Gamma(a) itself, so entropies and
+divergences are written in r and l. Both are series in 1 / a from `SHIFT` on and are brought there
+by their recurrences, elementary functions throughout: automatic differentiation is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+LOG_2PI = float(np.log(2.0 * np.pi))
+NEAR = 0.3  # relative changes below which differences are summed without cancellation
+SHIFT = 10
+# Bernoulli numbers B_2k / (2k (2k - 1)): the coefficients of r(a) in a^{1 - 2k}.
+_STIRLING = (
+    1 / 12,
+    -1 / 360,
+    1 / 1260,
+    -1 / 1680,
+    1 / 1188,
+    -691 / 360360,
+    1 / 156,
+    -3617 / 122400,
+    43867 / 244188,
+)
+
+
+def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
+    """x - log(1 + x) for |x| < NEAR, to the last digit."""
+    # log(1 + x) = 2 atanh(y) with 2 y = x - x y, so that the leading terms cancel on paper.
+    y = x / (2.0 + x)
+    series = jnp.polyval(jnp.array([1 / k for k in range(21, 1, -2)], y.dtype), y * y)
+    return y * (x - 2.0 * y * y * series)
+
+
+def relative_excess(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
+    """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit."""
+    x = (b - a) / a
+    near = jnp.abs(x) < NEAR
+    far = jnp.where(near, 1.0, x - jnp.log(b / a))
+    return jnp.where(near, excess_near(jnp.where(near, x, 0.0)), far)
+
+
+def _recurrence(
+    a: Float[Array, ...], series: Callable[[Array], Array], term: Callable[[Array], Array]
+) -> Float[Array, ...]:
+    """f(a) = series(a) for a >= SHIFT, else series(a + SHIFT) + sum_k term(a + k)."""
+    small = a < SHIFT
+    low = jnp.where(small, a, 1.0)
+    steps = sum(term(low + k) for k in range(SHIFT))
+    return series(jnp.where(small, a + SHIFT, a)) + jnp.where(small, steps, 0.0)
+
+
+def stirling(a: Float[Array, ...]) -> Float[Array, ...]:
+    """r(a) = log Gamma(a) - (a - 1/2) log a + a - log(2 pi) / 2 for a > 0."""
+
+    def series(x: Array) -> Array:
+        z = 1.0 / (x * x)
+        return jnp.polyval(jnp.array(_STIRLING[::-1], x.dtype), z) / x
+
+    def term(x: Array) -> Array:
+        return (x + 0.5) * jnp.log1p(1.0 / x) - 1.0
+
+    return _recurrence(a, series, term)
+
+
+def stirling_slope(a: Float[Array, ...]) -> Float[Array, ...]:
+    """r'(a), below zero."""
+
+    def series(x: Array) -> Array:
+        z = 1.0 / (x * x)
+        slopes = [-(2 * k + 1) * c for k, c in enumerate(_STIRLING)]
+        return jnp.polyval(jnp.array(slopes[::-1], x.dtype), z) * z
+
+    def term(x: Array) -> Array:
+        return jnp.log1p(1.0 / x) - (x + 0.5) / (x * (x + 1.0))
+
+    return _recurrence(a, series, term)
+
+
+def stirling_curvature(a: Float[Array, ...]) -> Float[Array, ...]:
+    """r''(a) = sum_k 1 / (2 (a + k)^2 (a + k + 1)^2), above zero."""
+
+    def series(x: Array) -> Array:
+        z = 1.0 / (x * x)
+        bends = [(2 * k + 1) * (2 * k + 2) * c for k, c in enumerate(_STIRLING)]
+        return jnp.polyval(jnp.array(bends[::-1], x.dtype), z) * z / x
+
+    def term(x: Array) -> Array:
+        return 0.5 / jnp.square(x * (x + 1.0))
+
+    return _recurrence(a, series, term)
+
+
+def log_gamma(a: Float[Array, ...]) -> Float[Array, ...]:
+    """log Gamma(a) for a > 0, to a few units of rounding of its largest term."""
+    return (a - 0.5) * jnp.log(a) - a + 0.5 * LOG_2PI + stirling(a)
+
+
+def log_minus_digamma(a: Float[Array, ...]) -> Float[Array, ...]:
+    """l(a) = log a - psi(a) for a > 0: about 1 / (2 a) when large and 1 / a when small."""
+    return 0.5 / a - stirling_slope(a)
+
+
+def digamma(a: Float[Array, ...]) -> Float[Array, ...]:
+    """psi(a) for a > 0."""
+    return jnp.log(a) - log_minus_digamma(a)
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(10)
+_NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS
+
+
+def stirling_divergence(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
+    """f(b) - f(a) - f'(a) (b - a) of f = log Gamma(a) - a log a + a: what is left of log Gamma's.
+
+    The Bregman divergence of log Gamma itself is this plus that of a log a - a, which is
+    b (a / b - 1 - log(a / b)) and combines with other terms of a KL divergence before rounding.
+    """
+    d = b - a
+    near = jnp.abs(d) < NEAR * a
+    step = jnp.where(near, d, 0.0)
+    # The remainder's divergence is the integral of (1 - t) r''(a + t d) d^2 over t from 0 to 1.
+    bends = sum(
+        float(w * (1.0 - t)) * stirling_curvature(a + float(t) * step)
+        for t, w in zip(_NODES, _WEIGHTS, strict=True)
+    )
+    far = stirling(b) - stirling(a) - stirling_slope(a) * d
+    return 0.5 * relative_excess(a, b) + jnp.where(near, bends * step * step, far)
+
+
+@jax.custom_jvp
+def inverse_log_minus_digamma(gap: Float[Array, ...]) -> Float[Array, ...]:
+    """The a > 0 with log a - psi(a) = gap, for gap > 0."""
+    # Minka's approximation, then Newton in log a on log l: both ends are straight lines there.
+    a = (3.0 - gap + jnp.sqrt((gap - 3.0) ** 2 + 24.0 * gap)) / (12.0 * gap)
+    a = jnp.where(gap > 50.0, 1.0 / gap, a)
+    for _ in range(6):
+        miss = log_minus_digamma(a)
+        slope = a * (-0.5 / (a * a) - stirling_curvature(a)) / miss
+        a = a * jnp.exp(jnp.clip(-jnp.log(miss / gap) / slope, -2.0, 2.0))
+    return a
+
+
+@inverse_log_minus_digamma.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (gap,), (dgap,) = primals, tangents
+    a = inverse_log_minus_digamma(gap)
+    return a, -dgap / (0.5 / (a * a) + stirling_curvature(a))
+
+
+@jax.custom_jvp
+def inverse_digamma(y: Float[Array, ...]) -> Float[Array, ...]:
+    """The a > 0 with psi(a) = y."""
+    # Minka's start; psi is concave, so Newton in log a never overshoots by much.
+    low, high = jnp.minimum(y, -2.2), jnp.maximum(y, -2.2)
+    a = jnp.where(y > -2.2, jnp.exp(high) + 0.5, -1.0 / (low + np.euler_gamma))
+    for _ in range(6):
+        slope = 1.0 / a + 0.5 / (a * a) + stirling_curvature(a)
+        a = a * jnp.exp(jnp.clip((y - digamma(a)) / (a * slope), -2.0, 2.0))
+    return a
+
+
+@inverse_digamma.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (y,), (dy,) = primals, tangents
+    a = inverse_digamma(y)
+    return a, dy / (1.0 / a + 0.5 / (a * a) + stirling_curvature(a))
+
+
+@jax.custom_jvp
+def scaled_exp1(x: Float[Array, ...]) -> Float[Array, ...]:
+    """exp(x) E_1(x) for x > 0, which does not underflow."""
+    small = x < 1.5
+    low = jnp.where(small, x, 1.0)
+    # E_1(x) = -euler - log x - sum_k (-x)^k / (k k!)
+    series, power = -np.euler_gamma - jnp.log(low), jnp.ones_like(low)
+    for k in range(1, 25):
+        power = power * (-low) / k
+        series = series - power / k
+    # Its continued fraction x + 1 - 1 / (x + 3 - 4 / (x + 5 - ...)), from behind.
+    high = jnp.where(small, 1.0, x)
+
+    def back(k: Array, tail: Array) -> Array:
+        n = 80.0 - k
+        return high + 2.0 * n - 1.0 - n * n / tail
+
+    fraction = jax.lax.fori_loop(0, 80, back, high + 161.0)
+    return jnp.where(small, jnp.exp(low) * series, 1.0 / fraction)
+
+
+@scaled_exp1.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    found = scaled_exp1(x)
+    return found, dx * (found - 1.0 / x)
