@@ -1,12 +1,9 @@
 """How good, how calibrated and how uncertain are probabilistic predictions?
 
-Scores defined for one example (`nll`, `brier`, `entropy`, `gaussian_nll`, `gaussian_crps`, ...)
-are returned per example, as the losses of optax are: take ``.mean()``. What only a set of examples
-has (`accuracy`, `calibration`, `auroc`, ...) is one number, with its per-bin data beside it.
-
-Everything is a pure function of arrays, in their dtype, jit-able with keyword arguments static. A
-quantity without a value (AUROC without a negative) is NaN, and the NLL of an event of probability 0
-is infinite: nothing is clipped.
+Scores of one example (`nll`, `brier`, `entropy`, ...) are returned per example, as optax's losses
+are: take ``.mean()``. What only a set has (`accuracy`, `calibration`, `auroc`, ...) is one number,
+with its per-bin data beside it. All are pure functions of arrays, in their dtype, jit-able with
+keyword arguments static. What has no value is NaN, and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -19,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy import stats
 from jax.scipy.special import erf, ndtri
+
+from blr_optax.families._checks import require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -159,7 +158,7 @@ def calibration(
     >>> round(float(c.ece), 4)  # 1/4 |0.5 - 1| + 3/4 |0.75 - 2/3|
     0.1875
     """
-    probs, labels = _examples(probs, labels)
+    probs, labels = _probabilities(probs, labels)
     return _equal_width(probs.max(-1).ravel(), correct(probs, labels).ravel(), bins, closed)
 
 
@@ -176,7 +175,7 @@ def classwise_calibration(
     >>> classwise_calibration(probs, jnp.array([0, 1]), bins=4).ece.tolist()  # both 0.75 - 0.5
     [0.25, 0.25]
     """
-    probs, labels = _examples(probs, labels)
+    probs, labels = _probabilities(probs, labels)
     columns = probs.reshape(-1, probs.shape[-1]).T
     occurs = labels.ravel() == jnp.arange(len(columns))[:, None]
     return jax.vmap(lambda p, y: _equal_width(p, y, bins, closed))(columns, occurs)
@@ -194,8 +193,8 @@ def adaptive_calibration(probs: Probs, labels: Labels, *, bins: int = 15) -> Cal
     >>> c.edges.tolist(), c.count.tolist(), float(c.ece)  # (2 * 0.375 + 1 * 0) / 3
     ([0.5, 1.0, 1.0], [2, 1], 0.25)
     """
-    probs, labels = _examples(probs, labels)
-    _check_bins(bins)
+    probs, labels = _probabilities(probs, labels)
+    require("bins", bins, "at least 1", lambda n: n >= 1)
     order = jnp.argsort(probs.max(-1).ravel(), stable=True)
     confidence, outcome = probs.max(-1).ravel()[order], correct(probs, labels).ravel()[order]
     n, sizes = len(order), [len(group) for group in np.array_split(np.arange(len(order)), bins)]
@@ -204,7 +203,7 @@ def adaptive_calibration(probs: Probs, labels: Labels, *, bins: int = 15) -> Cal
 
 
 def _equal_width(confidence: Array, outcome: Array, bins: int, closed: str) -> Calibration:
-    _check_bins(bins)
+    require("bins", bins, "at least 1", lambda n: n >= 1)
     if closed not in ("left", "right"):
         raise ValueError(f'closed={closed!r} is not a bin convention; use "left" or "right".')
     index = jnp.floor(confidence * bins) if closed == "left" else jnp.ceil(confidence * bins) - 1
@@ -388,13 +387,13 @@ def _examples(probs: Array, labels: Array) -> tuple[Array, Array]:
     return probs, labels
 
 
+def _probabilities(probs: Array, labels: Array) -> tuple[Array, Array]:
+    require("probs", probs, "in [0, 1] (see softmax)", lambda p: (p >= 0) & (p < 1.001))
+    return _examples(probs, labels)
+
+
 def _scored(scores: Array, positive: Array) -> tuple[Array, Array]:
     scores, positive = jnp.ravel(scores), jnp.ravel(positive).astype(bool)
     if scores.shape != positive.shape:
         raise ValueError(f"positive has {positive.size} entries, scores {scores.size}; pair them.")
     return scores, positive
-
-
-def _check_bins(bins: int) -> None:
-    if bins < 1:
-        raise ValueError(f"bins={bins} leaves nowhere to put the examples; give at least 1.")

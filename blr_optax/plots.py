@@ -54,7 +54,8 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
     left, width = edges[:-1][filled], np.diff(edges)[filled]
     count, confidence, accuracy = count[filled], confidence[filled], accuracy[filled]
     bars = {"x": left, "width": width, "align": "edge", "linewidth": 0.8}
-    gap = {"color": VERMILION, "alpha": 0.35, "hatch": "//", "edgecolor": VERMILION}
+    # Opaque: over a bar that reaches above the confidence the gap keeps the legend's colour.
+    gap = {"facecolor": "#F4CDB5", "hatch": "//", "edgecolor": VERMILION}
 
     ax.bar(height=accuracy, color=BLUE, edgecolor="white", label="accuracy", **bars)
     ax.bar(height=confidence - accuracy, bottom=accuracy, label="gap", **gap, **bars)

@@ -25,9 +25,14 @@ def learnt(family, x):
     return {name: getattr(x, name) for name in family.domains}
 
 
+def ravel_learnt(family, x):
+    """The same as one vector, in the order of the fields, and the way back."""
+    vector, back = ravel_pytree(list(learnt(family, x).values()))
+    return vector, lambda flat: dict(zip(family.domains, back(flat), strict=True))
+
+
 def flat_learnt(family, x):
-    """The same as one vector."""
-    return ravel_pytree(learnt(family, x))[0]
+    return ravel_learnt(family, x)[0]
 
 
 def formula(family):
@@ -51,11 +56,11 @@ def direction(family, lam, seed=0):
 
 def symmetric_projector(family, lam):
     """The matrix that replaces matrix fields by their symmetric part."""
-    vector, to_fields = ravel_pytree(learnt(family, lam))
+    vector, to_fields = ravel_learnt(family, lam)
 
     def project(x):
         is_matrix = {name: family.domains[name].event_ndim == 2 for name in family.domains}
         fields = to_fields(x).items()
-        return ravel_pytree({k: (v + v.T) / 2 if is_matrix[k] else v for k, v in fields})[0]
+        return ravel_pytree([(v + v.T) / 2 if is_matrix[k] else v for k, v in fields])[0]
 
     return jax.vmap(project)(jnp.eye(vector.size, dtype=vector.dtype))

@@ -189,5 +189,27 @@ def test_functions_under_families_without_an_estimator():
         Expectation = blr.families.GaussianExpectation
         domains = blr.families.Normal.domains
 
-    with pytest.raises(ValueError, match=r"not Gaussian.*conjugate"):
-        blr.estimators.natural_gradient("test_errors_poisson_like", mean_loss)
+    for estimator, message in [
+        (blr.estimators.monte_carlo(3), "MonteCarlo is for Gaussian families"),
+        (blr.estimators.delta(), "Delta is for Gaussian families"),
+        (blr.estimators.enumerate(), "no finite support"),
+        (blr.estimators.concrete(), "no relaxation"),
+        (blr.estimators.reparameterized(), "needs a number of samples"),
+        ("exact", "estimator='exact' is unknown; known: delta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            blr.estimators.natural_gradient("test_errors_poisson_like", mean_loss, estimator)
+    glm = blr.estimators.glm(jnp.eye(2), jnp.square)
+    with pytest.raises(ValueError, match=r"glm: PoissonLike is not Gaussian"):
+        blr.estimators.natural_gradient("test_errors_poisson_like", glm)
+
+
+def test_wrong_gradients_and_logits_say_what_is_wrong():
+    tx, state, params = ivon_state()
+    grads = jax.tree.map(jnp.zeros_like, params)
+    with pytest.raises(ValueError, match=r"grads: wrong tree structure, nothing at .*b"):
+        tx.update({"w": grads["w"], "c": grads["c"]}, state, params)
+    with pytest.raises(ValueError, match=r"grads: leaf .*w.* has shape \(2,\)"):
+        tx.update({**grads, "w": jnp.zeros(2)}, state, params)
+    with pytest.raises(ValueError, match=r"probs must be in .*softmax"):
+        blr.metrics.calibration(jnp.array([[3.0, -1.0]]), jnp.array([0]))

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_golden
 
 from blr_optax import Posterior, families, natural_step
-from blr_optax.estimators import conjugate, gauss_hermite, natural_gradient
+from blr_optax.estimators import conjugate, natural_gradient
 from blr_optax.families import GaussianNatural
 
 NORMAL, GAUSSIAN = families.get("normal"), families.get("gaussian")
@@ -207,41 +206,7 @@ def test_under_jit_with_a_traced_rate(x64):
     close(jitted(0.3, 6.0), moved("auto", 0.3))
 
 
-# --- golden numbers and errors --------------------------------------------------------------------
-
-LOSSES = {
-    "quartic": lambda x: (x - 0.5) ** 4 / 10 + x / 3,
-    "logistic": lambda x: jax.nn.softplus(-2 * x + 0.2),
-    "cosine": lambda x: jnp.cos(3 * x),
-}
-CASES = [
-    case for case in load_golden("natgrad_blr_step")["cases"] if case["family"] in families.names()
-]
-
-
-def test_golden_cases_of_the_normal_are_found():
-    assert sum(case["family"] == "normal" for case in CASES) == 6
-
-
-@pytest.mark.parametrize(
-    "case",
-    [c for c in CASES if c["family"] == "normal"],
-    ids=lambda c: f"{c['loss']}-{c['params']['mean']}",
-)
-def test_golden_gradient_and_step(x64, case):
-    lam = NORMAL.natural(
-        mean=jnp.array(case["params"]["mean"]), variance=jnp.array(case["params"]["var"])
-    )
-    value, gradient = natural_gradient("normal", LOSSES[case["loss"]], gauss_hermite(500))(
-        None, lam
-    )
-    close(value, np.array(case["E_loss"]), rtol=1e-8)
-    close(tuple(gradient), tuple(map(np.array, case["grad_mu_E_loss"])), rtol=1e-8)
-    plain = natural_step("normal", lam, gradient, case["rho"], step="plain")
-    close(tuple(plain), tuple(map(np.array, case["blr_step_natural"])), rtol=1e-8)
-    along = NORMAL.fisher(lam) @ jnp.stack(list(gradient))
-    close(along, np.array(case["grad_lambda_E_loss"]), rtol=1e-8)
-    assert bool(NORMAL.in_domain(natural_step("normal", lam, gradient, case["rho"])))
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(block, names)
@@ -20,4 +20,6 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert jnp.all(jnp.abs(q.mean - exact) < 2 * deviation)
     wanted = 1 / jnp.sqrt(jnp.diag(names["x"].T @ names["x"]))
     assert jnp.all(jnp.abs(deviation / wanted - 1) < 0.2)
-    assert "(3, 3)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "(3, 3)" in printed
+    assert "Array(15., " in printed and "Array(4., " in printed  # the gamma after its counts

@@ -7,7 +7,10 @@ from blr_optax.estimators._curvature import (
     reparameterized,
     squared_gradient,
 )
-from blr_optax.estimators._expectation import Estimator, delta, gauss_hermite, monte_carlo
+from blr_optax.estimators._discrete import concrete, enumerate
+from blr_optax.estimators._estimator import Estimator
+from blr_optax.estimators._expectation import cubature, delta, gauss_hermite, monte_carlo
+from blr_optax.estimators._general import least_squares, score_function
 from blr_optax.estimators._natural_gradient import natural_gradient
 from blr_optax.estimators._terms import Term, conjugate, glm
 
@@ -15,14 +18,19 @@ __all__ = [
     "Curvature",
     "Estimator",
     "Term",
+    "concrete",
     "conjugate",
+    "cubature",
     "delta",
+    "enumerate",
     "exact",
     "gauss_hermite",
     "glm",
     "hutchinson",
+    "least_squares",
     "monte_carlo",
     "natural_gradient",
     "reparameterized",
+    "score_function",
     "squared_gradient",
 ]

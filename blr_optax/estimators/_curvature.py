@@ -5,6 +5,9 @@
 
 Each rule gives a matrix for `gaussian` and a diagonal for elementwise families, per example of
 the mean loss. `reparameterized` and `squared_gradient` need no more than the gradient.
+
+Two of these words name estimators for any family as well, beyond curvature: `exact()` takes a loss
+of mu, and `reparameterized(samples)` differentiates through the family's samples.
 """
 
 from __future__ import annotations
@@ -17,8 +20,12 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of
+
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax.families import Family
 
 
 class Sample(NamedTuple):
@@ -33,10 +40,9 @@ class Sample(NamedTuple):
     key: Array | None
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Exact:
-    """hess l(theta), by automatic differentiation; see `exact`."""
+class Exact(Estimator):
+    """hess l(theta), or the gradient of a loss of mu; see `exact`."""
 
     needs_loss = True
 
@@ -55,13 +61,43 @@ class Exact:
 
         return unravel(jax.lax.map(entry, jnp.arange(flat.size)))
 
+    def natural_gradient(
+        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
+        """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
+        value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
+        return value, family.gradient_in_mu(gradient)
 
-@jax.tree_util.register_static
+
 @dataclasses.dataclass(frozen=True)
-class Reparameterized:
-    """S d g^T, symmetrised, or S d g elementwise; see `reparameterized`."""
+class Reparameterized(Estimator):
+    """S d g^T, symmetrised, or S d g elementwise; gradients of samples; see `reparameterized`."""
 
+    samples: int | None = None
     needs_loss = False
+
+    def check(self, family: Family) -> None:
+        if self.samples is None:
+            raise ValueError(
+                "reparameterized() is a curvature; as an estimator it needs a number of samples, "
+                "reparameterized(10)."
+            )
+        if not family.reparameterized:
+            raise ValueError(
+                f"reparameterized: samples of {type(family).__name__} have no gradient; use "
+                "score_function(...), least_squares(...), enumerate() or concrete(...)."
+            )
+
+    def natural_gradient(
+        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
+        """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
+
+        def at(k: Array) -> tuple[Array, Any]:
+            return jax.value_and_grad(lambda x: loss(family.sample(k, x), *batch))(lam)
+
+        value, gradient = mean_of(at, check_key("reparameterized", key), self.samples)
+        return value, family.gradient_in_lambda(lam, gradient)
 
     def matrix(self, at: Sample) -> Array:
         product = jnp.outer(at.precision @ at.displacement, at.grad)
@@ -122,6 +158,10 @@ def exact() -> Exact:
     (Price's Hessian form fails there). The diagonal costs one Hessian-vector product per
     coordinate.
 
+    As an estimator, `estimator=exact()`, for any family: the loss is a function of mu, the
+    expectation parameters, `loss(mu, *batch) = E_q[l]`, and is differentiated there. For
+    conjugate-exponential models that is variational message passing.
+
     Source: Khan and Rue (2023), the Newton rows. Special case of `blr_update` with
     `estimator=delta(exact())` at learning rate 1: Newton's method.
 
@@ -137,11 +177,20 @@ def exact() -> Exact:
     return Exact()
 
 
-def reparameterized() -> Reparameterized:
+def reparameterized(samples: int | None = None) -> Reparameterized:
     """Price's first-order form: H = E[S d g^T], unbiased for E_q[hess l] from gradients alone.
 
     Holds for piecewise linear networks too. Its noise grows like sqrt(S): average samples, or pair
     them (`antithetic=True`), which cancels the dominant term.
+
+    As an estimator, `estimator=reparameterized(samples)`, for any family whose samples carry
+    gradients, by reparameterisation or implicitly: F^{-1} mean_s grad_lambda l(theta_s), unbiased.
+
+    Args:
+        samples: number of draws, as an estimator; None as a curvature.
+
+    Raises:
+        ValueError: for samples < 1.
 
     Source: Lin, Khan and Schmidt (2019), Stein's lemma; IVON (Shen et al. 2024), line 3 of Alg. 1.
     Special case of `blr_update` with `estimator=monte_carlo(1, curvature=reparameterized())`: SOBA.
@@ -151,7 +200,7 @@ def reparameterized() -> Reparameterized:
       >>> print(blr.estimators.reparameterized().needs_loss)
       False
     """
-    return Reparameterized()
+    return Reparameterized(None if samples is None else check_samples("reparameterized", samples))
 
 
 def squared_gradient(batch_size: int | None = None, *, official: bool = False) -> SquaredGradient:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from blr_optax.families._composed import Pinned, PinnedNatural, Raveled
+from blr_optax.families._conditional import Conditional
 from blr_optax.families._domain import Domain
 from blr_optax.families._family import Family
 from blr_optax.families._gaussian import (
@@ -20,8 +22,40 @@ from blr_optax.families._gaussian import (
 from blr_optax.families._gaussian_fixed import FixedExpectation, FixedNatural, GaussianFixed
 from blr_optax.families._mean_field import MeanField
 from blr_optax.families._parameters import parameters
+from blr_optax.families._product import Product, ProductExpectation, ProductNatural
 
 __all__ = [
+    "Conditional",
+    "Bernoulli",
+    "Beta",
+    "Binomial",
+    "Categorical",
+    "Dirichlet",
+    "Exponential",
+    "Gamma",
+    "GaussianLowRank",
+    "Geometric",
+    "InverseGamma",
+    "InverseGaussian",
+    "InverseWishart",
+    "Laplace",
+    "LogNormal",
+    "MatrixGaussian",
+    "MeanPrecision",
+    "MeanVariance",
+    "Mixture",
+    "Multinomial",
+    "NegativeBinomial",
+    "NormalGamma",
+    "NormalInverseGamma",
+    "NormalWishart",
+    "Poisson",
+    "Rademacher",
+    "SkewGaussian",
+    "StudentT",
+    "VonMisesFisher",
+    "Weibull",
+    "Wishart",
     "Domain",
     "Family",
     "FixedExpectation",
@@ -34,6 +68,9 @@ __all__ = [
     "Normal",
     "Pinned",
     "PinnedNatural",
+    "Product",
+    "ProductExpectation",
+    "ProductNatural",
     "Raveled",
     "get",
     "names",
@@ -41,7 +78,68 @@ __all__ = [
     "register",
 ]
 
-_REGISTRY: dict[str, Callable[..., Family]] = {}
+# Where the other families are: a file is imported when one of its families is first asked for.
+_FILES = {
+    "_bernoulli": (
+        "Bernoulli",
+        "Rademacher",
+    ),
+    "_categorical": (
+        "Categorical",
+        "Multinomial",
+    ),
+    "_counts": (
+        "Binomial",
+        "Geometric",
+        "NegativeBinomial",
+        "Poisson",
+    ),
+    "_dirichlet": (
+        "Beta",
+        "Dirichlet",
+    ),
+    "_gamma": (
+        "Exponential",
+        "Gamma",
+        "InverseGamma",
+    ),
+    "_inverse_gaussian": ("InverseGaussian",),
+    "_inverse_wishart": ("InverseWishart",),
+    "_joint": (
+        "MeanPrecision",
+        "MeanVariance",
+    ),
+    "_low_rank": ("GaussianLowRank",),
+    "_matrix_gaussian": ("MatrixGaussian",),
+    "_mixture": ("Mixture",),
+    "_normal_gamma": (
+        "NormalGamma",
+        "NormalInverseGamma",
+    ),
+    "_normal_wishart": ("NormalWishart",),
+    "_positive": (
+        "Laplace",
+        "LogNormal",
+        "Weibull",
+    ),
+    "_skew_gaussian": ("SkewGaussian",),
+    "_student_t": ("StudentT",),
+    "_von_mises_fisher": ("VonMisesFisher",),
+    "_wishart": ("Wishart",),
+}
+_HOME = {name: file for file, members in _FILES.items() for name in members}
+
+
+def __getattr__(name: str) -> Any:
+    """A family class that is not imported yet."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+_REGISTRY: dict[str, Callable[..., Family | Conditional] | str] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
@@ -68,7 +166,7 @@ def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Famil
     return add
 
 
-def get(name: str | Family, **static: Any) -> Family:
+def get(name: str | Family | Conditional, **static: Any) -> Family | Conditional:
     """The family registered under `name`, with its static choices; a Family passes through.
 
     Raises:
@@ -79,11 +177,14 @@ def get(name: str | Family, **static: Any) -> Family:
       >>> print(blr.families.get("normal").natural(mean=2.0, precision=3.0).linear)
       6.0
     """
-    if isinstance(name, Family):
+    if isinstance(name, (Family, Conditional)):
         return name
     if name not in _REGISTRY:
         raise ValueError(f"unknown family {name!r}; known: {', '.join(names())}.")
-    return _REGISTRY[name](**static)
+    build = _REGISTRY[name]
+    if isinstance(build, str):  # the name of a class of this module, see `_FILES`
+        build = _REGISTRY[name] = __getattr__(build)
+    return build(**static)
 
 
 def names() -> tuple[str, ...]:
@@ -97,7 +198,38 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-register("normal")(Normal)
-register("gaussian")(Gaussian)
-register("gaussian_fixed")(GaussianFixed)
-register("gaussian_diagonal")(lambda: MeanField(Normal()))
+_REGISTRY |= {
+    "normal": Normal,
+    "gaussian": Gaussian,
+    "gaussian_fixed": GaussianFixed,
+    "gaussian_diagonal": lambda: MeanField(Normal()),
+    "log_normal": "LogNormal",
+    "laplace": "Laplace",
+    "exponential": "Exponential",
+    "gamma": "Gamma",
+    "inverse_gamma": "InverseGamma",
+    "inverse_gaussian": "InverseGaussian",
+    "weibull": "Weibull",
+    "beta": "Beta",
+    "dirichlet": "Dirichlet",
+    "bernoulli": "Bernoulli",
+    "rademacher": "Rademacher",
+    "binomial": "Binomial",
+    "geometric": "Geometric",
+    "negative_binomial": "NegativeBinomial",
+    "poisson": "Poisson",
+    "categorical": "Categorical",
+    "multinomial": "Multinomial",
+    "von_mises_fisher": "VonMisesFisher",
+    "wishart": "Wishart",
+    "inverse_wishart": "InverseWishart",
+    "normal_gamma": "NormalGamma",
+    "normal_inverse_gamma": "NormalInverseGamma",
+    "normal_wishart": "NormalWishart",
+    # Conditional families: no exponential families themselves, with one inside.
+    "mixture": "Mixture",
+    "skew_gaussian": "SkewGaussian",
+    "student_t": "StudentT",
+    "gaussian_low_rank": "GaussianLowRank",
+    "matrix_gaussian": "MatrixGaussian",
+}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 def concrete(*values: Any) -> bool:
@@ -36,3 +39,14 @@ def require(name: str, value: Any, valid: str, test: Callable[[Any], Any]) -> No
     """Raises ValueError when a concrete standard parameter is outside its range."""
     if not holds(lambda x: test(jnp.asarray(x)), value):
         raise ValueError(f"{name} must be {valid}; got {value}.")
+
+
+def as_floats(*values: Any) -> list[Array]:
+    """Standard parameters as arrays of one floating type and shape; integers become floats."""
+    dtype = jnp.result_type(float, *values)
+    return jnp.broadcast_arrays(*(jnp.asarray(value, dtype) for value in values))
+
+
+def positive(x: Array) -> Array:
+    """The test of a positive standard parameter."""
+    return (x > 0) & jnp.isfinite(x)

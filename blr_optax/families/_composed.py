@@ -140,6 +140,7 @@ class Raveled(Family):
     known = property(lambda self: self.family.known)
     location = property(lambda self: self.family.location)
     constant_base_measure = property(lambda self: self.family.constant_base_measure)
+    reparameterized = property(lambda self: self.family.reparameterized)
     curvature = property(lambda self: getattr(self.family, "curvature", None))
 
     def ravel(self, theta: Any) -> Array:
@@ -182,8 +183,8 @@ class Raveled(Family):
     def natural_at(self, location: Any, like: Any = None) -> Any:
         return self.family.natural_at(self.ravel(location), like)
 
-    def sufficient_statistics(self, theta: Any) -> Any:
-        return self.family.sufficient_statistics(self.ravel(theta))
+    def sufficient_statistics(self, theta: Any, lam: Any = None) -> Any:
+        return self.family.sufficient_statistics(self.ravel(theta), lam)
 
     def log_base_measure(self, lam: Any, theta: Any) -> Array:
         return self.family.log_base_measure(lam, self.ravel(theta))
@@ -213,6 +214,10 @@ for _name in (
     "combine",
     "fisher",
     "fisher_product",
+    "inverse_fisher_product",
+    "gradient_in_mu",
+    "gradient_in_lambda",
+    "coordinates",
     "in_domain",
     "retract",
     "safe_step",

@@ -11,11 +11,12 @@ step x + d to first order.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -58,7 +59,15 @@ class Domain:
             return self.sign * _retract_matrix(self.sign * x, self.sign * d)
         s = self.sign * (x - self.bound)
         u = jnp.clip(self.sign * d / s, -LARGEST_RELATIVE_STEP, LARGEST_RELATIVE_STEP)
-        return self.bound + self.sign * s * (1.0 + u + 0.5 * u * u)
+        # Half of the smallest distance from the bound would round to none.
+        distance = jnp.maximum(s * (1.0 + u + 0.5 * u * u), self._smallest(x.dtype))
+        return self.bound + self.sign * distance
+
+    def _smallest(self, dtype: Any) -> float:
+        """The smallest distance from the bound that a number of this type can have."""
+        end = np.asarray(self.bound, dtype)
+        beside = np.nextafter(end, np.asarray(self.bound + self.sign, dtype))
+        return float(max(abs(beside - end), jnp.finfo(dtype).tiny))
 
     def inside(self, like: Float[Array, ...]) -> Float[Array, ...]:
         """Some point inside, in the shape of `like`: where a solver may start."""

@@ -20,7 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.families._domain import Domain
-from blr_optax.families._solve import solve_fisher, solve_natural
+from blr_optax.families._solve import coordinates, solve_fisher, solve_natural
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -45,6 +45,8 @@ class Family:
         location: whether `natural_at` can centre the family at a point.
         constant_base_measure: whether h does not depend on theta.
         reparameterized: whether samples carry exact gradients in lambda.
+        enumerable: whether there are few values of theta, which `support` lists.
+        relaxable: whether `relaxed_sample` exists.
     """
 
     Natural: ClassVar[type]
@@ -56,6 +58,8 @@ class Family:
     location: ClassVar[bool] = False
     constant_base_measure: ClassVar[bool] = True
     reparameterized: ClassVar[bool] = True
+    enumerable: ClassVar[bool] = False
+    relaxable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
@@ -88,8 +92,8 @@ class Family:
         """A(lambda), one number per batch element; its derivative is mu."""
         raise NotImplementedError
 
-    def sufficient_statistics(self, theta: Array) -> Any:
-        """T(theta), in the expectation type."""
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> Any:
+        """T(theta), in the expectation type; lambda is passed for what is known of it."""
         raise NotImplementedError
 
     def log_base_measure(self, lam: Any, theta: Array) -> Float[Array, ...]:
@@ -109,10 +113,18 @@ class Family:
         raise NotImplementedError
 
     def support(self, lam: Any) -> Array:
-        """All values of theta, along a new leading axis; discrete families with few values."""
-        raise ValueError(
-            f"{type(self).__name__} has no finite support to enumerate: use a sampling estimator."
-        )
+        """All values of theta, along a new leading axis; `enumerable` families."""
+        raise NotImplementedError
+
+    def probabilities(self, mu: Any) -> Array:
+        """The probabilities of `support`, along a new leading axis, as polynomials of mu."""
+        raise NotImplementedError
+
+    def relaxed_sample(
+        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
+    ) -> Array:
+        """Draws of a continuous relaxation, differentiable in lambda; `relaxable` families."""
+        raise NotImplementedError
 
     def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
         """E_q[log h(theta)]; the constant itself unless h depends on theta."""
@@ -121,6 +133,12 @@ class Family:
         return self.log_base_measure(lam, self.mean(lam))
 
     # What follows.
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether lambda, mu and theta are arrays of one shape, so that `MeanField` can lift it."""
+        events = (d.event_ndim for d in self.domains.values())
+        return not (self.joint or self.event_ndim or any(events))
 
     def inner(self, a: Any, b: Any) -> Float[Array, ...]:
         """<a, b> over the learnt fields, one number per batch element."""
@@ -136,6 +154,31 @@ class Family:
             *(lam for _, lam in terms),
         )
         return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
+
+    def coordinates(self, like: Any) -> tuple[Any, Any]:
+        """Minimal coordinates of the learnt fields: (fields -> flat vector, and back)."""
+        return coordinates(self, like)
+
+    def _cotangent(self, kind: type, gradient: Any) -> Any:
+        """A gradient by autodiff in another type: symmetric where due, zero where known."""
+
+        def field(name: str) -> Any:
+            x = getattr(gradient, name)
+            if name in self.known:
+                return jax.tree.map(jnp.zeros_like, x)
+            if self.domains[name].event_ndim == 2:
+                return 0.5 * (x + jnp.swapaxes(x, -1, -2))
+            return x
+
+        return kind(**{name: field(name) for name in self.Natural._fields})
+
+    def gradient_in_mu(self, gradient: Any) -> Any:
+        """A gradient in mu as the natural gradient that it is, of the natural type."""
+        return self._cotangent(self.Natural, gradient)
+
+    def gradient_in_lambda(self, lam: Any, gradient: Any) -> Any:
+        """A gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
+        return self.inverse_fisher_product(lam, self._cotangent(self.Expectation, gradient))
 
     def expectation(self, lam: Any) -> Any:
         """mu = grad A(lambda) over the learnt fields; known ones pass through."""
@@ -159,7 +202,7 @@ class Family:
 
     def log_prob(self, lam: Any, theta: Array) -> Float[Array, ...]:
         """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
-        exponent = self.inner(lam, self.sufficient_statistics(theta))
+        exponent = self.inner(lam, self.sufficient_statistics(theta, lam))
         return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
 
     def entropy(self, lam: Any) -> Float[Array, ...]:
@@ -198,7 +241,7 @@ class Family:
         return solve_fisher(self, lam, v)
 
     def fisher(self, lam: Any) -> Float[Array, "... p p"]:
-        """F(lambda) over the flattened learnt fields of one lambda; batches through vmap.
+        """F(lambda) over the flattened learnt fields, in their order; batches through vmap.
 
         A matrix field enters entry by entry and F maps the antisymmetric part to zero.
         """
@@ -206,17 +249,17 @@ class Family:
         if batch:
             inner = jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape[len(batch) :]), lam)
             return jax.vmap(self.fisher)(inner)
-        fields = {name: getattr(lam, name) for name in self.domains}
-        flat, unravel = jax.flatten_util.ravel_pytree(fields)
+        flat, unravel = jax.flatten_util.ravel_pytree([getattr(lam, name) for name in self.domains])
 
         def symmetric(name: str, v: Array) -> Array:
             return 0.5 * (v + v.T) if self.domains[name].event_ndim == 2 else v
 
         def column(e: Array) -> Array:
+            pairs = zip(self.domains, unravel(e), strict=True)
             zero = jax.tree.map(jnp.zeros_like, lam)
-            v = zero._replace(**{k: symmetric(k, x) for k, x in unravel(e).items()})
+            v = zero._replace(**{name: symmetric(name, x) for name, x in pairs})
             change = self.fisher_product(lam, v)
-            return jax.flatten_util.ravel_pytree({k: getattr(change, k) for k in fields})[0]
+            return jax.flatten_util.ravel_pytree([getattr(change, k) for k in self.domains])[0]
 
         return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
 

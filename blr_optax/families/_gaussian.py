@@ -138,7 +138,7 @@ class Normal(GaussianFamily):
         """A = S m^2 / 2 - log(S) / 2."""
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
-    def sufficient_statistics(self, theta: Array) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta * theta)
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -285,7 +285,7 @@ class Gaussian(GaussianFamily):
         """A = m^T S m / 2 - log det(S) / 2."""
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
-    def sufficient_statistics(self, theta: Array) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta[..., :, None] * theta[..., None, :])
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:

@@ -102,7 +102,7 @@ class GaussianFixed(GaussianFamily):
         """A = m^T S m / 2."""
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
-    def sufficient_statistics(self, theta: Array) -> FixedExpectation:
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> FixedExpectation:
         d = theta.shape[-1]
         return FixedExpectation(theta, jnp.zeros((*theta.shape[:-1], d, d), theta.dtype))
 

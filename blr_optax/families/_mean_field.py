@@ -10,6 +10,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax import _tree
@@ -49,10 +50,11 @@ class MeanField(Family):
     family: Family
 
     def __post_init__(self) -> None:
-        if self.family.event_ndim:
+        if not self.family.elementwise:
             raise ValueError(
-                f"MeanField: {type(self.family).__name__} is not elementwise, its event has "
-                f"{self.family.event_ndim} axes. Use Raveled for a vector family over a tree."
+                f"MeanField: {type(self.family).__name__} is not elementwise: its samples or its "
+                "parameters have axes of their own. Batches of it need no MeanField, different "
+                "ones join in a Product, and Raveled takes a vector family over a tree."
             )
 
     # What the lifted family says of itself; fields of lambda are trees, their names stay.
@@ -62,7 +64,11 @@ class MeanField(Family):
     known = property(lambda self: self.family.known)
     location = property(lambda self: self.family.location)
     constant_base_measure = property(lambda self: self.family.constant_base_measure)
+    reparameterized = property(lambda self: self.family.reparameterized)
+    enumerable = property(lambda self: self.family.enumerable)
+    relaxable = property(lambda self: self.family.relaxable)
     curvature = property(lambda self: getattr(self.family, "curvature", None))
+    elementwise = False  # it is the lift
 
     def _rows(self, lam: Any, *trees: Any) -> tuple[Any, list[tuple]]:
         """The tree's structure, and (leaf lambda, leaf of each tree) for every leaf.
@@ -162,17 +168,22 @@ class MeanField(Family):
     def displace(self, lam: Any, z: Any) -> Any:
         return self._map(self.family.displace, lam, z)
 
-    def sufficient_statistics(self, theta: Any) -> Any:
+    def sufficient_statistics(self, theta: Any, lam: Any = None) -> Any:
         leaves, treedef = jax.tree.flatten(theta)
-        stats = [self.family.sufficient_statistics(leaf) for leaf in leaves]
+        rows = [()] * len(leaves) if lam is None else self._rows(lam)[1]
+        each = self.family.sufficient_statistics
+        stats = [each(x, *row) for x, row in zip(leaves, rows, strict=True)]
         return _join(self.Expectation, treedef, stats)
 
     def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
         """Draws of every leaf, each with its own key by path."""
-        keys = jax.tree_util.tree_map_with_path(
+        draw = self.family.sample
+        return self._map(lambda one, k: draw(k, one, shape), lam, self._keys(key, lam))
+
+    def _keys(self, key: Array, lam: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
             lambda path, _: jax.random.fold_in(key, _tree.path_hash(path)), lam[0]
         )
-        return self._map(lambda one, k: self.family.sample(k, one, shape), lam, keys)
 
     def expectation(self, lam: Any) -> Any:
         return self._fields(self.Expectation, self.family.expectation, lam)
@@ -180,6 +191,33 @@ class MeanField(Family):
     def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
         lam = self._fields(self.Natural, self.family.natural_from_expectation, mu)
         return (lam, self.in_domain(lam)) if with_status else lam
+
+    def coordinates(self, like: Any) -> tuple[Any, Any]:
+        _, to_learnt = jax.flatten_util.ravel_pytree({n: getattr(like, n) for n in self.domains})
+
+        def to_flat(x: Any) -> Array:
+            return jax.flatten_util.ravel_pytree({n: getattr(x, n) for n in self.domains})[0]
+
+        known = {name: getattr(like, name) for name in self.known}
+        return to_flat, lambda flat: self.Natural(**to_learnt(flat), **known)
+
+    def fisher_product(self, lam: Any, v: Any) -> Any:
+        return self._fields(self.Expectation, self.family.fisher_product, lam, v)
+
+    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+        return self._fields(self.Natural, self.family.inverse_fisher_product, lam, v)
+
+    def support(self, lam: Any) -> Any:
+        return self._map(self.family.support, lam)
+
+    def probabilities(self, mu: Any) -> Any:
+        return self._map(self.family.probabilities, mu)
+
+    def relaxed_sample(
+        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
+    ) -> Any:
+        draw = self.family.relaxed_sample
+        return self._map(lambda one, k: draw(k, one, temperature, shape), lam, self._keys(key, lam))
 
     def gradient(self, lam: Any, g: Any, h: Any) -> Any:
         return self._fields(self.Natural, self.family.gradient, lam, g, h)

@@ -31,30 +31,34 @@ def _symmetric_basis(d: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def _coordinates(family: Any, like: Any) -> tuple[Any, Any]:
-    """Minimal coordinates of one lambda (or mu): flat vector <-> fields, symmetric where due."""
+def coordinates(family: Any, like: Any) -> tuple[Any, Any]:
+    """Minimal coordinates of a lambda (or mu): flat vector <-> fields, symmetric where due.
+
+    An orthonormal basis of the symmetric matrices keeps inner products. Batches are flattened.
+    """
+
+    def basis(name: str) -> Array:
+        field = getattr(like, name)
+        return jnp.asarray(_symmetric_basis(field.shape[-1]), field.dtype)
 
     def to_flat(x: Any) -> Float[Array, " p"]:
         parts = []
         for name, domain in family.domains.items():
-            field = getattr(x, name)
-            flat = field.reshape(-1)
+            field = jnp.asarray(getattr(x, name))
             if domain.event_ndim == 2:
-                flat = jnp.asarray(_symmetric_basis(field.shape[-1]), flat.dtype) @ flat
-            parts.append(flat)
+                field = field.reshape(*field.shape[:-2], -1) @ basis(name).T
+            parts.append(field.reshape(-1))
         return jnp.concatenate(parts)
 
     def to_fields(flat: Float[Array, " p"]) -> Any:
         start, fields = 0, {}
         for name, domain in family.domains.items():
-            shape = getattr(like, name).shape
-            if domain.event_ndim == 2:
-                basis = jnp.asarray(_symmetric_basis(shape[-1]), flat.dtype)
-                size = basis.shape[0]
-                fields[name] = (flat[start : start + size] @ basis).reshape(shape)
-            else:
-                size = int(np.prod(shape))
-                fields[name] = flat[start : start + size].reshape(shape)
+            shape = jnp.shape(getattr(like, name))
+            matrix = basis(name) if domain.event_ndim == 2 else None
+            inner = shape if matrix is None else (*shape[:-2], matrix.shape[0])
+            size = int(np.prod(inner))
+            field = flat[start : start + size].reshape(inner)
+            fields[name] = field if matrix is None else (field @ matrix).reshape(shape)
             start += size
         return family.Natural(**fields, **{name: getattr(like, name) for name in family.known})
 
@@ -62,7 +66,7 @@ def _coordinates(family: Any, like: Any) -> tuple[Any, Any]:
 
 
 def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
-    to_flat, to_fields = _coordinates(family, mu)
+    to_flat, to_fields = coordinates(family, mu)
     target = to_flat(mu)
     eps = jnp.finfo(target.dtype).eps
 
@@ -114,7 +118,7 @@ def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
 
 def _fisher_solved(family: Any, lam: Any, v: Any) -> Any:
     """F(lambda)^{-1} v of one lambda, of the natural type."""
-    to_flat, to_fields = _coordinates(family, lam)
+    to_flat, to_fields = coordinates(family, lam)
     fisher = jax.jacfwd(lambda x: to_flat(family.expectation(to_fields(x))))(to_flat(lam))
     # F is scaled to a unit diagonal, so that fields of different units do not cost digits.
     scale = jax.lax.rsqrt(jnp.diagonal(fisher))

@@ -4,8 +4,8 @@
     psi(a)       = log a - l(a),    l(a) = 1 / (2 a) - r'(a)           log minus digamma
 
 For large a everything that a density needs is small beside log Gamma(a) itself, so entropies and
-divergences are written in r and l. Both are series in 1 / a from `SHIFT` on and are brought there
-by their recurrences, elementary functions throughout: automatic differentiation is exact.
+divergences are written in r and l. Both are short series in 1 / a for large a and are brought there
+by their recurrences; as much of both as the precision of a asks for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 LOG_2PI = float(np.log(2.0 * np.pi))
 NEAR = 0.3  # relative changes below which differences are summed without cancellation
-SHIFT = 10
 # Bernoulli numbers B_2k / (2k (2k - 1)): the coefficients of r(a) in a^{1 - 2k}.
 _STIRLING = (
     1 / 12,
@@ -34,7 +33,14 @@ _STIRLING = (
     1 / 156,
     -3617 / 122400,
     43867 / 244188,
+    -174611 / 125400,
 )
+# From where the series is used, how many of its terms, and nodes of the quadrature for divergences.
+_SINGLE, _DOUBLE = (4, 5, 4), (8, 10, 7)
+
+
+def _effort(dtype: Any) -> tuple[int, int, int]:
+    return _SINGLE if jnp.finfo(dtype).bits <= 32 else _DOUBLE
 
 
 def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -54,54 +60,73 @@ def relative_excess(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, 
 
 
 def _recurrence(
-    a: Float[Array, ...], series: Callable[[Array], Array], term: Callable[[Array], Array]
+    a: Float[Array, ...],
+    coefficients: Callable[[int, float], float],
+    power: int,
+    term: Callable[[Array], Array],
 ) -> Float[Array, ...]:
-    """f(a) = series(a) for a >= SHIFT, else series(a + SHIFT) + sum_k term(a + k)."""
-    small = a < SHIFT
+    """f with f(a) = f(a + 1) + term(a), and f(a) = sum_k coefficients(k, c_k) a^{-power - 2 k}.
+
+    The c_k are Stirling's coefficients; the series is used for large a only.
+    """
+    a = jnp.asarray(a)
+    shift, count, _ = _effort(a.dtype)
+    small = a < shift
     low = jnp.where(small, a, 1.0)
-    steps = sum(term(low + k) for k in range(SHIFT))
-    return series(jnp.where(small, a + SHIFT, a)) + jnp.where(small, steps, 0.0)
+    steps = sum(term(low + k) for k in range(shift))
+    x = 1.0 / jnp.where(small, a + shift, a)
+    series = [coefficients(k, c) for k, c in enumerate(_STIRLING[:count])]
+    tail = jnp.polyval(jnp.array(series[::-1], x.dtype), x * x, unroll=16)
+    return tail * x**power + jnp.where(small, steps, 0.0)
 
 
+@jax.custom_jvp
 def stirling(a: Float[Array, ...]) -> Float[Array, ...]:
     """r(a) = log Gamma(a) - (a - 1/2) log a + a - log(2 pi) / 2 for a > 0."""
-
-    def series(x: Array) -> Array:
-        z = 1.0 / (x * x)
-        return jnp.polyval(jnp.array(_STIRLING[::-1], x.dtype), z) / x
 
     def term(x: Array) -> Array:
         return (x + 0.5) * jnp.log1p(1.0 / x) - 1.0
 
-    return _recurrence(a, series, term)
+    return _recurrence(a, lambda k, c: c, 1, term)
 
 
+@jax.custom_jvp
 def stirling_slope(a: Float[Array, ...]) -> Float[Array, ...]:
     """r'(a), below zero."""
-
-    def series(x: Array) -> Array:
-        z = 1.0 / (x * x)
-        slopes = [-(2 * k + 1) * c for k, c in enumerate(_STIRLING)]
-        return jnp.polyval(jnp.array(slopes[::-1], x.dtype), z) * z
 
     def term(x: Array) -> Array:
         return jnp.log1p(1.0 / x) - (x + 0.5) / (x * (x + 1.0))
 
-    return _recurrence(a, series, term)
+    return _recurrence(a, lambda k, c: -(2 * k + 1) * c, 2, term)
 
 
+@jax.custom_jvp
 def stirling_curvature(a: Float[Array, ...]) -> Float[Array, ...]:
     """r''(a) = sum_k 1 / (2 (a + k)^2 (a + k + 1)^2), above zero."""
-
-    def series(x: Array) -> Array:
-        z = 1.0 / (x * x)
-        bends = [(2 * k + 1) * (2 * k + 2) * c for k, c in enumerate(_STIRLING)]
-        return jnp.polyval(jnp.array(bends[::-1], x.dtype), z) * z / x
 
     def term(x: Array) -> Array:
         return 0.5 / jnp.square(x * (x + 1.0))
 
-    return _recurrence(a, series, term)
+    return _recurrence(a, lambda k, c: (2 * k + 1) * (2 * k + 2) * c, 3, term)
+
+
+def _stirling_third(a: Float[Array, ...]) -> Float[Array, ...]:
+    """r'''(a), below zero."""
+
+    def term(x: Array) -> Array:
+        return -(2.0 * x + 1.0) / (x * (x + 1.0)) ** 3
+
+    return _recurrence(a, lambda k, c: -(2 * k + 1) * (2 * k + 2) * (2 * k + 3) * c, 4, term)
+
+
+# Each is the derivative of the one before: graphs of derivatives stay as small as the functions.
+stirling.defjvp(lambda primal, tangent: (stirling(*primal), tangent[0] * stirling_slope(*primal)))
+stirling_slope.defjvp(
+    lambda primal, tangent: (stirling_slope(*primal), tangent[0] * stirling_curvature(*primal))
+)
+stirling_curvature.defjvp(
+    lambda primal, tangent: (stirling_curvature(*primal), tangent[0] * _stirling_third(*primal))
+)
 
 
 def log_gamma(a: Float[Array, ...]) -> Float[Array, ...]:
@@ -119,10 +144,12 @@ def digamma(a: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.log(a) - log_minus_digamma(a)
 
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(10)
-_NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS
+def _curved(a: Float[Array, ...]) -> Float[Array, ...]:
+    """-l'(a), the second derivative of log Gamma(a) - a log a + a."""
+    return 0.5 / (a * a) + stirling_curvature(a)
 
 
+@jax.custom_jvp
 def stirling_divergence(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
     """f(b) - f(a) - f'(a) (b - a) of f = log Gamma(a) - a log a + a: what is left of log Gamma's.
 
@@ -133,12 +160,21 @@ def stirling_divergence(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Arr
     near = jnp.abs(d) < NEAR * a
     step = jnp.where(near, d, 0.0)
     # The remainder's divergence is the integral of (1 - t) r''(a + t d) d^2 over t from 0 to 1.
+    nodes, weights = np.polynomial.legendre.leggauss(_effort(d.dtype)[2])
+    t, w = 0.5 * (nodes + 1.0), 0.5 * weights
     bends = sum(
-        float(w * (1.0 - t)) * stirling_curvature(a + float(t) * step)
-        for t, w in zip(_NODES, _WEIGHTS, strict=True)
+        float(w_k * (1.0 - t_k)) * stirling_curvature(a + float(t_k) * step)
+        for t_k, w_k in zip(t, w, strict=True)
     )
     far = stirling(b) - stirling(a) - stirling_slope(a) * d
     return 0.5 * relative_excess(a, b) + jnp.where(near, bends * step * step, far)
+
+
+@stirling_divergence.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, b), (da, db) = primals, tangents
+    slope_b = log_minus_digamma(a) - log_minus_digamma(b)
+    return stirling_divergence(a, b), slope_b * db - _curved(a) * (b - a) * da
 
 
 @jax.custom_jvp
@@ -149,7 +185,7 @@ def inverse_log_minus_digamma(gap: Float[Array, ...]) -> Float[Array, ...]:
     a = jnp.where(gap > 50.0, 1.0 / gap, a)
     for _ in range(6):
         miss = log_minus_digamma(a)
-        slope = a * (-0.5 / (a * a) - stirling_curvature(a)) / miss
+        slope = -a * _curved(a) / miss
         a = a * jnp.exp(jnp.clip(-jnp.log(miss / gap) / slope, -2.0, 2.0))
     return a
 
@@ -158,7 +194,7 @@ def inverse_log_minus_digamma(gap: Float[Array, ...]) -> Float[Array, ...]:
 def _(primals: Any, tangents: Any) -> Any:
     (gap,), (dgap,) = primals, tangents
     a = inverse_log_minus_digamma(gap)
-    return a, -dgap / (0.5 / (a * a) + stirling_curvature(a))
+    return a, -dgap / _curved(a)
 
 
 @jax.custom_jvp
@@ -168,7 +204,7 @@ def inverse_digamma(y: Float[Array, ...]) -> Float[Array, ...]:
     low, high = jnp.minimum(y, -2.2), jnp.maximum(y, -2.2)
     a = jnp.where(y > -2.2, jnp.exp(high) + 0.5, -1.0 / (low + np.euler_gamma))
     for _ in range(6):
-        slope = 1.0 / a + 0.5 / (a * a) + stirling_curvature(a)
+        slope = 1.0 / a + _curved(a)
         a = a * jnp.exp(jnp.clip((y - digamma(a)) / (a * slope), -2.0, 2.0))
     return a
 
@@ -177,7 +213,7 @@ def inverse_digamma(y: Float[Array, ...]) -> Float[Array, ...]:
 def _(primals: Any, tangents: Any) -> Any:
     (y,), (dy,) = primals, tangents
     a = inverse_digamma(y)
-    return a, dy / (1.0 / a + 0.5 / (a * a) + stirling_curvature(a))
+    return a, dy / (1.0 / a + _curved(a))
 
 
 @jax.custom_jvp

@@ -53,14 +53,17 @@ def all_finite(*trees: Any) -> Any:
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
-def squares_finite(*trees: Any) -> Any:
-    """One boolean: whether all entries, and what follows from their squares, are finite.
+def squares_finite(grads: Any, curvature: Any = None) -> Any:
+    """One boolean: whether all entries, and what follows from squares of gradients, are finite.
 
     A gradient that is finite but so large that its square is not within reach of the curvatures'
-    arithmetic counts as non-finite.
+    arithmetic counts as non-finite. One pass over both trees: a second would read them again.
     """
+    leaves = jax.tree.leaves(grads)
+    beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
     checks = []
-    for x in jax.tree.leaves(trees):
-        rows = jnp.sum(x * x, axis=tuple(range(jnp.ndim(x) - 1)))
-        checks.append(jnp.all(rows < float(jnp.finfo(x.dtype).max) ** 0.7))
+    for g, c in zip(leaves, beside, strict=True):
+        size = g * g if c is None else g * g + jnp.abs(c)
+        rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
+        checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))

@@ -30,7 +30,6 @@ from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
 from blr_optax.families._checks import holds
 from blr_optax.families._domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._numbers import (
-    all_finite,
     at,
     check_positive,
     check_unit_interval,
@@ -259,7 +258,7 @@ def scale_by_precision(
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
     def init_fn(params: Any) -> ScaleByPrecisionState:
-        _tree.check_float_leaves(params, "scale_by_precision")
+        _tree.check_float_leaves(params, "ivon, soba, scale_by_precision")
         count = jnp.zeros((), jnp.int32)
         size = jnp.array(at(ess, count), jnp.result_type(float))
         prior_ = prior_trees(prior, params)
@@ -311,9 +310,10 @@ def scale_by_precision(
     ) -> tuple[Any, ScaleByPrecisionState]:
         if params is None:
             raise ValueError(
-                "scale_by_precision: update needs params, update(grads, state, params)."
+                "ivon, soba, scale_by_precision: update needs params, update(grads, state, params)."
             )
-        grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, updates)
+        grads = _tree.matching_leaves(updates, state.precision, "grads")
+        grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, grads)
         if curvature is None:
             noise = state.rule.noise(state, step_key(state.key, state.count))
             weights = state.rule.weights(state, params, noise)
@@ -323,7 +323,7 @@ def scale_by_precision(
         else:
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
             curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
-            finite = squares_finite(grads) & all_finite(curvature)
+            finite = squares_finite(grads, curvature)
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
         d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
         pull0 = (

@@ -21,7 +21,8 @@ from blr_optax._posterior import Posterior
 from blr_optax.estimators import Estimator, natural_gradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.estimators._noise import canonical_key, standard_normal
-from blr_optax.families import Family, MeanField, Raveled, get
+from blr_optax.families import Conditional, Family, MeanField, Raveled, get
+from blr_optax.rule._conditional import check_conditional, conditional_gradient
 from blr_optax.rule._numbers import all_finite, at, check_positive
 from blr_optax.rule._protocol import Rule
 from blr_optax.rule._step import check_step, direction, move
@@ -68,12 +69,16 @@ class BlrRule(Rule):
     evaluates_loss = True
 
     def noise(self, state: BlrUpdateState, key: Array) -> Any:
-        like = None if self.point else self.family.mean(state.natural)
-        return None if self.point else standard_normal(key, like, self.generator)
+        """Standard normals for a Gaussian; for other families the key itself."""
+        if self.point or getattr(self.family, "curvature", None) is None:
+            return None if self.point else key
+        return standard_normal(key, self.family.mean(state.natural), self.generator)
 
     def weights(self, state: BlrUpdateState, params: Any, noise: Any) -> Any:
         if noise is None:
             return params
+        if getattr(self.family, "curvature", None) is None:
+            return self.family.sample(noise, state.natural)
         draw = jax.tree.map(
             jnp.add, self.family.mean(state.natural), self.family.displace(state.natural, noise)
         )
@@ -84,15 +89,18 @@ class BlrRule(Rule):
         return Posterior(self.family, jax.tree.map(jnp.copy, state.natural))
 
 
-def family_over(family: str | Family, params: Any) -> Family:
-    """The family over a tree of parameters: elementwise ones become mean fields, vectors ravel."""
+def family_over(family: str | Family | Conditional, params: Any) -> Family | Conditional:
+    """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
+
+    Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
+    """
     family = get(family)
-    if isinstance(family, (MeanField, Raveled)):
+    if isinstance(family, (MeanField, Raveled, Conditional)):
         return family
-    if family.event_ndim == 0:
+    if family.elementwise:
         return MeanField(family)
     is_vector = isinstance(params, jax.Array) and params.ndim == 1
-    return family if is_vector else Raveled.like(family, params)
+    return Raveled.like(family, params) if family.location and not is_vector else family
 
 
 def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
@@ -122,7 +130,7 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
             f"params has {family.Natural.__name__}."
         )
     if not family.location:
-        return
+        return  # nothing to compare with: `_check_params` compares the mean
     like = jax.eval_shape(lambda p: _first(family, p, None, None), params)
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
@@ -132,8 +140,21 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
         )
 
 
+def _check_params(family: Any, natural: Any, params: Any) -> None:
+    """Raises ValueError when the parameters are not shaped like q's mean."""
+    if not jax.tree.leaves(params):
+        return
+    mean = jax.eval_shape(family.mean, natural)
+    shapes = [jax.tree.map(jnp.shape, x) for x in (mean, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "blr_update: params must be like the mean of q, with structure and shapes "
+            f"{shapes[0]}; got {shapes[1]}. Start from params = init.mean."
+        )
+
+
 def blr_update(
-    family: str | Family,
+    family: str | Family | Conditional,
     loss: Any,
     learning_rate: Any,
     *,
@@ -157,15 +178,19 @@ def blr_update(
 
     Args:
         family: a registered name or a family; over a pytree elementwise families become mean
-            fields, vector families act on its flat vector.
-        loss: `loss(theta, *batch)`, a mean loss; or `conjugate(...)`, `glm(...)`, or a sum.
+            fields, Gaussians act on its flat vector, other families take what they sample.
+            Conditional ones (`mixture`, `student_t`, ...) update block by block.
+        loss: `loss(theta, *batch)`, a mean loss; or `conjugate(...)`, `glm(...)`, or a sum; or
+            `loss(mu, *batch)` for `estimators.exact()`.
         learning_rate: rho, a number or an optax schedule.
         ess: effective sample size: the number of examples the mean loss stands for. May be a
             schedule.
-        prior: a posterior of the family; None is a flat density.
+        prior: a posterior of the family (of any family for conditional ones); None is a flat
+            density.
         init: the first posterior; by default centred at params with the precision of the prior,
-            else one.
-        estimator: how plain functions are treated; ten antithetic pairs by default.
+            else one, for families with a location, else the prior.
+        estimator: how plain functions are treated, see `estimators.natural_gradient`; conditional
+            families take `monte_carlo(...)` and `delta(...)`.
         step: how lambda moves, see `natural_step`; None is "auto".
         key: typed key or integer seed.
 
@@ -194,17 +219,24 @@ def blr_update(
     """
     check_positive("learning_rate", learning_rate)
     check_positive("ess", ess)
-    how = check_step("auto" if step is None else step, get(family))
-    natural_gradient(family, loss, estimator)  # checks its arguments where they are given
+    family, how = get(family), "auto" if step is None else step
+    conditional = isinstance(family, Conditional)
+    if conditional:
+        check_conditional(family, loss, how, estimator)
+    else:
+        check_step(how, family)
+        natural_gradient(family, loss, estimator)  # checks its arguments where they are given
     point = estimator is not None and isinstance(estimator, Delta)
     generator = getattr(estimator, "generator", "threefry")
 
     def init_fn(params: Any) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
         over = family_over(family, params)
-        _check_like("prior", prior, over, params)
+        if not conditional:  # whose prior may be of any family
+            _check_like("prior", prior, over, params)
         _check_like("init", init, over, params)
-        natural = _first(over, params, init, prior)
+        natural = _first(over, params, init, None if conditional else prior)
+        _check_params(over, natural, params)
         dtype = jnp.result_type(*jax.tree.leaves(natural), jnp.float32)
         return BlrUpdateState(
             count=jnp.zeros((), jnp.int32),
@@ -230,14 +262,20 @@ def blr_update(
         scale = jnp.asarray(at(ess, state.count), dtype)
         batch = batch if isinstance(batch, tuple) else (batch,)
 
-        gradient = natural_gradient(over, loss, estimator)
         draw = jax.random.fold_in(state.key, state.count)
-        value, grad_mu = gradient(draw, lam, *batch)
-        d = direction(over, lam, grad_mu, prior, scale)
+        if conditional:
+            terms = (over, loss, estimator, draw, lam, batch, scale, prior)
+            value, d = conditional_gradient(*terms)
+        else:
+            value, grad_mu = natural_gradient(over, loss, estimator)(draw, lam, *batch)
+            d = direction(over, lam, grad_mu, prior, scale)
         finite = all_finite(d)
         gate = finite.astype(dtype)
         d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), d)
-        new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
+        if conditional:
+            new, retracted = over.move(lam, d, rho * gate, how), jnp.zeros((), jnp.int32)
+        else:
+            new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
 
         new_mean = over.mean(new)

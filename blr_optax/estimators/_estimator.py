@@ -1,0 +1,58 @@
+"""What an estimator is: a way to get E_q[l] and its natural gradient under a family.
+
+    value = E_q[l],    gradient = grad_mu E_q[l] = F(lambda)^{-1} grad_lambda E_q[l]
+
+Every estimator is a static value with the two methods below. Those of `_expectation` look at the
+loss around a Gaussian's mean; those of `_general` and `_discrete` take any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax.families import Family
+
+
+class Estimator:
+    """Base of all estimators; subclasses are frozen dataclasses and static pytree nodes."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Estimators are closed over and compared, never traced."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+    def check(self, family: Family) -> None:
+        """Raises ValueError when this estimator does not apply to the family."""
+
+    def natural_gradient(
+        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
+        """(E_q[l], grad_mu E_q[l]), the gradient of the family's natural type."""
+        raise NotImplementedError
+
+
+def check_samples(who: str, samples: int) -> int:
+    """Raises ValueError for fewer than one sample."""
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"{who}: samples={samples} must be an integer, at least 1.")
+    return samples
+
+
+def check_key(who: str, key: Array | None) -> Array:
+    """Raises ValueError when an estimator that draws has no key."""
+    if key is None:
+        raise ValueError(f"natural_gradient: {who} draws samples; pass a typed key, not None.")
+    return key
+
+
+def mean_of(f: Callable[[Array], Any], key: Array, samples: int) -> Any:
+    """The mean of f(key) over independent keys, one at a time: the memory of one evaluation."""
+    keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(samples))
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(f, keys))

@@ -1,0 +1,390 @@
+"""Distributions over K categories, minimal: K - 1 natural parameters relative to the last category.
+
+    lambda_k = log(p_k / p_K)    T = (x_1 .. x_{K-1}), x_k how often k came up
+
+Two members: `categorical` (one label) and `multinomial` (counts of a known number of labels).
+Everything is computed relative to the likeliest category, whose own deviation from one is the sum
+of the others' probabilities: no logit is too large for entropies, divergences and Fisher products.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax.families import _domain
+from blr_optax.families import _log_factorial as lf
+from blr_optax.families._bernoulli import as_float
+from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._family import Family
+from blr_optax.families._parameters import parameters
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+
+def likeliest(logits: Float[Array, "... K"]) -> Bool[Array, "... K"]:
+    """True at one category of largest logit."""
+    return jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
+
+
+def _relative(mask: Bool[Array, "... K"], x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """x minus its entry in the mask."""
+    return x - jnp.sum(jnp.where(mask, x, 0.0), -1, keepdims=True)
+
+
+@jax.custom_jvp
+def log_softmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """log p_k, to the last digit also where p_k is almost one."""
+    mask = likeliest(logits)
+    x = _relative(mask, logits)
+    return x - jnp.log1p(jnp.sum(jnp.where(mask, 0.0, jnp.exp(x)), -1, keepdims=True))
+
+
+@log_softmax.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    (logits,), (v,) = primals, tangents
+    return log_softmax(logits), _centred(logits, v)
+
+
+@jax.custom_jvp
+def softmax(logits: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """p_k."""
+    x = jnp.exp(_relative(likeliest(logits), logits))
+    return x / jnp.sum(x, -1, keepdims=True)
+
+
+@softmax.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    (logits,), (v,) = primals, tangents
+    p = softmax(logits)
+    return p, p * _centred(logits, v)
+
+
+def _centred(logits: Float[Array, "... K"], v: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    """v - sum_j p_j v_j: the change of log p along v."""
+    w = _relative(likeliest(logits), v)
+    return w - jnp.sum(softmax(logits) * w, -1, keepdims=True)
+
+
+def rest(logits: Float[Array, "... K"]) -> Float[Array, ...]:
+    """The probability that the likeliest category does not come up."""
+    return jnp.sum(jnp.where(likeliest(logits), 0.0, softmax(logits)), -1)
+
+
+def choice_entropy(logits: Float[Array, "... K"]) -> Float[Array, ...]:
+    """-sum_k p_k log p_k."""
+    return -jnp.sum(softmax(logits) * log_softmax(logits), -1)
+
+
+def choice_kl(logits_p: Float[Array, "... K"], logits_q: Float[Array, "... K"]) -> Array:
+    """KL(p || q) of one choice, as the sum of p_k (q_k / p_k - 1 - log(q_k / p_k)), each >= 0."""
+    mask = likeliest(logits_p)
+    p, log_p = softmax(logits_p), log_softmax(logits_p)
+    d = _relative(mask, logits_q - logits_p)
+    # log(p e^d): that is q, up to a factor, which is the sum of the exponentials.
+    joint = _relative(mask, logits_q) + jnp.max(log_p, -1, keepdims=True)
+    near = jnp.abs(d) < 1.0
+    change = p * jnp.expm1(jnp.where(near, d, 0.0))
+    change = jnp.where(near, change, jnp.exp(jnp.minimum(joint, 1.0)) - p)
+    distant = jnp.max(joint, -1) > 1.0
+    close = jnp.log1p(jnp.sum(jnp.where(distant[..., None], 0.0, change), -1))
+    log_factor = jnp.where(distant, jax.nn.logsumexp(joint, -1), close)[..., None]
+    w = d - log_factor
+    near = jnp.abs(w) < 1.0
+    small = lf.exp_excess(jnp.where(near, w, 0.0))
+    far = softmax(logits_q) - p - p * (log_softmax(logits_q) - log_p)
+    return jnp.sum(jnp.where(near, p * small, far), -1)
+
+
+def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
+    """lambda with the zero of the last category."""
+    return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
+
+
+def _linear_from(who: str, logits: Any, probabilities: Any) -> Float[Array, "... K-1"]:
+    """lambda from K logits or K probabilities."""
+    exactly_one(who, logits=logits, probabilities=probabilities)
+    name, given = ("logits", logits) if probabilities is None else ("probabilities", probabilities)
+    given = as_float(given)
+    if given.ndim < 1 or given.shape[-1] < 2:
+        raise ValueError(f"{name} must have K >= 2 entries on the last axis; got {given}.")
+    if probabilities is None:
+        require(name, given, "finite", jnp.isfinite)
+    else:
+        inside = lambda p: jnp.all(p > 0, -1) & (jnp.abs(jnp.sum(p, -1) - 1.0) < 1e-5)  # noqa: E731
+        require(name, given, "positive and sum to 1", inside)
+        given = jnp.log(given)
+    return given[..., :-1] - given[..., -1:]
+
+
+class Simplex(Family):
+    """What the two families share; the total is 1 for a label."""
+
+    domains: ClassVar[dict] = {"linear": _domain.real(1)}
+    reparameterized: ClassVar[bool] = False
+
+    def _total(self, lam: Any) -> Float[Array, "... 1"]:
+        return jnp.stack([lam.total if self.known else jnp.ones_like(lam.linear[..., 0])], -1)
+
+    def standard(self, lam: Any) -> dict[str, Array]:
+        """The logits whose last is 0, which unlike probabilities are never rounded to 1."""
+        return {"logits": full_logits(lam.linear), **{n: getattr(lam, n) for n in self.known}}
+
+    def mean(self, lam: Any) -> Float[Array, "... K"]:
+        return self._total(lam) * softmax(full_logits(lam.linear))
+
+    def variance(self, lam: Any) -> Float[Array, "... K"]:
+        logits = full_logits(lam.linear)
+        p = softmax(logits)
+        others = jnp.where(likeliest(logits), rest(logits)[..., None], 1.0 - p)
+        return self._total(lam) * p * others
+
+    def expectation(self, lam: Any) -> Any:
+        return self.Expectation(self.mean(lam)[..., :-1], *lam[1:])
+
+    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+        """log(mu_k / mu_K); NaN, and status False, unless all K means are positive."""
+        first = mu.linear / self._total(mu)
+        last = 1.0 - jnp.sum(first, -1, keepdims=True)
+        proper = jnp.all(first > 0, -1, keepdims=True) & (last > 0)
+        first, last = (jnp.where(proper, x, 0.25) for x in (first, last))
+        linear = jnp.where(proper, jnp.log(first) - jnp.log(last), jnp.nan)
+        lam = self.Natural(linear, *mu[1:])
+        return (lam, self.in_domain(lam)) if with_status else lam
+
+    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+        """KL(p || q), for one and the same total."""
+        one = choice_kl(full_logits(lam_p.linear), full_logits(lam_q.linear))
+        return self._total(lam_p)[..., 0] * one
+
+    def fisher_product(self, lam: Any, v: Any) -> Any:
+        """n p_k (v_k - sum_j p_j v_j), in O(K)."""
+        logits = full_logits(lam.linear)
+        change = self._total(lam) * softmax(logits) * _centred(logits, full_logits(v.linear))
+        return self.Expectation(change[..., :-1], *map(jnp.zeros_like, lam[1:]))
+
+    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+        """(v_k / p_k + sum_j v_j / p_K) / n, in O(K)."""
+        m = self.mean(lam)
+        change = v.linear / m[..., :-1] + jnp.sum(v.linear, -1, keepdims=True) / m[..., -1:]
+        return self.Natural(change, *map(jnp.zeros_like, lam[1:]))
+
+
+@parameters
+class CategoricalNatural(NamedTuple):
+    """lambda of a label: log(p_k / p_K), K - 1 of them."""
+
+    linear: Array
+
+
+@parameters
+class CategoricalExpectation(NamedTuple):
+    """mu of a label: the first K - 1 probabilities."""
+
+    linear: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical(Simplex):
+    """The distribution of one label in 0 .. K-1.
+
+    log q(theta) = log p_theta. theta is an int32 label; `mean` and `variance` are those of its
+    indicators, p_k and p_k (1 - p_k), with K entries.
+
+    Standard parameters: `logits` (K of them, as for a softmax: a common constant does not matter;
+    `standard` returns those whose last is 0) or `probabilities` (K). T is the indicator of the
+    first K - 1 labels, lambda_k = log(p_k / p_K), mu_k = p_k.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> categorical = blr.families.get("categorical")
+      >>> lam = categorical.natural(probabilities=jnp.array([0.5, 0.25, 0.25]))
+      >>> print(lam.linear.round(4), categorical.entropy(lam).round(4))
+      [0.6931 0.    ] 1.0397
+    """
+
+    Natural: ClassVar[type] = CategoricalNatural
+    Expectation: ClassVar[type] = CategoricalExpectation
+    enumerable: ClassVar[bool] = True
+    relaxable: ClassVar[bool] = True
+
+    def natural(
+        self, *, logits: Array | None = None, probabilities: Array | None = None
+    ) -> CategoricalNatural:
+        """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
+        return CategoricalNatural(_linear_from("categorical", logits, probabilities))
+
+    def log_partition(self, lam: CategoricalNatural) -> Array:
+        """A = log(1 + sum_k exp lambda_k)."""
+        return -log_softmax(full_logits(lam.linear))[..., -1]
+
+    def sufficient_statistics(
+        self, theta: Int[Array, ...], lam: CategoricalNatural | None = None
+    ) -> CategoricalExpectation:
+        """Indicators of the first K - 1 labels; lambda says how many there are."""
+        if lam is None:
+            raise ValueError("categorical: T of a label depends on K: pass lam.")
+        labels = jnp.arange(lam.linear.shape[-1])
+        chosen = jnp.asarray(theta)[..., None] == labels
+        return CategoricalExpectation(chosen.astype(lam.linear.dtype))
+
+    def log_base_measure(self, lam: CategoricalNatural, theta: Int[Array, ...]) -> Array:
+        batch = jnp.broadcast_shapes(jnp.shape(theta), lam.linear.shape[:-1])
+        return jnp.zeros(batch, lam.linear.dtype)
+
+    def expected_log_base_measure(self, lam: CategoricalNatural) -> Array:
+        return jnp.zeros_like(lam.linear[..., 0])
+
+    def log_prob(self, lam: CategoricalNatural, theta: Int[Array, ...]) -> Array:
+        log_p = log_softmax(full_logits(lam.linear))
+        chosen = jnp.asarray(theta)[..., None] == jnp.arange(log_p.shape[-1])
+        found = jnp.sum(jnp.where(chosen, log_p, 0.0), -1)
+        return jnp.where(jnp.any(chosen, -1), found, -jnp.inf)
+
+    def entropy(self, lam: CategoricalNatural) -> Array:
+        return choice_entropy(full_logits(lam.linear))
+
+    def sample(self, key: Array, lam: CategoricalNatural, shape: tuple[int, ...] = ()) -> Array:
+        logits = full_logits(lam.linear)
+        shape = (*shape, *logits.shape[:-1])
+        return jax.random.categorical(key, logits, shape=shape, mode="high").astype(jnp.int32)
+
+    def support(self, lam: CategoricalNatural) -> Int[Array, "K ..."]:
+        """The labels 0 .. K-1, along a new leading axis."""
+        *batch, k = lam.linear.shape
+        return lf.spread(jnp.arange(k + 1, dtype=jnp.int32), batch)
+
+    def probabilities(self, mu: CategoricalExpectation) -> Float[Array, "K ..."]:
+        """Those of `support`, linear in mu."""
+        last = 1.0 - jnp.sum(mu.linear, -1, keepdims=True)
+        return jnp.moveaxis(jnp.concatenate([mu.linear, last], -1), -1, 0)
+
+    def relaxed_sample(
+        self, key: Array, lam: CategoricalNatural, temperature: float, shape: tuple[int, ...] = ()
+    ) -> Float[Array, "... K"]:
+        """softmax((logits + Gumbel noise) / temperature): K numbers in place of the label."""
+        logits = full_logits(lam.linear)
+        noise = jax.random.gumbel(key, (*shape, *logits.shape), logits.dtype)
+        return softmax((logits + noise) / temperature)
+
+
+@parameters
+class MultinomialNatural(NamedTuple):
+    """lambda of counts: log(p_k / p_K), and the known total."""
+
+    linear: Array
+    total: Array
+
+
+@parameters
+class MultinomialExpectation(NamedTuple):
+    """mu of counts: the first K - 1 mean counts, and the total."""
+
+    linear: Array
+    total: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Multinomial(Simplex):
+    """The distribution of the counts of n labels in K categories, n known; the event is K counts.
+
+    log q(theta) = log(n! / prod_k theta_k!) + sum_k theta_k log p_k.
+
+    Standard parameters: `logits` (K, up to a common constant) or `probabilities` (K), and `total`
+    (n, known). T is the first K - 1 counts, lambda_k = log(p_k / p_K), mu_k = n p_k.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> multinomial = blr.families.get("multinomial")
+      >>> lam = multinomial.natural(probabilities=jnp.array([0.5, 0.25, 0.25]), total=4)
+      >>> print(multinomial.mean(lam), multinomial.entropy(lam).round(4))
+      [2. 1. 1.] 2.3726
+    """
+
+    Natural: ClassVar[type] = MultinomialNatural
+    Expectation: ClassVar[type] = MultinomialExpectation
+    known: ClassVar[tuple[str, ...]] = ("total",)
+    event_ndim: ClassVar[int] = 1
+    constant_base_measure: ClassVar[bool] = False
+
+    def natural(
+        self, *, total: Array, logits: Array | None = None, probabilities: Array | None = None
+    ) -> MultinomialNatural:
+        """lambda from K logits or probabilities, and the known total (a positive integer)."""
+        linear = _linear_from("multinomial", logits, probabilities)
+        total = lf.trials(total, linear)
+        batch = jnp.broadcast_shapes(linear.shape[:-1], total.shape)
+        linear = jnp.broadcast_to(linear, (*batch, linear.shape[-1]))
+        return MultinomialNatural(linear, jnp.broadcast_to(total, batch))
+
+    def log_partition(self, lam: MultinomialNatural) -> Array:
+        """A = n log(1 + sum_k exp lambda_k)."""
+        return -lam.total * log_softmax(full_logits(lam.linear))[..., -1]
+
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> MultinomialExpectation:
+        return MultinomialExpectation(theta[..., :-1], jnp.zeros_like(theta[..., 0]))
+
+    def log_base_measure(self, lam: MultinomialNatural, theta: Array) -> Array:
+        """log(n! / prod_k theta_k!)."""
+        x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
+        share = jnp.where(x > 0, x / n[..., None], 1.0)
+        parts = jnp.sum(x * jnp.log(share) + lf.log_factorial_excess(x), -1)
+        return jnp.where(_counts_to(x, n), lf.log_factorial_excess(n) - parts, -jnp.inf)
+
+    def _log_factorials(self, lam: MultinomialNatural) -> tuple[Float[Array, "... K"], Array]:
+        """E log x_k! per category, and E log h."""
+        logits, n = full_logits(lam.linear), lam.total
+        each = lf.binomial_log_factorial(softmax(logits), n[..., None])
+        # The likeliest count stays with n!, so that nothing cancels when it is nearly all of n.
+        others = jnp.sum(jnp.where(likeliest(logits), 0.0, each), -1)
+        return each, lf.binomial_log_falling(rest(logits), n) - others
+
+    def expected_log_base_measure(self, lam: MultinomialNatural) -> Array:
+        return self._log_factorials(lam)[1]
+
+    def base_measure_gradient(self, lam: MultinomialNatural) -> MultinomialNatural:
+        logits, n = full_logits(lam.linear), lam.total
+        slope = lf.slope(lambda q: lf.binomial_log_falling(q, n), rest(logits))[..., None]
+        n = n[..., None]
+        slope -= lf.slope(lambda p: lf.binomial_log_factorial(p, n), softmax(logits))
+        slope = jnp.where(likeliest(logits), 0.0, slope) / n
+        return MultinomialNatural(slope[..., :-1] - slope[..., -1:], jnp.zeros_like(lam.total))
+
+    def log_prob(self, lam: MultinomialNatural, theta: Array) -> Array:
+        # Independent Poisson counts, given their sum.
+        x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
+        log_p = log_softmax(full_logits(lam.linear))
+        excess = lf.log_factorial_excess(n) - jnp.sum(lf.log_factorial_excess(x), -1)
+        parts = lf.deviance(x, self.mean(lam), log_p + jnp.log(n)[..., None])
+        mixed = jnp.max(x, -1) < n
+        found = jnp.where(mixed, excess - jnp.sum(parts, -1), jnp.sum(x * log_p, -1))
+        return jnp.where(_counts_to(x, n), found, -jnp.inf)
+
+    def entropy(self, lam: MultinomialNatural) -> Array:
+        logits, n = full_logits(lam.linear), lam.total
+        m, (log_factorials, log_h) = self.mean(lam), self._log_factorials(lam)
+        # E log x_k! - (m log m - m) per category, of the order of log m; their sum is the entropy.
+        many = m > lf.large(m.dtype)
+        few = log_factorials - m * (log_softmax(logits) + jnp.log(n)[..., None] - 1.0)
+        high = jnp.where(many, m, 1e4)
+        part = jnp.where(many, lf.factorial_series(high, 1.0 - high / n[..., None]), few)
+        spread = jnp.sum(part, -1) - lf.log_factorial_excess(n)
+        return jnp.where(n * rest(logits) > 1.0, spread, n * choice_entropy(logits) - log_h)
+
+    def sample(self, key: Array, lam: MultinomialNatural, shape: tuple[int, ...] = ()) -> Array:
+        p = softmax(full_logits(lam.linear))
+        return lf.draw_multinomial(key, lam.total, jnp.broadcast_to(p, (*shape, *p.shape)))
+
+    def support(self, lam: MultinomialNatural) -> Float[Array, "values ... K"]:
+        """All counts with the known total, one and the same for the batch, along a new axis."""
+        n, (*batch, k) = lf.common_total(lam.total), lam.linear.shape
+        return lf.spread(jnp.asarray(lf.compositions(n, k + 1), lam.linear.dtype), batch)
+
+
+def _counts_to(x: Float[Array, "... K"], n: Array) -> Bool[Array, ...]:
+    """Whether x is counts whose sum is n."""
+    return jnp.all(lf.is_count(x), -1) & (jnp.sum(x, -1) == n)

@@ -1,0 +1,87 @@
+"""One step of the rule for a conditional family: block natural gradients, block moves.
+
+    E(theta) = ess * mean loss(theta) - log prior(theta)
+    lambda_b <- lambda_b - rho * natural gradient of { E_q[E] - H(q) } in block b
+
+The blocks have no common mu, so the natural gradient comes from the family itself; estimators and
+steps keep their names (Lin, Khan and Schmidt 2019; Khan and Rue 2023, Sec. 3.2 and 5.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from blr_optax.estimators import Estimator, delta, monte_carlo
+from blr_optax.estimators._curvature import Exact, Reparameterized
+from blr_optax.estimators._expectation import Delta, MonteCarlo
+from blr_optax.estimators._terms import Term
+from blr_optax.families import Conditional
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax._posterior import Posterior
+
+STEPS = ("auto", "improved", "improved_old")
+HESSIANS = {Exact: "exact", Reparameterized: "reparameterized"}
+
+
+def conditional_options(estimator: Estimator | None) -> dict[str, Any]:
+    """An estimator as the options of `Conditional.natural_gradient`.
+
+    Raises:
+        ValueError: for an estimator that is neither `monte_carlo(...)` nor `delta(...)`.
+    """
+    estimator = monte_carlo(10, antithetic=True) if estimator is None else estimator
+    kind = HESSIANS.get(type(getattr(estimator, "curvature", None)))
+    if isinstance(estimator, MonteCarlo) and kind:
+        return {
+            "samples": estimator.samples,
+            "antithetic": estimator.antithetic,
+            "hessian": kind,
+        }
+    if isinstance(estimator, Delta) and kind:
+        return {"delta": True, "hessian": kind}
+    raise ValueError(
+        f"estimator={estimator!r}: conditional families take monte_carlo(...) or delta(...), with "
+        "the curvature exact() or reparameterized()."
+    )
+
+
+def check_conditional(family: Conditional, loss: Any, step: str, estimator: Any) -> None:
+    """Raises ValueError for what a conditional family cannot do."""
+    if isinstance(loss, Term) or not callable(loss):
+        raise ValueError(
+            f"{type(family).__name__} is no exponential family: its loss must be one plain "
+            "function loss(theta, *batch)."
+        )
+    if step not in STEPS:
+        raise ValueError(f"step={step!r}: {type(family).__name__} knows {', '.join(STEPS)}.")
+    if conditional_options(estimator).get("delta") and not family.at_means:
+        raise ValueError(
+            f"estimator={delta()!r}: the delta method never looks away from the mean, which says "
+            f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
+        )
+
+
+def conditional_gradient(
+    family: Conditional,
+    loss: Callable,
+    estimator: Estimator | None,
+    key: Array,
+    lam: Any,
+    batch: tuple,
+    ess: Any,
+    prior: Posterior | None,
+) -> tuple[Array, Any]:
+    """(E_q[E] / ess, the natural gradient of E_q[E] - H(q))."""
+
+    def potential(theta: Array) -> Array:
+        total = ess * loss(theta, *batch)
+        return total if prior is None else total - jnp.sum(prior.log_prob(theta))
+
+    value, gradient = family.natural_gradient(key, lam, potential, **conditional_options(estimator))
+    return value / ess, gradient
