@@ -42,6 +42,14 @@ class Posterior:
     family: Family = dataclasses.field(metadata={"static": True})
     natural: Any
 
+    def __post_init__(self) -> None:
+        """Catches a name in place of a family; natural may be anything while jax builds trees."""
+        if isinstance(self.family, str):
+            raise ValueError(
+                f"Posterior: family={self.family!r} is a name; give the family itself, "
+                f"families.get({self.family!r})."
+            )
+
     @property
     def proper(self) -> Bool[Array, ""]:
         """Whether lambda is in the domain, so that q is a normalisable density."""

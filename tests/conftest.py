@@ -1,4 +1,4 @@
-"""What every test relies on: eight devices, deterministic examples, and three fixtures."""
+"""What every test relies on: eight devices, deterministic examples, and four fixtures."""
 
 import json
 import os
@@ -56,6 +56,13 @@ def load_golden(name: str) -> dict:
 def golden() -> Callable[[str], dict]:
     """`golden(name)` is `load_golden(name)`."""
     return load_golden
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_memory() -> Iterator[None]:
+    """Compiled functions of a module are not used by the next one; kept, they are gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

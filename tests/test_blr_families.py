@@ -340,7 +340,7 @@ def test_a_product_is_variational_message_passing(x64):
 def test_errors_name_the_way_out():
     gamma = families.get("gamma")
     start = blr.Posterior(gamma, gamma.natural(concentration=2.0, rate=1.0))
-    with pytest.raises(ValueError, match=r"no location .* pass init= or prior="):
+    with pytest.raises(ValueError, match=r"Gamma has no location .* pass init= or prior="):
         blr.blr_update("gamma", bent, 0.1).init(jnp.ones(()))
     with pytest.raises(ValueError, match=r"params must be like the mean of q"):
         blr.blr_update("gamma", bent, 0.1, init=start).init(jnp.ones(3))
@@ -350,3 +350,100 @@ def test_errors_name_the_way_out():
     with pytest.raises(ValueError, match=r"needs a Gaussian family that learns its precision"):
         blr.blr_update("gamma", bent, 0.1, init=start, step="square_root")
     assert tx.init(jnp.asarray(2.0)).natural.log == 1.0
+    tree = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=r"Bernoulli has no location.*MeanField\(Bernoulli"):
+        blr.blr_update("bernoulli", bent, 0.1).init(tree)
+    with pytest.raises(ValueError, match=r"Posterior: family='gamma' is a name"):
+        blr.Posterior("gamma", start.natural)
+    with pytest.raises(ValueError, match=r"factor 't' is a dict .* GammaNatural; got float"):
+        families.Product({"t": gamma}).natural(t=1.0)
+    wrong = blr.blr_update("gamma", jnp.log, 0.1, init=start, estimator=estimators.exact())
+    with pytest.raises(TypeError) as caught:
+        wrong.update(None, wrong.init(start.mean), start.mean)
+    assert "calls the loss with mu" in str(caught.value.__notes__)
+
+
+# --- conditional families: block updates through the same call ------------------------------------
+
+CENTRE = np.array([1.0, -0.5])
+CONDITIONAL_STARTS = {
+    "mixture": {
+        "weights": np.array([0.3, 0.7]),
+        "mean": np.array([[0.5, 0.0], [-0.5, 0.3]]),
+        "precision": np.stack([np.eye(2), 2 * np.eye(2)]),
+    },
+    "skew_gaussian": {"mean": np.zeros(2), "skew": np.array([0.1, 0.2]), "precision": np.eye(2)},
+    "student_t": {"mean": np.zeros(2), "scale": np.eye(2), "degrees": 5.0},
+    "gaussian_low_rank": {
+        "mean": np.zeros(2),
+        "diagonal": np.ones(2),
+        "factor": np.array([[0.3], [0.1]]),
+    },
+    "matrix_gaussian": {
+        "mean": np.zeros((2, 1)),
+        "row_precision": np.eye(2),
+        "column_precision": np.eye(1),
+    },
+}
+
+
+def bowl(theta, scale):
+    """Half a squared distance to CENTRE, per unit of scale."""
+    return 0.5 * jnp.sum((theta.reshape(2) - CENTRE) ** 2 * jnp.array([1.0, 3.0])) / scale
+
+
+@pytest.mark.parametrize("name", CONDITIONAL_STARTS)
+def test_conditional_families_update_through_the_same_call(x64, name):
+    """The optimum is N(CENTRE, diag(1, 1/3)), which each of these families contains or borders."""
+    family = families.get(name)
+    start = family.natural(**{k: jnp.asarray(v) for k, v in CONDITIONAL_STARTS[name].items()})
+    start = blr.Posterior(family, start)
+    tx = optax.chain(
+        blr.blr_update(
+            name,
+            bowl,
+            optax.linear_schedule(0.3, 0.05, 60),
+            ess=10.0,
+            init=start,
+            estimator=estimators.monte_carlo(20, antithetic=True),
+        )
+    )
+    params = floats(start.mean)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(None, state, params, batch=(10.0,))
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, tx.init(params))
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, length=60))(carry)
+    q = blr.posterior(state, params)
+    assert int(state[0].skipped) == 0 and bool(q.proper)
+    close(q.mean.reshape(2), CENTRE, atol=0.1)
+    close(q.variance.reshape(2), [1.0, 1 / 3], rtol=0.25)
+    near(params, q.mean, rtol=1e-9, atol=1e-9)
+    assert np.all(np.isfinite(q.log_prob(blr.sample(state, params))))
+    assert q.sample(jax.random.key(0), (3,)).shape == (3, *params.shape)
+
+
+def test_conditional_families_refuse_what_they_cannot_do():
+    mixture = families.get("mixture")
+    start = blr.Posterior(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))
+    cases = [
+        ({"estimator": estimators.enumerate()}, r"take monte_carlo\(...\) or delta"),
+        ({"step": "plain"}, "Mixture knows auto, improved"),
+        ({"loss": estimators.conjugate(start.natural)}, "one plain function"),
+        ({"family": "student_t", "estimator": estimators.delta()}, "never looks away"),
+    ]
+    for change, message in cases:
+        given = {"family": "mixture", "loss": bowl, "learning_rate": 0.1, "init": start, **change}
+        with pytest.raises(ValueError, match=message):
+            blr.blr_update(
+                given.pop("family"), given.pop("loss"), given.pop("learning_rate"), **given
+            )
+    with pytest.raises(ValueError, match="no location"):
+        blr.blr_update("mixture", bowl, 0.1).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="is no exponential family"):
+        start * start
+    with pytest.raises(ValueError, match="conditional"):
+        estimators.natural_gradient("mixture", bowl)

@@ -177,6 +177,7 @@ def test_density_equals_scipy_and_a_batch_is_a_loop(name):
     assert family.sample(KEY, lam, (3,)).shape == (3, 2, *event)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_skew_gaussian_on_the_line_is_scipys_skew_normal():
     x = np.linspace(-8, 8, 33)
@@ -224,6 +225,7 @@ def test_density_integrates_to_one_and_gives_the_moments_and_the_entropy(name):
         close(found["entropy"], -(q * log_q).sum())
 
 
+@pytest.mark.slow
 @every
 def test_samples_have_the_moments_and_gradients(name):
     family, lam = member(name, jnp.float32)
@@ -244,6 +246,7 @@ def test_samples_have_the_moments_and_gradients(name):
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.usefixtures("x64")
 def test_the_density_is_differentiable_twice(name):
@@ -267,6 +270,7 @@ def saddle(x):
     return 20.0 * jnp.sum(jnp.cos(2.0 * x)) - 3.0 * jnp.sum(x * x)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.usefixtures("x64")
 def test_a_move_is_first_order_right_and_inside_for_any_rate(name):
@@ -320,6 +324,7 @@ def both_forms(name, loss, order):
     )(lam)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mixture", "mixture_diagonal", "skew_gaussian", "matrix_gaussian"]
 )
@@ -329,6 +334,7 @@ def test_both_forms_of_the_curvature_agree_in_expectation(name):
     near(exact, first, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_both_forms_of_a_low_rank_curvature_agree_in_expectation():
     def quadratic(x):  # elsewhere the directions that are tried differ
@@ -341,6 +347,7 @@ def test_both_forms_of_a_low_rank_curvature_agree_in_expectation():
         close(x @ x.T, x_first @ x_first.T, 1e-8, 1e-8)
 
 
+@pytest.mark.slow
 @every
 def test_float32_stays_float32(name):
     family, lam = member(name, jnp.float32)
@@ -356,6 +363,7 @@ def test_float32_stays_float32(name):
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_options_are_checked():
     family, lam = member("skew_gaussian", np.float32)
     mixture, mixed = member("mixture", np.float32)
@@ -381,6 +389,7 @@ def test_options_are_checked():
         Mixture(blr.families.get("gaussian_diagonal"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -421,6 +430,7 @@ def trapezoid(count=801, reach=10.0):
     return z[:, None], h * jnp.exp(-0.5 * z * z) / jnp.sqrt(2 * jnp.pi)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_mixture_blocks_are_the_natural_gradient_of_the_joint_fisher_matrix():
     family, lam = on_the_line("mixture")
@@ -454,6 +464,7 @@ def test_mixture_blocks_are_the_natural_gradient_of_the_joint_fisher_matrix():
     close(jax.flatten_util.ravel_pytree(gradient)[0], expected(flat), 1e-8, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_log_density_of_a_mixture_has_the_derivatives_of_the_closed_form():
     family, lam = member("mixture")
@@ -470,6 +481,7 @@ def test_log_density_of_a_mixture_has_the_derivatives_of_the_closed_form():
     close(bend, outer - jnp.outer(grad, grad))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["auto", "improved", "improved_old"])
 @pytest.mark.usefixtures("x64")
 def test_one_component_makes_the_plain_gaussian_step(form):
@@ -504,6 +516,7 @@ def test_one_component_makes_the_plain_gaussian_step(form):
 MOG = load_golden("mog_iblr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MOG["cases"], ids=lambda case: case["name"])
 @pytest.mark.usefixtures("x64")
 def test_recorded_trajectories_of_the_improved_rule_are_reproduced(case):
@@ -548,6 +561,7 @@ def test_recorded_trajectories_of_the_improved_rule_are_reproduced(case):
         lam = new
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_draws_of_the_mixture_and_of_its_components_agree_in_expectation():
     family, lam = on_the_line("mixture")
@@ -569,6 +583,7 @@ def test_draws_of_the_mixture_and_of_its_components_agree_in_expectation():
         assert bool(jnp.all(jnp.abs(a.mean(0) - b.mean(0)) < 4 * error))
 
 
+@pytest.mark.slow
 def test_at_the_means_distant_components_are_independent_newton_iterations():
     family = Mixture()
     lam = family.natural(
@@ -606,6 +621,7 @@ def beta_binomial(y, n):
 TARGETS = {problem["name"]: problem for problem in load_golden("mixture_ncvi_targets")["problems"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count", "order", "steps"),
     [
@@ -659,6 +675,7 @@ def test_mixtures_reach_the_best_elbo_on_record(name, count, order, steps):
 # --- skew Gaussians -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_skew_step_is_the_chain_rule_in_expectation_coordinates():
     family, lam = member("skew_gaussian")
@@ -692,6 +709,7 @@ def test_skew_step_is_the_chain_rule_in_expectation_coordinates():
     close(found.quadratic, 0.5 * (quadratic + quadratic.T), 1e-8, 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_without_skew_it_is_the_gaussian_rule():
     family = SkewGaussian()
@@ -724,6 +742,7 @@ def scale_nodes(a):
     return t, -rise / np.maximum(density, 1e-300), h * density
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_student_blocks_are_the_natural_gradient_of_their_fisher_matrices():
     family, a = StudentT(), 3.3
@@ -763,6 +782,7 @@ def test_student_blocks_are_the_natural_gradient_of_their_fisher_matrices():
         close(found.shape, expected[2] / fisher, 1e-5, 1e-5)
 
 
+@pytest.mark.slow
 def test_draws_of_the_hidden_scale_carry_the_derivative_in_the_degrees():
     family, lam = member("student_t", np.float32)
     noise = jax.jit(lambda key: family.noise(key, lam, 200_000))(KEY)
@@ -798,6 +818,7 @@ def test_student_learns_a_student():
     close(found["degrees"], 4.0, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_many_degrees_of_freedom_are_a_gaussian():
     family, gaussian = StudentT(), Gaussian()
@@ -811,6 +832,7 @@ def test_many_degrees_of_freedom_are_a_gaussian():
 # --- low rank -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_low_rank_equals_dense_algebra():
     family, lam = member("gaussian_low_rank")
@@ -836,6 +858,7 @@ def test_low_rank_equals_dense_algebra():
     close(root.T @ root, cov)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_low_rank_step_adds_curvature_and_keeps_the_diagonal():
     family, lam = member("gaussian_low_rank")
@@ -860,6 +883,7 @@ def test_low_rank_step_adds_curvature_and_keeps_the_diagonal():
     close(dense(new), 0.8 * dense(lam) + 0.2 * (np.diag(u) + x @ x.T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hessian", ["exact", "reparameterized"])
 @pytest.mark.usefixtures("x64")
 def test_low_rank_finds_a_quadratic_loss_of_its_kind(hessian):
@@ -889,6 +913,7 @@ def test_low_rank_finds_a_quadratic_loss_of_its_kind(hessian):
     close(found, target, atol=tolerance * 5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_low_rank_columns_are_the_gradients_of_the_terms():
     family = GaussianLowRank(known_curvature=0.25)
@@ -906,6 +931,7 @@ def test_low_rank_columns_are_the_gradients_of_the_terms():
     close(gradient.diagonal, 0.75 * jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_low_rank_never_forms_a_square_matrix():
     family, d = GaussianLowRank(), 300
     lam = family.natural(mean=jnp.zeros(d), diagonal=jnp.ones(d), factor=jnp.ones((d, 3)))
@@ -935,6 +961,7 @@ def kron(lam):
     return jnp.kron(lam.row_precision, lam.column_precision)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_matrix_gaussian_equals_dense_algebra():
     family, lam = member("matrix_gaussian")
@@ -947,6 +974,7 @@ def test_matrix_gaussian_equals_dense_algebra():
     close(root.T @ root, Gaussian().covariance(p))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_matrix_blocks_are_the_natural_gradient_of_the_dense_fisher_matrix():
     family, lam = member("matrix_gaussian")
@@ -989,6 +1017,7 @@ def test_matrix_blocks_are_the_natural_gradient_of_the_dense_fisher_matrix():
         close(gradient.mean.reshape(-1), change, 1e-8, 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_squared_gradients_of_a_matrix_are_kronecker_contractions():
     family, lam = member("matrix_gaussian")
@@ -1006,6 +1035,7 @@ def test_squared_gradients_of_a_matrix_are_kronecker_contractions():
     close(gradient.column_precision, scale * lam.column_precision - column)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separable", [True, False])
 @pytest.mark.usefixtures("x64")
 def test_matrix_gaussian_settles_where_the_divergence_is_least(separable):

@@ -202,6 +202,7 @@ def of_base_measure(family):
     return jax.jit(evaluate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "points"), HARD, ids=["poisson", "binomial", "negative"])
 def test_base_measure_and_entropy_are_sums_over_the_support(dtype, family, points):
     lam = natural(family, *np.array(points).T, dtype=dtype)
@@ -216,6 +217,7 @@ def test_base_measure_and_entropy_are_sums_over_the_support(dtype, family, point
         close(found, expected, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_multinomial_base_measure_and_entropy(x64):
     """Against sums over all counts, and against the binomial where a category is impossible."""
     logits = np.array([[0.0, 0.0], [5.0, -30.0], [-12.0, 0.5], [40.0, 41.0], [-3.0, -60.0]])
@@ -237,6 +239,7 @@ def test_multinomial_base_measure_and_entropy(x64):
         close(x, y, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_multinomial_entropy_with_rare_and_common_categories(dtype):
     """A category of five among a billion: the chain rule takes it out as a binomial, nearly."""
     n, p = 1e9, np.array([5e-9, 0.3, 0.7 - 5e-9])
@@ -246,6 +249,7 @@ def test_multinomial_entropy_with_rare_and_common_categories(dtype):
     close(jitted(MULTINOMIAL.entropy)(lam), first + second, rtol=max(1e-8, bar(dtype)))
 
 
+@pytest.mark.slow
 def test_multinomial_base_measure_gradient_is_the_default_where_that_is_good(x64):
     logits = np.array([[0.3, -0.7], [2.0, 1.0], [-1.0, 0.4]])
     lam = natural(MULTINOMIAL, logits, np.array([5.0, 30.0, 400.0]))
@@ -255,6 +259,7 @@ def test_multinomial_base_measure_gradient_is_the_default_where_that_is_good(x64
     assert not np.any(found.total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", COUNTED, ids=["binomial", "poisson", "negative"])
 def test_base_measure_gradient_is_the_default_where_that_is_good(x64, family):
     known = () if family is POISSON else (np.array([3.0, 12.0, 40.0]),)
@@ -265,6 +270,7 @@ def test_base_measure_gradient_is_the_default_where_that_is_good(x64, family):
     assert not any(np.any(x) for x in found[1:])
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_binomial_sums_also_at_one_half(x64):
     """The rarer outcome changes sides at logit 0, and nothing may be felt of it."""
 
@@ -284,6 +290,7 @@ def test_second_derivatives_of_binomial_sums_also_at_one_half(x64):
             close(x, y, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_derivatives_in_the_total_too(x64):
     """A known total may be differentiated, by whoever wants to learn it."""
 
@@ -296,6 +303,7 @@ def test_derivatives_in_the_total_too(x64):
         close(jax.grad(f)(r), (f(r + h) - f(r - h)) / (2 * h), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_expected_log_factorials_differentiate_in_constant_memory():
     rate = jnp.ones(10_000)
     f = jax.jit(jax.grad(lambda m: jnp.sum(lf.poisson_log_factorial(m))))
@@ -313,6 +321,7 @@ def smooth(f, x, twice=True):
         assert all(np.all(np.isfinite(v)) for v in jax.tree.leaves(jax.jit(along)(x)))
 
 
+@pytest.mark.slow
 def test_logits_of_700_in_both_precisions(dtype):
     """Nothing is lost, infinite or NaN: values, gradients and Hessians."""
     logits = np.array([700.0, -700.0, 80.0, -80.0, 0.0])
@@ -341,6 +350,7 @@ def test_logits_of_700_in_both_precisions(dtype):
         smooth(total, lam.linear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [CATEGORICAL, MULTINOMIAL], ids=["categorical", "multinomial"])
 def test_choices_with_logits_of_700_in_both_precisions(dtype, family):
     linear = np.array([[700.0, -700.0], [-700.0, -700.0], [700.0, 699.0], [0.0, -80.0]])
@@ -375,6 +385,7 @@ def kl_in_mpmath(p, q):
         return float(sum(mpmath.exp(x - a) * (x - a - y + b) for x, y in zip(p, q, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [1e-6, 1e-2, 0.7, 1.3, 30.0])
 def test_kl_keeps_its_digits_near_and_far(dtype, gap):
     at = np.array([0.0, 0.3, -0.3, 9.0, -9.0, 40.0, -40.0])
@@ -392,6 +403,7 @@ def test_kl_keeps_its_digits_near_and_far(dtype, gap):
     close(jitted(CATEGORICAL.kl)(p, q), truth, rtol=bar(dtype) / 10, atol=lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [1e-6, 1e-2, 0.7, 1.3, 30.0])
 def test_kl_of_counts_keeps_its_digits_near_and_far(dtype, gap):
     def rate(x, y):
@@ -448,6 +460,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "points"), LARGE, ids=["binomial", "poisson", "geo", "negative"]
 )
@@ -473,6 +486,7 @@ def test_log_prob_of_large_counts(dtype, family, points):
     assert np.all(error <= relative * np.abs(expected) + blur), error
 
 
+@pytest.mark.slow
 def test_log_prob_is_minus_infinity_outside_the_support(x64):
     beyond = {"binomial": 10.0, "bernoulli": 2.0, "categorical": 3.0, "rademacher": 0.0}
     for name, row in ROWS.items():
@@ -483,6 +497,7 @@ def test_log_prob_is_minus_infinity_outside_the_support(x64):
         assert np.all(jitted(row.family.log_prob)(lam, x) == -np.inf), name
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_some_points_are_outside_the_support(x64):
     for name in ("bernoulli", "binomial", "poisson", "geometric", "negative_binomial"):
         row = ROWS[name]
@@ -499,6 +514,7 @@ def test_gradients_are_finite_where_some_points_are_outside_the_support(x64):
 # --- maps -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unreachable_means_are_nan_and_say_so(x64):
     for family, bad, known in [
         (BERNOULLI, [0.0, 1.0, -0.1, 1.1, np.nan], ()),
@@ -521,6 +537,7 @@ def test_unreachable_means_are_nan_and_say_so(x64):
         assert np.isnan(lam.linear).all(1).tolist() == [True] * 3 + [False]
 
 
+@pytest.mark.slow
 def test_softmax_logits_are_shifted_to_the_last(x64):
     lam = CATEGORICAL.natural(logits=[1.0, 2.0, 5.0])
     close(lam.linear, [-4.0, -3.0])
@@ -530,6 +547,7 @@ def test_softmax_logits_are_shifted_to_the_last(x64):
     close(same.linear, lam.linear, rtol=1e-14)
 
 
+@pytest.mark.slow
 def test_integers_and_numpy_arrays_are_floats_of_the_default_precision():
     for lam in (
         BERNOULLI.natural(logit=1),
@@ -542,6 +560,7 @@ def test_integers_and_numpy_arrays_are_floats_of_the_default_precision():
         assert {x.dtype for x in lam} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_labels_need_lambda_for_their_statistics():
     with pytest.raises(ValueError, match="pass lam"):
         CATEGORICAL.sufficient_statistics(jnp.array(1))
@@ -553,6 +572,7 @@ def test_labels_need_lambda_for_their_statistics():
 # --- values and draws -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_support_and_probabilities(x64):
     for name, row in ROWS.items():
         lams = [row.family.natural(**s) for s in row.members]
@@ -577,6 +597,7 @@ def test_support_and_probabilities(x64):
             close(row.family.probabilities(mu), np.exp(log_q), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_support_of_totals_that_differ_are_traced_or_are_too_many():
     lam = BINOMIAL.natural(logit=np.zeros(2), total=np.array([3, 4]))
     with pytest.raises(ValueError, match=r"common to the batch; got \[3"):
@@ -615,6 +636,7 @@ def law_of(family, lam):
     return stats.nbinom(1.0 if family is GEOMETRIC else float(lam.total), -np.expm1(a))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [BINOMIAL, POISSON, GEOMETRIC, NEGATIVE],
                          ids=["binomial", "poisson", "geometric", "negative"])  # fmt: skip
 def test_float32_draws_have_the_right_distribution(family):
@@ -628,6 +650,7 @@ def test_float32_draws_have_the_right_distribution(family):
         assert distance(draws[:, i], law) < 1.95, points[i]
 
 
+@pytest.mark.slow
 def test_enormous_rates_have_their_moments_in_float32():
     """Beyond the integers of 32 bits."""
     rate = np.array([1e7, 1e9, 3e9, 1e12])
@@ -640,6 +663,7 @@ def test_enormous_rates_have_their_moments_in_float32():
     assert np.all(np.abs(x.var(0) / mean - 1) < 5 * np.sqrt(2 / 20_000) + 1e-3)
 
 
+@pytest.mark.slow
 def test_multinomial_draws_add_up_and_have_the_moments():
     logits = np.array([[3.0, -60.0, 1.0], [-80.0, 70.0, -80.0], [0.1, 0.2, 0.3]])
     draw = jax.jit(lambda lam: MULTINOMIAL.sample(jax.random.key(1), lam, (20_000,)))
@@ -655,6 +679,7 @@ def test_multinomial_draws_add_up_and_have_the_moments():
         assert np.all(np.abs(x.var(0) / np.where(spread, v, 1) - 1)[spread] < 0.06)
 
 
+@pytest.mark.slow
 def test_draws_are_floats_or_labels(dtype):
     for name, row in ROWS.items():
         lam = jax.tree.map(lambda x: jnp.asarray(x, dtype), row.family.natural(**row.members[0]))
@@ -662,6 +687,7 @@ def test_draws_are_floats_or_labels(dtype):
         assert draw.dtype == (jnp.int32 if name == "categorical" else dtype)
 
 
+@pytest.mark.slow
 def test_relaxed_draws_tend_to_draws_and_carry_gradients(dtype):
     for name in ("bernoulli", "rademacher", "categorical"):
         family, s = ROWS[name].family, ROWS[name].members[0]

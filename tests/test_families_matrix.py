@@ -182,6 +182,7 @@ def as_wishart(params, dtype):
     return WISHART.natural(scale=scale, degrees=jnp.asarray(2 * a, dtype))
 
 
+@pytest.mark.slow
 def test_wishart_of_one_dimension_is_gamma(dtype):
     """Concentrations from 1e-4 to 1e8."""
     lam, q = (as_wishart([f(c) for c in GAMMAS], dtype) for f in (
@@ -226,6 +227,7 @@ def mp_wishart(log_det, m, d):
     return a, multivariate_log_gamma(a, d) - a * d * mpmath.log(m), slope
 
 
+@pytest.mark.slow
 def test_wishart_at_hard_points(dtype):
     """d = 3 against sixty digits at the same lambda: entropy, KL of neighbours, log density."""
     d, eps, degrees = 3, np.finfo(dtype).eps, np.array([2 + 1e-4, 2.5, 30.0, 1e4, 1e8])
@@ -257,6 +259,7 @@ def test_wishart_at_hard_points(dtype):
         close(value, truth[key], bar(dtype), 100 * eps)
 
 
+@pytest.mark.slow
 def test_inverse_fisher_of_wishart_keeps_its_digits_in_float32(x64):
     """F is singular but for one part in nu: against float64 at the same lambda and gradient."""
     rng = np.random.default_rng(0)
@@ -274,6 +277,7 @@ def test_inverse_fisher_of_wishart_keeps_its_digits_in_float32(x64):
         close(back.matrix, wide[1].matrix, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_joint_families_of_one_dimension_agree(x64):
     """Normal-Wishart with d = 1 is normal-gamma with a = nu / 2 and b = 1 / (2 W)."""
     for case in GOLDEN["normal_gamma"]:
@@ -299,6 +303,7 @@ def test_joint_families_of_one_dimension_agree(x64):
 # --- steps where fields are coupled ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normal_gamma", "normal_inverse_gamma", "normal_wishart"])
 def test_steps_of_coupled_fields_stay_inside(name):
     """Also far from the origin, where b or W^{-1} is a small difference of large numbers."""
@@ -320,6 +325,7 @@ def test_steps_of_coupled_fields_stay_inside(name):
     assert bool(jnp.all(family.in_domain(new)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mu"),
     [
@@ -348,6 +354,7 @@ def test_unreachable_mu_is_reported_and_never_a_guess(x64, name, mu):
     assert not bool(family.in_domain(lam))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wishart", "inverse_wishart", "normal_gamma", "normal_wishart"])
 def test_density_is_zero_outside_the_support(x64, name):
     family, lam = ROWS[name].family, ROWS[name].family.natural(**ROWS[name].members[0])
@@ -355,12 +362,14 @@ def test_density_is_zero_outside_the_support(x64, name):
     assert family.log_prob(lam, theta) == -np.inf
 
 
+@pytest.mark.slow
 def test_zero_density_has_zero_gradients(x64):
     lam = WISHART.natural(**ROWS["wishart"].members[0])
     density = lambda lam: jnp.exp(WISHART.log_prob(lam, -jnp.eye(2)))  # noqa: E731
     assert all(bool(jnp.all(x == 0)) for x in jax.jit(jax.grad(density))(lam))
 
 
+@pytest.mark.slow
 def test_moments_that_do_not_exist_are_infinite(x64):
     low = ROWS["normal_gamma"].family.natural(mean=0.0, kappa=1.0, concentration=0.9, rate=1.0)
     assert NORMAL_GAMMA.variance(low).mean == np.inf
@@ -376,6 +385,7 @@ def test_moments_that_do_not_exist_are_infinite(x64):
 KAPPAS = [1e-12, 1e-3, 0.1, 3.0, 8.9, 9.1, 21.9, 22.1, 60.0, 1e3, 1e8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0.0, 0.5, 4.0, 24.0, 249.0])
 def test_bessel_functions_to_the_last_digits(dtype, order):
     """Against fifty digits, at x = kappa^2 as it was rounded."""
@@ -395,6 +405,7 @@ def test_bessel_functions_to_the_last_digits(dtype, order):
             close(found.slope[i], float(slope), 500 * eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [3, 60])
 def test_sphere_maps_and_their_derivatives_over_the_whole_range(dtype, d):
     """mu -> lambda, F^{-1} F, and the slope of the entropy, from the uniform density to 1e8."""
@@ -418,6 +429,7 @@ def test_sphere_maps_and_their_derivatives_over_the_whole_range(dtype, d):
     assert np.all(np.isfinite(spread)) and np.all(spread >= 0)
 
 
+@pytest.mark.slow
 def test_sphere_moments_against_scipy(x64):
     for d, kappa in [(2, 9.0), (7, 4.0)]:
         u = np.arange(1.0, d + 1)
@@ -428,6 +440,7 @@ def test_sphere_moments_against_scipy(x64):
         close(SPHERE.log_prob(lam, x), reference.logpdf(x), 1e-10)
 
 
+@pytest.mark.slow
 def test_kl_of_nearby_directions_keeps_its_digits(x64):
     """Half the Fisher norm along and across u, and at zero, where neither is defined."""
     kappa = np.array([0.0, 1e-3, 1.0, 10.0, 1e3, 1e6])[:, None]
@@ -456,6 +469,7 @@ def test_golden_implicit_derivative_of_an_angle(dtype):
     close(np.sum(dx * x, -1), np.zeros(len(cases)), atol=10 * np.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [2, 3, 6])
 def test_sphere_draws_move_with_lambda(d):
     """d E[x] = F dlambda through the sampler, on both sides of kappa = 1 and at zero."""
@@ -473,6 +487,7 @@ def test_sphere_draws_move_with_lambda(d):
         assert np.all(np.abs(values.mean(0) - np.asarray(truth)) < 5 * error)
 
 
+@pytest.mark.slow
 def test_draws_near_the_edge_of_the_wishart_domain_are_finite():
     """nu just above d - 1: chi variables of tiny shape."""
     standard = {"scale": np.eye(3), "degrees": 2.05}
@@ -481,6 +496,7 @@ def test_draws_near_the_edge_of_the_wishart_domain_are_finite():
     assert all(np.all(np.isfinite(part)) for part in theta)
 
 
+@pytest.mark.slow
 def test_standard_parameters_of_several_types(x64):
     """Integers, lists of Python floats and batches that broadcast."""
     lam = SPHERE.natural(direction=np.array([0, 0, 2]), concentration=3)

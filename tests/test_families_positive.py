@@ -218,6 +218,7 @@ HARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", HARD)
 def test_dirichlet_inverse_at_hard_points(parts, x64):
     family = ROWS["dirichlet"].family
@@ -234,6 +235,7 @@ def test_dirichlet_inverse_at_hard_points(parts, x64):
         assert np.all(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gamma", "inverse_gamma"])
 def test_gamma_inverse_at_hard_points(name, x64):
     family = ROWS[name].family
@@ -259,6 +261,7 @@ UNREACHABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNREACHABLE)
 def test_unreachable_expectations_give_nan(name):
     family = ROWS[name].family
@@ -269,6 +272,7 @@ def test_unreachable_expectations_give_nan(name):
         assert np.all(np.isnan(getattr(lam, field)))
 
 
+@pytest.mark.slow
 def test_unreachable_dirichlet():
     family = ROWS["dirichlet"].family
     mu = family.Expectation(jnp.log(jnp.array([[0.2, 0.3, 0.6], [0.2, 0.3, 0.4]])))
@@ -292,6 +296,7 @@ def gamma_kl(p, q):
     return float(total + (a - c) * mpmath.digamma(a) + (d - b) * a / b)
 
 
+@pytest.mark.slow
 def test_divergence_of_neighbours_at_large_concentrations(dtype):
     # All numbers are exact in float32, lambda too.
     a, apart = 2.0**26, 2.0**13
@@ -307,6 +312,7 @@ def test_divergence_of_neighbours_at_large_concentrations(dtype):
         np.testing.assert_allclose(dirichlet.kl(p, q), expected, rtol=1e4 * np.finfo(dtype).eps)
 
 
+@pytest.mark.slow
 def test_density_far_in_the_tails(dtype):
     """Small ratios x / m, and points that are many standard deviations out."""
     family = ROWS["gamma"].family
@@ -323,6 +329,7 @@ def test_density_far_in_the_tails(dtype):
     np.testing.assert_allclose(value, expected, rtol=1e-9 if dtype is np.float64 else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_outside_the_support(name, x64):
     family, member = ROWS[name].family, ROWS[name].members[0]
@@ -346,6 +353,7 @@ def implicit(kind):
     return params, np.array([c["x"] for c in rows]), np.array([c["dx"] for c in rows])
 
 
+@pytest.mark.slow
 def test_gamma_samples_follow_their_concentration(dtype):
     rows = [c for c in IMPLICIT if c["dist"].startswith("gamma")]
     a = np.array([c["params"]["alpha"] for c in rows], dtype)
@@ -368,6 +376,7 @@ def exact_gamma_slope(a, x):
     return float(-(cdf(a + h) - cdf(a - h)) / (2 * h) / density)
 
 
+@pytest.mark.slow
 def test_gamma_slopes_across_the_plane(dtype):
     """Both formulas, on both sides of every border between them, out to six deviations."""
     points = []
@@ -381,6 +390,7 @@ def test_gamma_slopes_across_the_plane(dtype):
     np.testing.assert_allclose(found, expected, rtol=1e-11 if dtype is np.float64 else 5e-5)
 
 
+@pytest.mark.slow
 def test_inverse_gaussian_samples_follow_their_parameters(dtype):
     (m, s), x, dx = implicit("inverse_gaussian")
     found = inverse_gaussian_slopes(*(jnp.asarray(v, dtype) for v in (m, s, x)))
@@ -388,6 +398,7 @@ def test_inverse_gaussian_samples_follow_their_parameters(dtype):
     np.testing.assert_allclose(np.stack(found, -1), dx, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_beta_samples_follow_their_parameters_on_average(x64):
     """x = g / (g + h) for gammas: given x, the mean of dx is the derivative at a fixed quantile."""
     (alpha, beta), x, dx = implicit("beta")
@@ -399,6 +410,7 @@ def test_beta_samples_follow_their_parameters_on_average(x64):
     np.testing.assert_allclose(np.stack([x * by_alpha, -x * by_beta], -1), dx, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gamma", "inverse_gamma", "beta", "dirichlet"])
 def test_samples_at_small_concentrations(name):
     """float32 cannot hold most of these draws: the nearest number inside the support instead."""
@@ -425,6 +437,7 @@ def test_samples_at_small_concentrations(name):
         np.testing.assert_allclose(change.sum(-1), 0.0, atol=1e-3 * np.abs(change).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_statistics_of_samples_move_as_the_fisher_matrix_says(name, x64):
     family, member = ROWS[name].family, ROWS[name].members[0]
@@ -446,6 +459,7 @@ def test_statistics_of_samples_move_as_the_fisher_matrix_says(name, x64):
         np.testing.assert_array_less(np.abs(found.mean(0) - getattr(expected, field)), 5 * error)
 
 
+@pytest.mark.slow
 def test_second_derivatives_at_a_fixed_quantile(x64):
     """Following the first derivative for a little while changes it as the second one says."""
     a, log_x = np.array([0.05, 0.6, 3.0, 3.0, 50.0]), np.array([-9.0, 0.4, 0.3, 1.6, 3.8])
@@ -464,6 +478,7 @@ def test_second_derivatives_at_a_fixed_quantile(x64):
     np.testing.assert_allclose(second, (ahead - behind) / (2 * h), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log_normal", "laplace", "weibull"])
 def test_against_scipy(name, x64):
     family = ROWS[name].family
@@ -484,6 +499,7 @@ def test_against_scipy(name, x64):
         np.testing.assert_allclose(family.entropy(lam), law.entropy(), rtol=1e-11)
 
 
+@pytest.mark.slow
 def test_weibull_variance_does_not_cancel(dtype):
     family = ROWS["weibull"].family
     k = np.array([0.5, 3.0, 1e3, 1e5], dtype)
@@ -494,6 +510,7 @@ def test_weibull_variance_does_not_cancel(dtype):
     np.testing.assert_allclose(found, expected, rtol=1e-9 if dtype is np.float64 else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "other"),
     [("laplace", {"scale": 0.9, "location": 1.5}), ("weibull", {"scale": 0.9, "shape": 2.6})],
@@ -509,6 +526,7 @@ def test_divergence_between_different_known_fields(name, other, x64):
     np.testing.assert_allclose(found, expected, rtol=1e-4 if name == "laplace" else 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["laplace", "weibull"])
 def test_statistics_need_what_is_known(name):
     family = ROWS[name].family
@@ -520,6 +538,7 @@ def test_statistics_need_what_is_known(name):
     assert type(t) is family.Expectation and all(x.shape == (3,) for x in t)
 
 
+@pytest.mark.slow
 def test_inverse_gaussian_base_measure_gradient_at_hard_points(dtype):
     """grad_mu E[log h] is F^{-1} times grad_lambda, whose terms cancel for a narrow density."""
     family = ROWS["inverse_gaussian"].family
@@ -543,6 +562,7 @@ def test_inverse_gaussian_base_measure_gradient_at_hard_points(dtype):
                 np.testing.assert_allclose(value, exact, rtol=rtol)
 
 
+@pytest.mark.slow
 def test_integers_and_scalars_become_floats():
     lam = ROWS["gamma"].family.natural(concentration=3, rate=np.array([1, 2]))
     assert lam.log.dtype == lam.linear.dtype == jnp.float32

@@ -65,7 +65,14 @@ class Exact(Estimator):
         self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
-        value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
+        try:
+            value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
+        except TypeError as error:
+            error.add_note(
+                "estimators.exact() calls the loss with mu, the expectation parameters "
+                f"{family.Expectation.__name__}{family.Expectation._fields}, not with theta."
+            )
+            raise
         return value, family.gradient_in_mu(gradient)
 
 

@@ -13,7 +13,7 @@ from blr_optax.estimators._estimator import Estimator
 from blr_optax.estimators._expectation import monte_carlo
 from blr_optax.estimators._general import ScoreFunction
 from blr_optax.estimators._terms import GLM, Term, terms
-from blr_optax.families import Family, MeanField, get
+from blr_optax.families import Conditional, Family, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -81,6 +81,11 @@ def natural_gradient(
       4.0 [0. 0.] 1.0
     """
     family = get(family)
+    if isinstance(family, Conditional):
+        raise ValueError(
+            f"natural_gradient: {type(family).__name__} is a conditional family without a common "
+            "mu; use blr_update, or the family's own natural_gradient(key, lam, loss, samples)."
+        )
     parts = terms(loss)
     estimator = default_estimator(family) if estimator is None else estimator
     if not isinstance(estimator, Estimator):

@@ -44,7 +44,9 @@ class Product(Family):
     log q(theta) = sum_k log q_k(theta_k); `log_prob`, `entropy` and `kl` are sums over all factors
     and their batches.
 
-    Standard parameters: per factor, a dict of its own standard parameters, or its lambda.
+    Standard parameters: per factor, a dict of its own standard parameters, or its lambda. lambda
+    and mu are dicts too, in their field `parts`: a loss of mu for `estimators.exact()` reads
+    `mu.parts["mean"].linear`.
 
     Attributes:
         factors: (name, family) pairs, sorted by name.
@@ -105,10 +107,18 @@ class Product(Family):
         if sorted(standard) != names:
             raise ValueError(f"Product: the factors are {names}; got {sorted(standard)}.")
 
-        def part(family: Family, given: Any) -> Any:
-            return family.natural(**given) if isinstance(given, Mapping) else given
+        def part(name: str, family: Family) -> Any:
+            given = standard[name]
+            if isinstance(given, Mapping):
+                return family.natural(**given)
+            if not isinstance(given, family.Natural):
+                raise ValueError(
+                    f"Product: factor {name!r} is a dict of standard parameters, or a "
+                    f"{family.Natural.__name__}; got {type(given).__name__}."
+                )
+            return given
 
-        return ProductNatural({name: part(family, standard[name]) for name, family in self.factors})
+        return ProductNatural({name: part(name, family) for name, family in self.factors})
 
     def standard(self, lam: ProductNatural) -> dict[str, Any]:
         return self._each("standard", lam)

@@ -112,9 +112,13 @@ def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | 
         return family.natural_at(params, None if prior is None else prior.natural)
     if prior is not None:
         return jax.tree.map(jnp.array, prior.natural)
+    lifted = isinstance(family, MeanField)
+    name = type(family.family if lifted else family).__name__
+    tree = f"; over a tree it is Posterior(MeanField({name}()), ...)" if lifted else ""
+    ways = "init=" if isinstance(family, Conditional) else "init= or prior="
     raise ValueError(
-        f"blr_update: {type(family).__name__} has no location to centre at params; "
-        "pass init= or prior=."
+        f"blr_update: {name} has no location to centre at params; pass {ways}, a Posterior of the "
+        f"family{tree}."
     )
 
 
@@ -124,6 +128,11 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
         return
     if not isinstance(given, Posterior):
         raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
+    if isinstance(family, Conditional) and given.family != family:
+        raise ValueError(
+            f"{name} is a member of {given.family}, not of {family}; give blr_update the family "
+            "itself, such as init.family."
+        )
     if not isinstance(given.natural, family.Natural):
         raise ValueError(
             f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
@@ -149,7 +158,8 @@ def _check_params(family: Any, natural: Any, params: Any) -> None:
     if shapes[0] != shapes[1]:
         raise ValueError(
             "blr_update: params must be like the mean of q, with structure and shapes "
-            f"{shapes[0]}; got {shapes[1]}. Start from params = init.mean."
+            f"{shapes[0]}; got {shapes[1]}. Start from params = q.mean, q being init= or prior=; "
+            "over a tree q is a Posterior of MeanField(family)."
         )
 
 
