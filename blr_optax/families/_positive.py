@@ -246,7 +246,7 @@ class Laplace(RateFamily):
 
     def log_partition(self, lam: LaplaceNatural) -> Array:
         """A = log(2 scale)."""
-        return np.log(2.0) - jnp.log(-lam.deviation)
+        return -jnp.log(-0.5 * lam.deviation)
 
     def sufficient_statistics(self, theta: Array, lam: Any = None) -> LaplaceExpectation:
         """T, which needs the known location of lambda."""
