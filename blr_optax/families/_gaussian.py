@@ -342,11 +342,12 @@ class Gaussian(GaussianFamily):
     ) -> GaussianNatural:
         """A step that keeps S positive definite; D = -2 step.quadratic is the step of S.
 
-        improved:      S' = S + D + D S^{-1} D / 2,  m' = m + S'^{-1} (step.linear - D m)
-        improved_old:  the same S', the mean preconditioned with the old S
-        square_root:   S'^{-1} = C' C'^T,  C' = C (I - tril_half(C^T D C)),  C C^T = S^{-1}, the
-                       mean preconditioned with the old S; improved where the diagonal of
-                       C' would change its sign
+        "improved": S' = S + D + D S^{-1} D / 2, m' = m + S'^{-1} (step.linear - D m).
+
+        "improved_old": the same S', the mean preconditioned with the old S.
+
+        "square_root": S'^{-1} = C' C'^T, C' = C (I - tril_half(C^T D C)), C C^T = S^{-1}, the mean
+        preconditioned with the old S; "improved" where the diagonal of C' would change its sign.
 
         tril_half is the strictly lower part plus half the diagonal (Lin, Schmidt
         and Khan 2020; Kumar et al. 2025).
