@@ -6,17 +6,22 @@ lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 from blr_optax import estimators, families, metrics, plots, rule
 from blr_optax._posterior import Posterior
 
+# Statistics of per-example gradients.
+from blr_optax.estimators import PerExample, explain, per_example, per_example_dot
+
 # The deep-learning rows.
 from blr_optax.optimizers import (
     adam,
     gradient_descent,
     ivon,
     newton,
+    ogn,
     online_newton,
     rmsprop,
     sgd,
     soba,
     variational_online_newton,
+    vogn,
 )
 
 # What a posterior is for.
@@ -39,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Estimate",
+    "PerExample",
     "Posterior",
     "Predictive",
     "adam",
@@ -46,13 +52,17 @@ __all__ = [
     "blr_update",
     "estimate",
     "estimators",
+    "explain",
     "families",
     "gradient_descent",
     "ivon",
     "metrics",
     "natural_step",
     "newton",
+    "ogn",
     "online_newton",
+    "per_example",
+    "per_example_dot",
     "plots",
     "posterior",
     "predict",
@@ -65,5 +75,6 @@ __all__ = [
     "sgd",
     "soba",
     "variational_online_newton",
+    "vogn",
     "with_posterior",
 ]

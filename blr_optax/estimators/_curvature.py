@@ -20,7 +20,8 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of
+from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of, others
+from blr_optax.estimators._per_example import batch_size, per_example
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`)."""
+    """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`).
+
+    `mean_loss` and `batch` give `loss(theta) = mean_loss(theta, *batch)`.
+    """
 
     loss: Callable[[Any], Array] | None
     theta: Any
@@ -38,6 +42,8 @@ class Sample(NamedTuple):
     precision: Any
     ess: Any
     key: Array | None
+    mean_loss: Callable[..., Array] | None = None
+    batch: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Reparameterized(Estimator):
         if not family.reparameterized:
             raise ValueError(
                 f"reparameterized: samples of {type(family).__name__} have no gradient; use "
-                "score_function(...), least_squares(...), enumerate() or concrete(...)."
+                f"{others(family)}."
             )
 
     def natural_gradient(
@@ -155,7 +161,36 @@ class Hutchinson:
         return unravel(jnp.mean(jax.vmap(probe)(keys), axis=0))
 
 
-Curvature = Exact | Reparameterized | SquaredGradient | Hutchinson
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class PerExampleSquares:
+    """mean_i g_i g_i^T, or mean_i g_i^2 elementwise; see `per_example_squares`."""
+
+    needs_loss = True
+
+    def matrix(self, at: Sample) -> Array:
+        """Plain per-example gradients: the matrix has no shortcut."""
+        examples = jax.tree.map(lambda x: jnp.expand_dims(x, 1), self._batch(at))
+        g = jax.vmap(jax.grad(lambda w, b: at.mean_loss(w, *b)), (None, 0))(at.theta, examples)
+        return g.T @ g / g.shape[0]
+
+    def diagonal(self, at: Sample) -> Any:
+        batch = self._batch(at)
+        size = batch_size("per_example_squares", batch)
+        squares = per_example(lambda w, b: at.mean_loss(w, *b), at.theta, batch).sum_squares
+        return jax.tree.map(lambda x: x / size, squares)
+
+    def _batch(self, at: Sample) -> tuple:
+        if at.mean_loss is None:
+            raise ValueError(
+                "per_example_squares: one gradient does not hold those of its examples. Take both "
+                "from est = blr.estimate(loss, opt_state, params, *batch), then "
+                "tx.update(est.grad, opt_state, params, curvature=est.curvature)."
+            )
+        return at.batch
+
+
+Curvature = Exact | Reparameterized | SquaredGradient | Hutchinson | PerExampleSquares
 
 
 def exact() -> Exact:
@@ -272,6 +307,31 @@ def hutchinson(samples: int = 1) -> Hutchinson:
     return Hutchinson(samples)
 
 
+def per_example_squares() -> PerExampleSquares:
+    """Squares of per-example gradients: H = mean_i g_i g_i^T, its diagonal for diagonal families.
+
+    Never negative, so the precision stays positive with the plain step. For a negative
+    log-likelihood at the right parameters it estimates the Gauss-Newton (Fisher) matrix without
+    bias, whatever the batch size, which squares of the mean gradient do not. The diagonal costs one
+    more matrix product per layer (`per_example`), the matrix a gradient for every example.
+
+    Source: Khan et al. (2018), VOGN; Osawa et al. (2019). Special case of `blr_update` with
+    `estimator=monte_carlo(1, curvature=per_example_squares())`: VOGN; with `delta`: OGN.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> rule = blr.estimators.natural_gradient(
+      ...     "gaussian_diagonal",
+      ...     lambda w, x: jnp.mean(x @ w),
+      ...     blr.estimators.delta(blr.estimators.per_example_squares()),
+      ... )
+      >>> lam = blr.families.get("gaussian_diagonal").natural(mean=jnp.ones(1), precision=1.0)
+      >>> print(rule(None, lam, jnp.array([[1.0], [3.0]]))[1].quadratic)  # (1 + 9) / 2 / 2
+      [2.5]
+    """
+    return PerExampleSquares()
+
+
 def from_gradient(curvature: str | Curvature) -> Curvature:
     """A curvature that the gradient alone gives, by name or value.
 
@@ -284,9 +344,10 @@ def from_gradient(curvature: str | Curvature) -> Curvature:
     if not isinstance(rule, Curvature):
         raise ValueError(
             f"curvature={curvature!r} is unknown; known: 'reparameterized', "
-            "squared_gradient(batch_size), squared_gradient(official=True)."
+            "squared_gradient(batch_size), squared_gradient(official=True), "
+            "per_example_squares()."
         )
-    if rule.needs_loss:
+    if rule.needs_loss and not isinstance(rule, PerExampleSquares):
         raise ValueError(
             f"curvature={curvature} needs the loss, which this transformation never sees. Use "
             "'reparameterized' or squared_gradient(...), or pass update(..., curvature=)."

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of
+from blr_optax.estimators._estimator import (
+    Estimator,
+    check_key,
+    check_samples,
+    mean_of,
+    others,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -32,8 +38,7 @@ class Enumerate(Estimator):
     def check(self, family: Family) -> None:
         if not family.enumerable:
             raise ValueError(
-                f"enumerate: {type(family).__name__} has no finite support; use "
-                "score_function(...) or least_squares(...)."
+                f"enumerate: {type(family).__name__} has no finite support; use {others(family)}."
             )
 
     def natural_gradient(
@@ -48,7 +53,7 @@ class Enumerate(Estimator):
         if count > LARGEST_TABLE:
             raise ValueError(
                 f"enumerate: {count:.0f} values are too many (limit {LARGEST_TABLE}); use "
-                "score_function(...), concrete(...) or least_squares(...)."
+                f"{others(family, 'enumerate()')}."
             )
         choices = [np.arange(k) for k, n in sizes for _ in range(n)]
         table = np.stack(np.meshgrid(*choices, indexing="ij"), -1).reshape(-1, len(choices))

@@ -38,6 +38,20 @@ class Estimator:
         raise NotImplementedError
 
 
+def others(family: Family, *refused: str) -> str:
+    """The estimators that a family that is not Gaussian takes, in words."""
+    takes = {
+        "exact()": True,
+        "reparameterized(...)": family.reparameterized,
+        "score_function(...)": True,
+        "least_squares(...)": True,
+        "enumerate()": family.enumerable,
+        "concrete(...)": family.relaxable,
+    }
+    *first, last = [name for name, known in takes.items() if known and name not in refused]
+    return f"{', '.join(first)} or {last}"
+
+
 def check_samples(who: str, samples: int) -> int:
     """Raises ValueError for fewer than one sample."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:

@@ -27,7 +27,7 @@ from blr_optax.estimators._curvature import (
     Sample,
     SquaredGradient,
 )
-from blr_optax.estimators._estimator import Estimator, check_key, check_samples
+from blr_optax.estimators._estimator import Estimator, check_key, check_samples, others
 from blr_optax.estimators._noise import check_generator, standard_normal
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class NodeRule(Estimator):
         if form is None:
             raise ValueError(
                 f"{type(self).__name__} is for Gaussian families; {type(family).__name__} takes "
-                "exact(), reparameterized(...), score_function(...), least_squares(...), "
-                "enumerate() or concrete(...)."
+                f"{others(family)}."
             )
         if isinstance(self.curvature, SquaredGradient) and self.curvature.official:
             raise ValueError(
@@ -89,8 +88,9 @@ class NodeRule(Estimator):
             probe = None if key is None else jax.random.fold_in(curvature_key, index)
             if family.curvature == "diagonal":
                 sample = Sample(
-                    lambda x: loss(x, *batch), theta, grad, displacement, precision, None, probe
-                )
+                    lambda x: loss(x, *batch), theta, grad, displacement, precision, None, probe,
+                    loss, batch,
+                )  # fmt: skip
                 return value, grad, self.curvature.diagonal(sample)
             theta, unravel = jax.flatten_util.ravel_pytree(theta)
             grad_flat, displacement = (
@@ -104,6 +104,8 @@ class NodeRule(Estimator):
                 precision,
                 None,
                 probe,
+                lambda x, *b: loss(unravel(x), *b),
+                batch,
             )
             return value, grad, self.curvature.matrix(sample)
 

@@ -4,15 +4,18 @@ from blr_optax.optimizers.adaptive import adam, rmsprop
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
+from blr_optax.optimizers.per_example import ogn, vogn
 
 __all__ = [
     "adam",
     "gradient_descent",
     "ivon",
     "newton",
+    "ogn",
     "online_newton",
     "rmsprop",
     "sgd",
     "soba",
     "variational_online_newton",
+    "vogn",
 ]

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax.estimators._per_example import batch_size, per_example
+from blr_optax.estimators._taps._moments import strided
 from blr_optax.rule._protocol import posterior_states, refuse_multi_steps
 from blr_optax.rule._read import covered, draw, noise_of
 
@@ -65,8 +67,7 @@ def _split(batch: tuple, microbatch: int) -> tuple[Callable[[Any], Any], int]:
         def take(x: Any) -> Any:
             if not jnp.ndim(x):
                 return x
-            strided = jnp.reshape(x, (microbatch, count, *jnp.shape(x)[1:]))
-            return jax.lax.dynamic_index_in_dim(strided, index, axis=1, keepdims=False)
+            return strided(jnp.asarray(x), count, index)
 
         return jax.tree.map(take, batch)
 
@@ -155,7 +156,7 @@ def estimate(
     Raises:
         ValueError: for a state without a posterior, of `MultiSteps`, or of `blr_update` (which
             evaluates the loss itself), wrong structure of `noise`, samples < 1, or a microbatch
-            that does not divide the batch.
+            that does not divide the batch; for vogn and ogn as `per_example`.
 
     Source: Shen et al. (2024), Sec. 3.2. For every Gaussian row of `blr_update`.
 
@@ -195,15 +196,30 @@ def estimate(
         raise ValueError(f"estimate: samples={samples} must be at least 1.")
     piece, count = (None, 1) if microbatch is None else _split(batch, microbatch)
     device = None if axis_name is None else jax.lax.axis_index(axis_name)
-    gradient = jax.value_and_grad(loss, has_aux=has_aux)
+    by_example = any(state.rule.by_example for state in states)
+    if by_example and has_aux:
+        raise ValueError(
+            "estimate: vogn and ogn take the gradients of single examples, for which has_aux=True "
+            "has no meaning; drop the auxiliary output."
+        )
+
+    def gradient(weights: Any, *examples: Any) -> tuple:
+        """(loss, gradient), and per-example squares of it where a state asks for these."""
+        if not by_example:
+            return *jax.value_and_grad(loss, has_aux=has_aux)(weights, *examples), None
+        found = per_example(loss, weights, *examples)
+        size = batch_size("estimate", examples)
+        return found.value, found.grad, jax.tree.map(lambda x: x / size, found.sum_squares)
 
     def at_weights(noises: list[Any], examples: tuple) -> tuple:
         weights = draw(states, parts, params, noises)
-        value, grad = gradient(weights, *examples)
+        value, grad, squares = gradient(weights, *examples)
         value, aux = value if has_aux else (value, None)
         aux = jax.tree.map(jnp.asarray, aux)
         curvature = [
-            state.rule.curvature(
+            _tree.matching_leaves(squares, part, "squares")
+            if state.rule.by_example
+            else state.rule.curvature(
                 state,
                 part,
                 _tree.matching_leaves(weights, part, "weights"),

@@ -24,7 +24,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
-from blr_optax.estimators._curvature import Curvature, Sample, from_gradient
+from blr_optax.estimators._curvature import Curvature, PerExampleSquares, Sample, from_gradient
 from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
 from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
 from blr_optax.families._checks import holds
@@ -75,20 +75,28 @@ class PrecisionRule(Rule):
 
     Attributes:
         kind: the curvature that a gradient gives.
-        generator: of the noise.
+        generator: of the noise; None for the delta method, whose weights are the mean.
     """
 
     kind: Curvature
-    generator: str
+    generator: str | None
+
+    @property
+    def by_example(self) -> bool:
+        return isinstance(self.kind, PerExampleSquares)
 
     def part(self, state: ScaleByPrecisionState, params: Any) -> Any:
         return _tree.matching_leaves(params, state.precision, "params")
 
     def noise(self, state: ScaleByPrecisionState, key: Array) -> Any:
+        if self.generator is None:
+            return None
         return standard_normal(key, state.precision, self.generator)
 
     def weights(self, state: ScaleByPrecisionState, params: Any, noise: Any) -> Any:
         """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype."""
+        if self.generator is None:
+            return params
 
         def draw(p: Array, eps: Array, m: Array) -> Array:
             return (m.astype(p.dtype) + eps * jax.lax.rsqrt(state.ess.astype(p.dtype) * p)).astype(
@@ -187,7 +195,9 @@ def scale_by_precision(
     momentum: optax.GradientTransformation | None = None,
     curvature: str | Curvature = "reparameterized",
     step: str = "improved",
-    generator: str = "hash",
+    damping: Any = 0.0,
+    prior_in_momentum: bool = False,
+    generator: str | None = "hash",
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the posterior precision that the rule learns: the heart of IVON.
@@ -219,7 +229,10 @@ def scale_by_precision(
             `curvature=`.
         step: "improved", "improved_old" (the old precision preconditions the mean) or "plain" (may
             leave the domain when the curvature is negative).
-        generator: "hash" (fast) or "threefry".
+        damping: added to the precision per example, in posterior and steps alike, without pulling
+            the mean.
+        prior_in_momentum: run the momentum on g + d0 (m - m0), as VOGN does, not on g alone.
+        generator: "hash" (fast) or "threefry"; None for no noise, the delta method.
         key: typed key or integer seed.
 
     Returns:
@@ -247,7 +260,9 @@ def scale_by_precision(
     check_positive("hess_init", hess_init, zero=True)
     check_positive("weight_decay", weight_decay, zero=True)
     check_unit_interval("b2", b2)
-    check_generator(generator)
+    check_positive("damping", damping, zero=True)
+    if generator is not None:
+        check_generator(generator)
     if step not in STEPS:
         raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
     if prior is None and init is None and is_zero(hess_init) and is_zero(weight_decay):
@@ -267,7 +282,7 @@ def scale_by_precision(
         if init is None:
             h = _tree.prefix_leaves(hess_init, params, "hess_init")
             d0 = prior_precision(weight_decay, prior_, size, params, count)
-            precision = jax.tree.map(lambda m, h, d: filled(m, h + d), params, h, d0)
+            precision = jax.tree.map(lambda m, h, d: filled(m, h + d + damping), params, h, d0)
             if not holds(positive, precision):
                 raise ValueError(
                     "hess_init + the prior's precision per example must be positive everywhere; "
@@ -331,29 +346,39 @@ def scale_by_precision(
             if state.prior
             else jax.tree.map(lambda _: 0.0, state.precision)
         )
+        pull = jax.tree.map(
+            lambda p, d, m, q: jnp.asarray(d, p.dtype) * m.astype(p.dtype) - q,
+            state.precision, d0, params, pull0,
+        )  # fmt: skip
+        if prior_in_momentum:
+            grads, pull = jax.tree.map(jnp.add, grads, pull), jax.tree.map(jnp.zeros_like, pull)
         averaged, momentum_state = inner.update(grads, state.momentum, params, **extra)
 
-        def move(p: Array, c: Array, d: Any, g: Array, m: Array, pull: Any) -> tuple[Array, Array]:
+        def move(p: Array, c: Array, d: Any, g: Array, m: Array, pull: Array) -> tuple:
             gate = finite.astype(p.dtype)
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
-            d = jnp.asarray(d, p.dtype)
-            u = rho * (c + d - p) / p
+            target = c + jnp.asarray(d + damping, p.dtype)
+            u = rho * (target - p) / p
             new = p + p * u if step == "plain" else _retracted(p, u)
             # The bound is no more than a wall between two divisions, see `_retracted`.
             by = {"improved_old": p, "plain": new}.get(step, jnp.maximum(new, SMALLEST_PRECISION))
-            out = gate * (g + d * m.astype(p.dtype) - pull) / by
-            return new, out.astype(m.dtype)
+            return new, (gate * (g + pull) / by).astype(m.dtype)
 
-        moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull0)
+        moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull)
         precision, out = jax.tree.transpose(
             jax.tree.structure(state.precision), jax.tree.structure((0, 0)), moved
         )
         count = optax.safe_increment(state.count)
+        ess_next = jnp.array(at(ess, count), state.ess.dtype)
+        if step == "plain" and (callable(ess) or callable(weight_decay)):
+            # The average is of the curvature alone: a prior that moves is put in as it now is.
+            d1 = prior_precision(weight_decay, state.prior, ess_next, precision, count)
+            precision = jax.tree.map(lambda p, old, new: p + (new - old), precision, d0, d1)
         return out, state._replace(
             count=count,
             precision=precision,
             momentum=momentum_state,
-            ess=jnp.array(at(ess, count), state.ess.dtype),
+            ess=ess_next,
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

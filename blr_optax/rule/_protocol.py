@@ -34,6 +34,7 @@ class Rule:
         jax.tree_util.register_static(cls)
 
     evaluates_loss = False  # whether the transformation evaluates the loss itself
+    by_example = False  # whether its curvature is that of single examples, see `per_example`
 
     def part(self, state: Any, params: Any) -> Any:
         """The leaves of params that the state knows, `MaskedNode` elsewhere."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
-from blr_optax.families import Family, get
+from blr_optax._posterior import Posterior
+from blr_optax.families import Family, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-    from blr_optax._posterior import Posterior
 
 STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
 
@@ -36,12 +36,25 @@ def check_step(step: str, family: Family | None = None) -> str:
     return step
 
 
+def spread(prior: Any, family: Any, like: Any) -> Any:
+    """A prior of one number as that of every number of a tree; other priors as they are."""
+    lam = getattr(prior, "natural", None)
+    is_member = isinstance(family, MeanField) and isinstance(lam, family.Natural)
+    if not is_member or not all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam):
+        return prior
+
+    def everywhere(x: Array) -> Any:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(x, jnp.shape(leaf)), like)
+
+    return Posterior(family, family.Natural(*map(everywhere, lam)))
+
+
 def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess: Any) -> Any:
     """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
     else:
-        pull = family.combine((-1.0, lam), (1.0, prior.natural))
+        pull = family.combine((-1.0, lam), (1.0, spread(prior, family, lam[0]).natural))
     return family.combine((1.0, pull), (-ess, grad_mu))
 
 

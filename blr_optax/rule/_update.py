@@ -25,7 +25,7 @@ from blr_optax.families import Conditional, Family, MeanField, Raveled, get
 from blr_optax.rule._conditional import check_conditional, conditional_gradient
 from blr_optax.rule._numbers import all_finite, at, check_positive
 from blr_optax.rule._protocol import Rule
-from blr_optax.rule._step import check_step, direction, move
+from blr_optax.rule._step import check_step, direction, move, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -141,6 +141,11 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
     if not family.location:
         return  # nothing to compare with: `_check_params` compares the mean
     like = jax.eval_shape(lambda p: _first(family, p, None, None), params)
+    _check_shapes(name, given, like)
+
+
+def _check_shapes(name: str, given: Posterior, like: Any) -> None:
+    """Raises ValueError when a posterior argument is not shaped like lambda."""
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
         raise ValueError(
@@ -195,8 +200,8 @@ def blr_update(
         learning_rate: rho, a number or an optax schedule.
         ess: effective sample size: the number of examples the mean loss stands for. May be a
             schedule.
-        prior: a posterior of the family (of any family for conditional ones); None is a flat
-            density.
+        prior: a posterior of the family (of any family for conditional ones); that of one number
+            holds for every parameter of a mean field. None is a flat density.
         init: the first posterior; by default centred at params with the precision of the prior,
             else one, for families with a location, else the prior.
         estimator: how plain functions are treated, see `estimators.natural_gradient`; conditional
@@ -242,10 +247,12 @@ def blr_update(
     def init_fn(params: Any) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
         over = family_over(family, params)
-        if not conditional:  # whose prior may be of any family
-            _check_like("prior", prior, over, params)
+        own = None if conditional else spread(prior, over, params)  # else of any family
+        _check_like("prior", own, over, params)
         _check_like("init", init, over, params)
-        natural = _first(over, params, init, None if conditional else prior)
+        natural = _first(over, params, init, own)
+        if own is not None and jax.tree.leaves(params):
+            _check_shapes("prior", own, natural)
         _check_params(over, natural, params)
         dtype = jnp.result_type(*jax.tree.leaves(natural), jnp.float32)
         return BlrUpdateState(

@@ -1,0 +1,314 @@
+"""Statistics of per-example gradients at about the price of one gradient: see `per_example`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax.estimators._likelihood import EXACT, exact_cotangent, sampled_cotangent
+from blr_optax.estimators._noise import canonical_key
+from blr_optax.estimators._taps import _plan
+from blr_optax.estimators._taps._coupling import coupling
+from blr_optax.estimators._taps._moments import KroneckerFactors, Reduced, strided
+from blr_optax.estimators._taps._sums import (
+    Sums,
+    Traced,
+    Wanted,
+    over_pieces,
+    shapes,
+    sums,
+    traced,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+STATISTICS = ("sum_squares", "norms", "kfac", "ggn_diagonal")
+LABELS = ("exact", "sampled", "true")
+POSITIONS = {"expand": KroneckerFactors, "reduce": Reduced}
+
+
+class PerExample(NamedTuple):
+    """What `per_example` returns; None for what was not asked.
+
+    Attributes:
+        value: mean loss.
+        grad: mean gradient, a tree like params in its dtypes.
+        sum_squares: sum_i g_i^2, a tree like params in float32 or wider.
+        norms: |g_i| over all parameters, [B], in the order of the examples.
+        kfac: Kronecker factors by the name of the kernel's leaf, for dense layers and convolutions
+            without groups whose kernel is used once; a bias is in the inputs' mean.
+        ggn_diagonal: diagonal of sum_i J_i^T Lambda_i J_i, a tree like params.
+    """
+
+    value: Array
+    grad: Any
+    sum_squares: Any
+    norms: Float[Array, " B"] | None
+    kfac: dict[str, KroneckerFactors] | None
+    ggn_diagonal: Any
+
+
+def batch_size(who: str, batch: tuple) -> int:
+    """The number of examples of a batch.
+
+    Raises:
+        ValueError: without one leading axis that all arrays share.
+    """
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"{who}: every array of the batch needs the same leading axis of examples; found "
+            f"{sorted(sizes)}. Close over what is not one per example (a temperature, a key)."
+        )
+    ((size,),) = sizes
+    return size
+
+
+def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
+    """The traced loss of one example.
+
+    Raises:
+        ValueError: for integer parameters, a result that is no scalar, parameters that are closed
+            over, or a loss that is no mean over separate examples.
+    """
+    _tree.check_float_leaves(params, who)
+    found = traced(loss, params, batch)
+    if [x.shape for x in jax.tree.leaves(found.shape)] != [()]:
+        raise ValueError(
+            f"{who}: loss must return one number, the mean over the batch; on a batch of one it "
+            f"returns {jax.tree.map(lambda x: x.shape, found.shape)}. Take jnp.mean of it (and "
+            "drop auxiliary outputs)."
+        )
+    leaves = jax.tree.leaves(params)
+    closed = [any(leaf is c for c in found.consts) for leaf in leaves]
+    if any(closed) or all(way.kind == _plan.UNUSED for way in found.ways):
+        names = sorted(_tree.paths(params))
+        raise ValueError(
+            f"{who}: loss uses its parameters other than through its first argument (or not at "
+            f"all), so their gradient is lost. Write loss(params, *batch); parameters: {names}."
+        )
+    _refuse_coupled(who, coupling(loss, shapes(params), batch))
+    return found
+
+
+def _refuse_coupled(who: str, kind: Any) -> None:
+    if kind.tag == "mixed":
+        raise ValueError(
+            f"{who}: the loss couples its examples: {kind.reason}. Gradients of single examples "
+            "are defined only for a mean of losses that each see their own example. Put batch "
+            "normalisation into inference mode (or use LayerNorm, GroupNorm), pass masks and "
+            "token counts as weights=, and mix examples before the batch is passed."
+        )
+    if kind.tag == "sum" and kind.power not in (-1, None):
+        raise ValueError(
+            f"{who}: the loss is not a mean over the batch (it grows like B^{1 + kind.power}). "
+            "Return jnp.mean(...), so that value, grad and curvature are per example."
+        )
+    if kind.tag == "unsure":
+        warnings.warn(
+            f"{who}: cannot see whether the examples are separate: {kind.reason}.", stacklevel=4
+        )
+
+
+def per_example(
+    loss: Any,
+    params: Any,
+    *batch: Any,
+    statistics: tuple[str, ...] = ("sum_squares",),
+    outputs: Callable[..., Array] | None = None,
+    likelihood: str | None = None,
+    labels: str = "exact",
+    positions: str = "expand",
+    microbatch: int | None = None,
+    weights: Float[Array, " B"] | None = None,
+    key: Any = None,
+) -> PerExample:
+    """Mean gradient, and statistics of the gradients of single examples, in one backward pass.
+
+    sum_squares = sum_i g_i^2,  norms = |g_i|,  g_i the gradient of example i's loss.
+
+    Where a parameter meets an activation a with output cotangent d, G_i = a_i d_i^T, and the sum
+    of squares of a dense layer is one more matrix product, (A*A)^T (D*D). Those places are found
+    in the jaxpr of any loss; `explain` says where, and what could not go this way (used twice, in
+    a loop, or non-linearly): those parameters get plain per-example gradients, just as exact.
+
+    Args:
+        loss: `loss(params, *batch)`, a mean over the batch; or a `glm` term. It is evaluated on
+            batches of one example, with their leading axis of 1, so batch statistics are refused,
+            and random masks drawn inside are the same for all examples. An L2 term in it is exact,
+            but costs a gradient per example: prefer a prior.
+        params: tree of floating-point arrays.
+        batch: trees of arrays with one leading axis of examples.
+        statistics: which of "sum_squares", "norms", "kfac", "ggn_diagonal".
+        outputs: `outputs(params, *batch)` -> the model's outputs [B, ..., k], logits or means.
+        likelihood: "categorical", "bernoulli" or "gaussian" (unit variance), of the outputs.
+        labels: whose gradients make `ggn_diagonal` and `kfac`'s outputs: "exact", the expectation
+            over the model's own labels, by as many passes as one example has outputs; "sampled",
+            one draw of them, unbiased, in one pass; "true", the batch's, the empirical Fisher
+            (`kfac` only, needs no outputs; its diagonal is `sum_squares`).
+        positions: what `kfac` does where positions share a kernel: "expand" takes each position as
+            an example, "reduce" the mean input and the sum of the cotangents.
+        microbatch: examples at a time, in bounded memory; example i goes to piece i mod M, so a
+            sharded batch axis stays sharded when this is a multiple of the devices.
+        weights: how often each example counts, 0 for a padded row: c_i. Then value and grad are
+            sum_i c_i (...) / sum_i c_i and sums are sum_i c_i g_i^2; norms stay as they are.
+        key: typed key or integer seed, for sampled labels.
+
+    Returns:
+        A `PerExample`.
+
+    Raises:
+        ValueError: for an unknown statistic or likelihood, missing outputs, likelihood or key,
+            integer parameters, a batch without a common leading axis, a microbatch that does not
+            divide it, weights of another shape, a loss that is no scalar or no mean, that couples
+            its examples, or that closes over its parameters.
+
+    Source: Goodfellow (2015), arXiv:1510.01799; Dangel et al. (2020), BackPACK; Eschenhagen et al.
+    (2023) for expand and reduce. Special case of `blr_update` with
+    `curvature=per_example_squares()`: OGN and VOGN.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+      >>> found = blr.per_example(loss, jnp.zeros(1), jnp.array([[1.0], [2.0]]), jnp.ones(2))
+      >>> print(found.grad, found.sum_squares)  # g = (-2, -4)
+      [-3.] [20.]
+    """
+    _check_statistics(statistics, labels, positions)
+    size = batch_size("per_example", batch)
+    if microbatch is not None and (microbatch < 1 or size % microbatch):
+        raise ValueError(f"per_example: microbatch={microbatch} must divide the batch of {size}.")
+    if weights is not None and jnp.shape(weights) != (size,):
+        raise ValueError(
+            f"per_example: weights has shape {jnp.shape(weights)}; give one number per example, "
+            f"({size},)."
+        )
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    leaves, tree = jax.tree.flatten(params)
+    found = checked("per_example", loss, params, batch)
+    kron = POSITIONS[positions] if "kfac" in statistics else None
+    own, ggn = labels == "true", "ggn_diagonal" in statistics
+    wanted = Wanted("sum_squares" in statistics, "norms" in statistics, kron if own else None)
+    model = None
+    if ggn or (kron and not own):
+        key = _check_model(outputs, likelihood, labels, key)
+        model = Model(outputs, likelihood, labels, key, Wanted(ggn, factors=kron))
+    count = 1 if microbatch is None else size // microbatch
+
+    def piece(index: Array) -> Sums:
+        part, c = batch, weights
+        if count > 1:
+            part, c = jax.tree.map(lambda x: strided(x, count, index), (batch, weights))
+        result = sums(found, params, part, wanted, c)
+        if model is None:
+            return result
+        of_model = model.sums(params, part, c, index)
+        return result._replace(ggn=of_model.squares, factors=of_model.factors)
+
+    total = over_pieces(piece, count)
+    n = size if weights is None else jnp.sum(weights)
+    grad = [(t / n).astype(x.dtype) for t, x in zip(total.total, leaves, strict=True)]
+    return PerExample(
+        total.value / n,
+        tree.unflatten(grad),
+        tree.unflatten(total.squares) if wanted.squares else None,
+        jnp.sqrt(total.norms) if wanted.norms else None,
+        _named(params, total.factors, n) if kron else None,
+        tree.unflatten(total.ggn) if ggn else None,
+    )
+
+
+def _named(params: Any, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
+    """The layers' factors by the names of their kernels; inputs become means."""
+    names = [_tree.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {
+        name: KroneckerFactors(f.inputs / n, f.mean / n, f.outputs)
+        for name, f in zip(names, factors, strict=True)
+        if f is not None
+    }
+
+
+def _check_statistics(statistics: tuple[str, ...], labels: str, positions: str) -> None:
+    if isinstance(statistics, str) or any(name not in STATISTICS for name in statistics):
+        raise ValueError(
+            f"per_example: statistics={statistics!r}; give a tuple of {', '.join(STATISTICS)}."
+        )
+    if labels not in LABELS:
+        raise ValueError(f"per_example: labels={labels!r} is unknown; known: {', '.join(LABELS)}.")
+    if positions not in POSITIONS:
+        raise ValueError(
+            f"per_example: positions={positions!r} is unknown; known: {', '.join(POSITIONS)}."
+        )
+    if labels == "true" and "ggn_diagonal" in statistics:
+        raise ValueError(
+            'per_example: labels="true" with ggn_diagonal is the empirical Fisher, which is '
+            'sum_squares; ask for that, or for labels="exact" or "sampled".'
+        )
+
+
+def _check_model(outputs: Any, likelihood: Any, labels: str, key: Any) -> Any:
+    if outputs is None or likelihood is None:
+        raise ValueError(
+            "per_example: ggn_diagonal and kfac need the model's outputs and what they mean: pass "
+            f"outputs=lambda params, *batch: logits and likelihood= one of {', '.join(EXACT)} "
+            '(or, for kfac, labels="true").'
+        )
+    if likelihood not in EXACT:
+        raise ValueError(
+            f"per_example: likelihood={likelihood!r} is unknown; known: {', '.join(EXACT)}."
+        )
+    if labels == "sampled" and key is None:
+        raise ValueError('per_example: labels="sampled" needs key=, a typed key or a seed.')
+    return None if key is None else canonical_key(key)
+
+
+class Model(NamedTuple):
+    """A model whose Gauss-Newton statistics are wanted."""
+
+    outputs: Callable[..., Array]
+    likelihood: str
+    labels: str
+    key: Any
+    wanted: Wanted
+
+    def sums(self, params: Any, batch: tuple, weights: Any, index: Array) -> Sums:
+        """The sums of all passes over one batch; of the layers' inputs, of one pass."""
+        f = self.outputs(params, *batch)
+        if jnp.ndim(f) < 2 or not jnp.issubdtype(f.dtype, jnp.floating):
+            raise ValueError(
+                f"per_example: outputs must return floating-point [B, ..., k]; got {f.dtype} of "
+                f"shape {jnp.shape(f)}."
+            )
+
+        def linear(params: Any, cotangent: Array, *batch: Any) -> Array:
+            return jnp.sum(cotangent * self.outputs(params, *batch))
+
+        _refuse_coupled(
+            "per_example, outputs", coupling(lambda p, *b: jnp.mean(self.outputs(p, *b)),
+                                             shapes(params), batch))  # fmt: skip
+        found = traced(linear, params, (f, *batch))
+
+        def one(cotangent: Array) -> Sums:
+            result = sums(found, params, (cotangent, *batch), self.wanted, weights)
+            return Sums(None, None, result.squares, None, result.factors)
+
+        if self.labels == "sampled":
+            key = jax.random.fold_in(self.key, index)
+            return one(sampled_cotangent(self.likelihood, key, f))
+        passes = math.prod(f.shape[1:])
+        each = jax.lax.map(
+            lambda i: one(exact_cotangent(self.likelihood, f, i)), jnp.arange(passes)
+        )
+        total = jax.tree.map(lambda x: jnp.sum(x, 0), each)
+        same = [
+            None if k is None else k._replace(inputs=k.inputs / passes, mean=k.mean / passes)
+            for k in total.factors
+        ]
+        return total._replace(factors=same)

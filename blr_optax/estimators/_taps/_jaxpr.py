@@ -1,0 +1,58 @@
+"""All that the layer taps ask of JAX's internals, in one file.
+
+A jaxpr is a list of equations `outvars = primitive[params](invars)`; an operand is a variable or a
+literal. Only names of primitives and their documented parameters are used elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+REMAT = ("remat2", "remat", "checkpoint")
+
+
+def trace(f: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """The jaxpr of f at the shapes of `args`, and the shapes of what it returns."""
+    return jax.make_jaxpr(f, return_shape=True)(*args)
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a number written into the equation."""
+    return isinstance(atom, jex.Literal)
+
+
+def inner_jaxpr(eqn: Any) -> Any | None:
+    """The jaxpr of an equation that only calls it (an inner jit, a rematerialised block)."""
+    name = eqn.primitive.name
+    if name in REMAT:
+        found = eqn.params["jaxpr"]
+    elif name in INLINED:
+        found = eqn.params[INLINED[name]]
+    else:
+        return None
+    return open_jaxpr(found)[0] if not open_jaxpr(found)[1] else None
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr without its constants, and the constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def bind(eqn: Any, *args: Any) -> list[Any]:
+    """The outputs of one equation at other operands."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*args, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def checkpointed(eqn: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+    """f rematerialised as the equation's block is; f itself for an inner jit."""
+    if eqn.primitive.name not in REMAT:
+        return f
+    policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
+    return jax.checkpoint(f, policy=policy, prevent_cse=prevent_cse)
