@@ -3,7 +3,9 @@
 `tests/test_contract.py` holds every row to the contract C1 to C19, except for the lines that a row
 is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
 parameters (C7, C10), take no curvature (C11, C13, C14), and have a loss of the plain tree, not of
-an nnx model (C16).
+an nnx model (C16). Rows whose curvature is that of single examples need it from `estimate`: they
+have no core path either (C15, C16), cannot derive it from a gradient ("derived", C10), which is all
+that `MultiSteps` passes on ("multi"), and take squares, which are not negative (C14).
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ import optax
 
 import blr_optax as blr
 
-SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16"})
+SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16", "derived"})
+BY_EXAMPLE = frozenset({"C10", "C14", "C15", "C16", "derived", "multi"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Row:
         exempt: contract lines that do not apply.
         noisy: whether it looks at samples.
         loss: whether `update` takes the batch and evaluates the loss.
+        by_example: whether its curvature is that of single examples, from `estimate`.
         slow: whether its tests are marked slow: a variant of a row that the fast run has.
     """
 
@@ -39,6 +43,7 @@ class Row:
     exempt: frozenset = frozenset()
     noisy: bool = False
     loss: bool = False
+    by_example: bool = False
     slow: bool = False
 
     def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
@@ -80,6 +85,7 @@ def _blr(family, **fixed):
 
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
+_VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
 _SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
 _RULE = {"learning_rate": 0.3, "ess": 20.0}
 
@@ -110,6 +116,8 @@ ROWS = [
         _IVON,
         noisy=True,
     ),
+    Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
+    Row("ogn", blr.ogn, _VOGN, exempt=BY_EXAMPLE, by_example=True, slow=True),
     Row(
         "scale_by_precision",
         lambda learning_rate, **k: optax.chain(
@@ -181,13 +189,20 @@ def rows(line=None):
     ]
 
 
-def one_step(row, tx, params, state, batch, **extra):
-    """The core path: gradient at this step's weights, update, apply."""
+def evidence(row, params, state, batch):
+    """What `update` gets: (gradient at this step's weights, extra arguments)."""
     if row.loss:
-        updates, state = tx.update(None, state, params, batch=batch, **extra)
-    else:
-        weights = blr.sample(state, params)
-        updates, state = tx.update(jax.grad(mean_loss)(weights, *batch), state, params, **extra)
+        return None, {"batch": batch}
+    if row.by_example:
+        est = blr.estimate(mean_loss, state, params, *batch)
+        return est.grad, {"curvature": est.curvature}
+    return jax.grad(mean_loss)(blr.sample(state, params), *batch), {}
+
+
+def one_step(row, tx, params, state, batch, **extra):
+    """The gradient at this step's weights, update, apply."""
+    grads, needed = evidence(row, params, state, batch)
+    updates, state = tx.update(grads, state, params, **needed, **extra)
     return optax.apply_updates(params, updates), state
 
 
