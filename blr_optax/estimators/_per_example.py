@@ -94,8 +94,19 @@ def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> 
             f"{who}: loss uses its parameters other than through its first argument (or not at "
             f"all), so their gradient is lost. Write loss(params, *batch); parameters: {names}."
         )
-    _refuse_coupled(who, coupling(loss, shapes(params), batch))
+    _refuse_coupled(who, _coupling(loss, params, batch))
     return found
+
+
+def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
+    try:
+        return coupling(loss, shapes(params), batch)
+    except Exception as error:
+        error.add_note(
+            "per_example traces the loss at batch sizes 1 and 1009, to see whether its examples "
+            "are separate: it must take any size, and pass what is one per example in the batch."
+        )
+        raise
 
 
 def _refuse_coupled(who: str, kind: Any) -> None:
@@ -182,7 +193,7 @@ def per_example(
       [-3.] [20.]
     """
     _check_statistics(statistics, labels, positions)
-    size = batch_size("per_example", batch)
+    size = loss.size(batch) if hasattr(loss, "per_example") else batch_size("per_example", batch)
     if microbatch is not None and (microbatch < 1 or size % microbatch):
         raise ValueError(f"per_example: microbatch={microbatch} must divide the batch of {size}.")
     if weights is not None and jnp.shape(weights) != (size,):
@@ -191,6 +202,8 @@ def per_example(
             f"({size},)."
         )
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    if hasattr(loss, "per_example"):
+        return _of_glm(loss, params, batch, statistics, weights)
     leaves, tree = jax.tree.flatten(params)
     found = checked("per_example", loss, params, batch)
     kron = POSITIONS[positions] if "kfac" in statistics else None
@@ -223,6 +236,18 @@ def per_example(
         _named(params, total.factors, n) if kron else None,
         tree.unflatten(total.ggn) if ggn else None,
     )
+
+
+def _of_glm(
+    loss: Any, params: Any, batch: tuple, statistics: tuple[str, ...], weights: Any
+) -> PerExample:
+    """A term says all in closed form; its one layer is the flat vector of parameters."""
+    found = loss.per_example(params, batch, weights)
+    factors = {"": KroneckerFactors(*found.pop("factors"))}
+    wanted = {name: value if name in statistics else None for name, value in found.items()}
+    kfac = factors if "kfac" in statistics else None
+    return PerExample(found["value"], found["grad"], wanted["sum_squares"], wanted["norms"], kfac,
+                      wanted["ggn_diagonal"])  # fmt: skip
 
 
 def _named(params: Any, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
@@ -291,8 +316,9 @@ class Model(NamedTuple):
             return jnp.sum(cotangent * self.outputs(params, *batch))
 
         _refuse_coupled(
-            "per_example, outputs", coupling(lambda p, *b: jnp.mean(self.outputs(p, *b)),
-                                             shapes(params), batch))  # fmt: skip
+            "per_example, outputs",
+            _coupling(lambda p, *b: jnp.mean(self.outputs(p, *b)), params, batch),
+        )
         found = traced(linear, params, (f, *batch))
 
         def one(cotangent: Array) -> Sums:
@@ -303,10 +329,13 @@ class Model(NamedTuple):
             key = jax.random.fold_in(self.key, index)
             return one(sampled_cotangent(self.likelihood, key, f))
         passes = math.prod(f.shape[1:])
-        each = jax.lax.map(
-            lambda i: one(exact_cotangent(self.likelihood, f, i)), jnp.arange(passes)
-        )
-        total = jax.tree.map(lambda x: jnp.sum(x, 0), each)
+
+        def step(total: Sums, index: Array) -> tuple[Sums, None]:
+            found = one(exact_cotangent(self.likelihood, f, index))
+            return jax.tree.map(jnp.add, total, found), None
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, f))
+        total = jax.lax.scan(step, zero, jnp.arange(passes))[0]
         same = [
             None if k is None else k._replace(inputs=k.inputs / passes, mean=k.mean / passes)
             for k in total.factors

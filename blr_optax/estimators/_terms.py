@@ -67,7 +67,7 @@ class GLM(Term):
 
     def natural_gradient(self, family: Any, lam: Any, batch: tuple) -> tuple[Array, Any]:
         """Exact up to the quadrature of N one-dimensional Gaussians f_n ~ N(x_n m, x_n V x_n)."""
-        x = self.features(*batch) if callable(self.features) else self.features
+        x = self.matrix(batch)
         n = x.shape[0]
         mean, unravel = jax.flatten_util.ravel_pytree(family.mean(lam))
         if family.curvature == "diagonal":
@@ -94,6 +94,31 @@ class GLM(Term):
         else:
             h = (x.T * second) @ x / n
         return jnp.mean(value), family.gradient(lam, g, h)
+
+    def matrix(self, batch: tuple) -> Array:
+        """X."""
+        return self.features(*batch) if callable(self.features) else jnp.asarray(self.features)
+
+    def size(self, batch: tuple) -> int:
+        """The number of examples."""
+        return self.matrix(batch).shape[0]
+
+    def per_example(self, theta: Any, batch: tuple, weights: Any) -> dict[str, Any]:
+        """All statistics of `per_example` at a point: g_n = l_n' x_n, and l_n'' x_n x_n^T."""
+        x = self.matrix(batch)
+        flat, unravel = jax.flatten_util.ravel_pytree(theta)
+        f, c = x @ flat, jnp.ones(x.shape[0], x.dtype) if weights is None else weights
+        slope = jax.grad(lambda f: jnp.sum(self.pointwise_loss(f, *batch)))
+        first, second = jax.jvp(slope, (f,), (jnp.ones_like(f),))
+        n = jnp.sum(c)
+        return {
+            "value": c @ self.pointwise_loss(f, *batch) / n,
+            "grad": unravel(x.T @ (c * first) / n),
+            "sum_squares": unravel((x * x).T @ (c * first**2)),
+            "norms": jnp.abs(first) * jnp.linalg.norm(x, axis=1),
+            "ggn_diagonal": unravel((x * x).T @ (c * second)),
+            "factors": ((x.T * c) @ x / n, c @ x / n, jnp.sum(c * second)[None, None]),
+        }
 
 
 def terms(loss: Any) -> tuple[Any, ...]:

@@ -232,21 +232,26 @@ def ways(
 ) -> list[Way]:
     """The ways of a finished plan."""
     read = {id(x) for eqn in jaxpr.eqns for x in eqn.invars}
-    only_copies = all(root in refused for use in uses for root in use.view.roots)
-    in_chunks = [root for root in refused if math.prod(shapes[root]) > SMALL]
+    sizes = [math.prod(shape) for shape in shapes]
     found = []
-    for index, shape in enumerate(shapes):
+    for index, size in enumerate(sizes):
         mine = tuple(use for use in uses if index in use.view.roots)
         if index in refused:
-            # Where per-example gradients are taken anyway, and nothing goes by places, all are.
-            small = math.prod(shape) <= SMALL and not (only_copies and in_chunks)
-            found.append(Way(COPY if small else CHUNKS, refused[index]))
+            found.append(Way(COPY if size <= SMALL else CHUNKS, refused[index]))
         elif mine:
             found.append(Way(PLACES, ", ".join(sorted({use.by for use in mine})), mine))
         else:
             unused = id(jaxpr.invars[index]) not in read
             found.append(Way(UNUSED, "not used by the loss" if unused else "no gradient"))
-    return found
+    in_chunks = sum(n for n, way in zip(sizes, found, strict=True) if way.kind == CHUNKS)
+    if not in_chunks or sum(sizes) > 2 * in_chunks:
+        return found
+    # Gradients of single examples are taken of most numbers anyway: the rest joins them.
+    joined = "joins the larger part"
+    return [
+        Way(CHUNKS, way.reason if way.kind != PLACES else joined) if way.kind != UNUSED else way
+        for way in found
+    ]
 
 
 def extra_work(way: Way, size: int, batch: int) -> int:
