@@ -112,6 +112,15 @@ class Posterior:
             raise ValueError(
                 f"Posterior: {what} needs two members of one family; got {self.family} and {found}."
             )
+        ours, theirs = (jax.tree.leaves(x.natural) for x in (self, other))
+        for a, b in zip(ours, theirs, strict=False):
+            try:
+                jnp.broadcast_shapes(jnp.shape(a), jnp.shape(b))
+            except ValueError:
+                raise ValueError(
+                    f"Posterior: {what} needs members of one size; their natural parameters have "
+                    f"shapes {jnp.shape(a)} and {jnp.shape(b)}."
+                ) from None
 
     def __mul__(self, other: Posterior) -> Posterior:
         """The (unnormalised) product of two densities: lambda1 + lambda2."""

@@ -99,7 +99,7 @@ assert jnp.allclose(posterior.standard()["rate"], 1.0 + counts.size, rtol=1e-5)
 
 # %%
 grid = jnp.linspace(0.01, 10, 400)
-figure, axis = plt.subplots(figsize=(6, 3.2))
+figure, axis = plt.subplots(layout="constrained", figsize=(6, 3.2))
 for name, q in [("prior", prior), ("start", start), ("posterior", posterior)]:
     axis.plot(grid, jnp.exp(q.log_prob(grid)), label=name)
 axis.set(xlabel="rate", ylabel="density", ylim=(0, 1.0))
@@ -125,7 +125,7 @@ ways = {
     "score function": estimators.score_function(100),
 }
 keys = jax.random.split(jax.random.key(0), 200)
-figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharex=True, sharey=True)
+figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(9, 3), sharex=True, sharey=True)
 spread = {}
 for axis, (name, way) in zip(axes, ways.items(), strict=True):
     gradient = jax.jit(jax.vmap(estimators.natural_gradient("gamma", bent, way), (0, None)))
@@ -286,7 +286,7 @@ assert jnp.allclose(jnp.sort(means[:, 0]), jnp.array([-2.0, 2.0]), atol=0.2)
 
 axes_x, axes_y = jnp.meshgrid(jnp.linspace(-4, 4, 120), jnp.linspace(-2.5, 2.5, 80))
 points = jnp.stack([axes_x, axes_y], -1)
-figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharex=True, sharey=True)
+figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(9, 2.6), sharex=True, sharey=True)
 panels = {
     "target": jnp.exp(-jax.vmap(jax.vmap(two_modes))(points)),
     "first": jnp.exp(first.log_prob(points)),

@@ -426,6 +426,51 @@ def test_conditional_families_update_through_the_same_call(x64, name):
     assert q.sample(jax.random.key(0), (3,)).shape == (3, *params.shape)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n == "mixture" else [pytest.mark.slow])
+        for n in CONDITIONAL_STARTS
+        if n != "matrix_gaussian"
+    ],
+)
+def test_conditional_families_over_a_tree_are_those_over_its_flat_vector(x64, name):
+    """The same draws and the same steps, whether theta is a vector or a tree of its parts."""
+    family = families.get(name)
+    start = family.natural(**{k: jnp.asarray(v) for k, v in CONDITIONAL_STARTS[name].items()})
+    start, flat = blr.Posterior(family, start), floats(family.mean(start))
+    tree = lambda theta: {"a": theta[:1].reshape(1, 1), "b": theta[1]}  # noqa: E731
+    whole = lambda theta: jnp.append(theta["a"].ravel(), theta["b"])  # noqa: E731
+    prior = blr.Posterior(families.get("gaussian_diagonal"),
+                          families.get("gaussian_diagonal").natural(
+                              mean=tree(jnp.zeros(2)), precision=0.1))  # fmt: skip
+
+    def run(params, loss, **more):
+        tx = blr.blr_update(name, loss, 0.2, ess=10.0, init=start, **more)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(None, state, params, batch=(10.0,))
+            params = optax.apply_updates(params, updates)
+        return params, blr.posterior(state, params), blr.sample(state, params)
+
+    vector, q, draw = run(flat, bowl)
+    found, r, other = run(tree(flat), lambda theta, scale: bowl(whole(theta), scale))
+    near(found, tree(vector), rtol=1e-9, atol=1e-12)
+    near(other, tree(draw), rtol=1e-9, atol=1e-12)
+    near(r.variance, tree(q.variance), rtol=1e-9)
+    close(r.log_prob(other), q.log_prob(draw), rtol=1e-9)
+    pulled, _, _ = run(tree(flat), lambda theta, s: bowl(whole(theta), s), prior=prior)
+    assert np.any(whole(pulled) != whole(found))
+    again = blr.blr_update(name, bowl, 0.2, init=r)  # a posterior is a first posterior again
+    near(again.init(found).natural, r.natural)
+
+
+def test_matrix_gaussian_over_a_tree_is_refused():
+    family = families.get("matrix_gaussian")
+    with pytest.raises(ValueError, match="not over a tree"):
+        families.RaveledConditional.like(family, {"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
 def test_conditional_families_refuse_what_they_cannot_do():
     mixture = families.get("mixture")
     start = blr.Posterior(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))

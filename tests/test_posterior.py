@@ -188,3 +188,16 @@ def test_members_of_two_families_do_not_mix(op):
     for other in (gaussian, 2.0):
         with pytest.raises(ValueError, match="two members of one family; got Normal"):
             getattr(normal, op)(other)
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "categorical"])
+def test_members_of_different_sizes_are_refused(name):
+    family = families.get(name)
+    make = {
+        "dirichlet": lambda k: family.natural(concentration=jnp.ones(k)),
+        "categorical": lambda k: family.natural(logits=jnp.zeros(k)),
+    }[name]
+    three, five = (Posterior(family, make(k)) for k in (3, 5))
+    for act in (lambda: three.kl(five), lambda: three * five, lambda: three / five):
+        with pytest.raises(ValueError, match="of one size"):
+            act()

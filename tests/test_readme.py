@@ -5,12 +5,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+import blr_optax as blr
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 8
     names = {}
     for block in blocks:
         exec(block, names)
@@ -23,3 +25,10 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     printed = capsys.readouterr().out
     assert "(3, 3)" in printed
     assert "Array(15., " in printed and "Array(4., " in printed  # the gamma after its counts
+    ridge = jnp.linalg.solve(names["x"].T @ names["x"] + jnp.eye(3), names["x"].T @ names["y"])
+    assert jnp.all(jnp.abs(names["weights"]["w"] - ridge) < 0.1)  # the mean field
+    means, data = names["means"], names["data"]
+    assert abs(means["mean"] - jnp.mean(data)) < 0.05  # the product
+    assert abs(means["precision"] * jnp.var(data) - 1.0) < 0.05
+    wells = blr.posterior(names["state"], names["theta"]).standard()["mean"]
+    assert jnp.all(jnp.abs(wells - jnp.array([[-2.0], [2.0]])) < 0.1)  # the mixture

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 from blr_optax.families._composed import Pinned, PinnedNatural, Raveled
@@ -23,6 +22,8 @@ from blr_optax.families._gaussian_fixed import FixedExpectation, FixedNatural, G
 from blr_optax.families._mean_field import MeanField
 from blr_optax.families._parameters import parameters
 from blr_optax.families._product import Product, ProductExpectation, ProductNatural
+from blr_optax.families._raveled_conditional import RaveledConditional
+from blr_optax.families._registry import REGISTRY, get, names, register
 
 __all__ = [
     "Conditional",
@@ -72,6 +73,7 @@ __all__ = [
     "ProductExpectation",
     "ProductNatural",
     "Raveled",
+    "RaveledConditional",
     "get",
     "names",
     "parameters",
@@ -139,66 +141,8 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-_REGISTRY: dict[str, Callable[..., Family | Conditional] | str] = {}
-
-
-def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
-    """Decorator that registers a family, or a function that builds one, under a name.
-
-    Raises:
-        ValueError: when the name is taken.
-
-    Example:
-      >>> import blr_optax as blr
-      >>> @blr.families.register("wide_normal")
-      ... class WideNormal(blr.families.Normal):
-      ...     '''A normal.'''
-      >>> print("wide_normal" in blr.families.names())
-      True
-    """
-    if name in _REGISTRY:
-        raise ValueError(f"families.register: the name {name!r} is taken by {_REGISTRY[name]}.")
-
-    def add(build: Callable[..., Family]) -> Callable[..., Family]:
-        _REGISTRY[name] = build
-        return build
-
-    return add
-
-
-def get(name: str | Family | Conditional, **static: Any) -> Family | Conditional:
-    """The family registered under `name`, with its static choices; a Family passes through.
-
-    Raises:
-        ValueError: for an unknown name, listing the known ones.
-
-    Example:
-      >>> import blr_optax as blr
-      >>> print(blr.families.get("normal").natural(mean=2.0, precision=3.0).linear)
-      6.0
-    """
-    if isinstance(name, (Family, Conditional)):
-        return name
-    if name not in _REGISTRY:
-        raise ValueError(f"unknown family {name!r}; known: {', '.join(names())}.")
-    build = _REGISTRY[name]
-    if isinstance(build, str):  # the name of a class of this module, see `_FILES`
-        build = _REGISTRY[name] = __getattr__(build)
-    return build(**static)
-
-
-def names() -> tuple[str, ...]:
-    """The registered names, sorted.
-
-    Example:
-      >>> import blr_optax as blr
-      >>> print("gaussian" in blr.families.names())
-      True
-    """
-    return tuple(sorted(_REGISTRY))
-
-
-_REGISTRY |= {
+# A string is the name of a class of this module.
+REGISTRY |= {
     "normal": Normal,
     "gaussian": Gaussian,
     "gaussian_fixed": GaussianFixed,

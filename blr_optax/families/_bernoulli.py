@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import FRACTION, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Array, Float
-
-
-def as_float(x: Any) -> Float[Array, ...]:
-    """x as an array of floats, in its own precision if it has one."""
-    return 1.0 * jnp.asarray(x)
 
 
 @jax.custom_jvp
@@ -62,28 +57,24 @@ def binary_entropy(logit: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def binary_kl(logit_p: Float[Array, ...], logit_q: Float[Array, ...]) -> Float[Array, ...]:
-    """KL(p || q) of one binary choice: a sum of two terms >= 0 when p is near q."""
+    """KL(p || q) of one binary choice: log E[exp(u)], u = d (x - E[x]), d the change of logit."""
     p, not_p = logistic(logit_p), logistic(-logit_p)
     d = logit_q - logit_p
     near = jnp.abs(d) < 1.0
     small = jnp.where(near, d, 0.0)
-    yes = -jnp.log1p(not_p * jnp.expm1(-small))  # log q / p
-    no = -jnp.log1p(p * jnp.expm1(small))
-    close = p * lf.exp_excess(yes) + not_p * lf.exp_excess(no)
-    far = p * (softplus(-logit_q) - softplus(-logit_p))
-    far += not_p * (softplus(logit_q) - softplus(logit_p))
-    return jnp.where(near, close, far)
+    # E[u] = 0: a sum of two terms >= 0 when p is near q.
+    yes, no = lf.exp_excess_near(not_p * small), lf.exp_excess_near(-p * small)
+    close = jnp.log1p(p * yes + not_p * no)
+    # softplus(x) = max(x, 0) + softplus(-|x|), and p + not_p = 1.
+    flat = softplus(-jnp.abs(logit_q)) - softplus(-jnp.abs(logit_p))
+    yes = jnp.minimum(logit_p, 0.0) - jnp.minimum(logit_q, 0.0)
+    no = jnp.maximum(logit_q, 0.0) - jnp.maximum(logit_p, 0.0)
+    return jnp.where(near, close, p * yes + not_p * no + flat)
 
 
-def logit_from(who: str, logit: Any, probability: Any) -> Float[Array, ...]:
-    """The logit, from itself or from a probability in (0, 1)."""
-    exactly_one(who, logit=logit, probability=probability)
-    if probability is None:
-        require("logit", logit, "finite", jnp.isfinite)
-        return as_float(logit)
-    require("probability", probability, "strictly between 0 and 1", lambda p: (p > 0) & (p < 1))
-    p = as_float(probability)
-    return jnp.log(p) - jnp.log1p(-p)
+def logit_from(logit: Array | None, probability: Array | None) -> Float[Array, ...]:
+    """The logit, from itself or from a probability."""
+    return logit if probability is None else jnp.log(probability) - jnp.log1p(-probability)
 
 
 class Scalar(Family):
@@ -150,10 +141,10 @@ class Binary(Scalar):
     def _logit(self, lam: Any) -> Array:
         return (1.0 - self.low) * lam.linear
 
+    @checked(logit=REAL, probability=FRACTION)
     def natural(self, *, logit: Array | None = None, probability: Array | None = None) -> Any:
         """lambda from the logit or the probability (in (0, 1)) of the value 1."""
-        found = logit_from(type(self).__name__.lower(), logit, probability)
-        return self.Natural(found / (1.0 - self.low))
+        return self.Natural(logit_from(logit, probability) / (1.0 - self.low))
 
     def standard(self, lam: Any) -> dict[str, Array]:
         """The logit, which unlike the probability is never rounded to 1."""
@@ -181,10 +172,11 @@ class Binary(Scalar):
         return binary_kl(self._logit(lam_p), self._logit(lam_q))
 
     def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
-        p = logistic(self._logit(lam))
-        # Rare events need more digits than one uniform number has.
-        high = jax.random.bernoulli(key, p, shape + p.shape, mode="high")
-        return jnp.where(high, 1.0, self.low).astype(p.dtype)
+        logit = self._logit(lam)
+        # The rarer outcome keeps its digits.
+        threshold = lf.quanta(logistic(-jnp.abs(logit)))
+        rare = jax.random.bits(key, (*shape, *logit.shape), threshold.dtype) < threshold
+        return jnp.where(rare == (logit < 0), 1.0, self.low).astype(logit.dtype)
 
     def support(self, lam: Any) -> Array:
         """Both values, along a new leading axis."""
@@ -224,7 +216,9 @@ class Bernoulli(Binary):
 
     log q(theta) = theta logit - log(1 + exp(logit)).
 
-    Standard parameters: `logit` or `probability` (of 1). T = theta, lambda = logit, mu = p.
+    Standard parameters: `logit` or `probability` (of 1).
+
+    lambda: linear = logit. mu: linear = p, the probability of 1.
 
     Example:
       >>> import blr_optax as blr
@@ -278,8 +272,9 @@ class Rademacher(Binary):
 
     log q(theta) = theta lambda - log(2 cosh lambda).
 
-    Standard parameters: `logit` or `probability` (of +1). T = theta, lambda = logit / 2,
-    mu = tanh lambda = 2 p - 1.
+    Standard parameters: `logit` or `probability` (of +1).
+
+    lambda: linear = logit / 2. mu: linear = tanh lambda = 2 p - 1, the mean.
 
     Example:
       >>> import blr_optax as blr

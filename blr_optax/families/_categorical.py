@@ -17,13 +17,14 @@ import jax.numpy as jnp
 
 from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
-from blr_optax.families._bernoulli import as_float
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import COUNT, DISTRIBUTION, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
+
+MANY = 4096  # categories beyond which the rounding of their probabilities would add up
 
 
 def likeliest(logits: Float[Array, "... K"]) -> Bool[Array, "... K"]:
@@ -81,23 +82,21 @@ def choice_entropy(logits: Float[Array, "... K"]) -> Float[Array, ...]:
 
 
 def choice_kl(logits_p: Float[Array, "... K"], logits_q: Float[Array, "... K"]) -> Array:
-    """KL(p || q) of one choice, as the sum of p_k (q_k / p_k - 1 - log(q_k / p_k)), each >= 0."""
-    mask = likeliest(logits_p)
+    """KL(p || q) of one choice: log E[exp(u)], u = d - E[d], d the change of the logits.
+
+    E[u] = 0: log(1 + E[exp(u) - 1 - u]) is a sum of terms >= 0.
+    """
     p, log_p = softmax(logits_p), log_softmax(logits_p)
-    d = _relative(mask, logits_q - logits_p)
-    # log(p e^d): that is q, up to a factor, which is the sum of the exponentials.
-    joint = _relative(mask, logits_q) + jnp.max(log_p, -1, keepdims=True)
-    near = jnp.abs(d) < 1.0
-    change = p * jnp.expm1(jnp.where(near, d, 0.0))
-    change = jnp.where(near, change, jnp.exp(jnp.minimum(joint, 1.0)) - p)
-    distant = jnp.max(joint, -1) > 1.0
-    close = jnp.log1p(jnp.sum(jnp.where(distant[..., None], 0.0, change), -1))
-    log_factor = jnp.where(distant, jax.nn.logsumexp(joint, -1), close)[..., None]
-    w = d - log_factor
-    near = jnp.abs(w) < 1.0
-    small = lf.exp_excess(jnp.where(near, w, 0.0))
-    far = softmax(logits_q) - p - p * (log_softmax(logits_q) - log_p)
-    return jnp.sum(jnp.where(near, p * small, far), -1)
+    d = _relative(likeliest(logits_p), logits_q - logits_p)
+    u = d - jnp.sum(p * d, -1, keepdims=True)
+    joint = log_p + u
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(joint, -1, keepdims=True) - 1.0, 0.0))
+    q = jnp.exp(joint - top)  # up to a factor
+    near = jnp.abs(u) < 1.0
+    excess = jnp.where(near, p * lf.exp_excess_near(jnp.where(near, u, 0.0)), q - p - p * u)
+    distant = top[..., 0] > 0.0
+    close = jnp.log1p(jnp.where(distant, 0.0, jnp.sum(excess, -1)))
+    return jnp.where(distant, top[..., 0] + jnp.log(jnp.sum(q, -1)), close)
 
 
 def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
@@ -105,20 +104,13 @@ def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
     return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
 
 
-def _linear_from(who: str, logits: Any, probabilities: Any) -> Float[Array, "... K-1"]:
+LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
+
+
+def _linear_from(logits: Array | None, probabilities: Array | None) -> Float[Array, "... K-1"]:
     """lambda from K logits or K probabilities."""
-    exactly_one(who, logits=logits, probabilities=probabilities)
-    name, given = ("logits", logits) if probabilities is None else ("probabilities", probabilities)
-    given = as_float(given)
-    if given.ndim < 1 or given.shape[-1] < 2:
-        raise ValueError(f"{name} must have K >= 2 entries on the last axis; got {given}.")
-    if probabilities is None:
-        require(name, given, "finite", jnp.isfinite)
-    else:
-        inside = lambda p: jnp.all(p > 0, -1) & (jnp.abs(jnp.sum(p, -1) - 1.0) < 1e-5)  # noqa: E731
-        require(name, given, "positive and sum to 1", inside)
-        given = jnp.log(given)
-    return given[..., :-1] - given[..., -1:]
+    x = logits if probabilities is None else jnp.log(probabilities)
+    return x[..., :-1] - x[..., -1:]
 
 
 class Simplex(Family):
@@ -197,7 +189,9 @@ class Categorical(Simplex):
 
     Standard parameters: `logits` (K of them, as for a softmax: a common constant does not matter;
     `standard` returns those whose last is 0) or `probabilities` (K). T is the indicator of the
-    first K - 1 labels, lambda_k = log(p_k / p_K), mu_k = p_k.
+    first K - 1 labels.
+
+    lambda: linear = log(p_k / p_K) [..., K - 1]. mu: linear = p_k [..., K - 1].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -212,11 +206,12 @@ class Categorical(Simplex):
     enumerable: ClassVar[bool] = True
     relaxable: ClassVar[bool] = True
 
+    @checked(**LABEL)
     def natural(
         self, *, logits: Array | None = None, probabilities: Array | None = None
     ) -> CategoricalNatural:
         """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
-        return CategoricalNatural(_linear_from("categorical", logits, probabilities))
+        return CategoricalNatural(_linear_from(logits, probabilities))
 
     def log_partition(self, lam: CategoricalNatural) -> Array:
         """A = log(1 + sum_k exp lambda_k)."""
@@ -240,10 +235,17 @@ class Categorical(Simplex):
         return jnp.zeros_like(lam.linear[..., 0])
 
     def log_prob(self, lam: CategoricalNatural, theta: Int[Array, ...]) -> Array:
-        log_p = log_softmax(full_logits(lam.linear))
-        chosen = jnp.asarray(theta)[..., None] == jnp.arange(log_p.shape[-1])
-        found = jnp.sum(jnp.where(chosen, log_p, 0.0), -1)
-        return jnp.where(jnp.any(chosen, -1), found, -jnp.inf)
+        logits, theta = full_logits(lam.linear), jnp.asarray(theta)[..., None]
+        k = logits.shape[-1]
+        label = jnp.clip(theta, 0, k - 1).astype(jnp.int32)
+        batch = jnp.broadcast_shapes(label.shape[:-1], logits.shape[:-1])
+        logits, label = jnp.broadcast_to(logits, (*batch, k)), jnp.broadcast_to(label, (*batch, 1))
+        x = logits - jnp.take_along_axis(logits, label, -1)
+        # -log(1 + sum of the others' exp(x)), which the largest may make too large.
+        top = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
+        others = jnp.where(label == jnp.arange(k), 0.0, jnp.exp(x - top))
+        found = -top - jnp.log1p(jnp.sum(others, -1, keepdims=True) + jnp.expm1(-top))
+        return jnp.where(label == theta, found, -jnp.inf)[..., 0]
 
     def entropy(self, lam: CategoricalNatural) -> Array:
         return choice_entropy(full_logits(lam.linear))
@@ -251,7 +253,14 @@ class Categorical(Simplex):
     def sample(self, key: Array, lam: CategoricalNatural, shape: tuple[int, ...] = ()) -> Array:
         logits = full_logits(lam.linear)
         shape = (*shape, *logits.shape[:-1])
-        return jax.random.categorical(key, logits, shape=shape, mode="high").astype(jnp.int32)
+        if logits.shape[-1] > MANY:
+            return jax.random.categorical(key, logits, shape=shape, mode="high").astype(jnp.int32)
+        # Rounded probabilities; what is missing to one belongs to the likeliest label.
+        others = jnp.where(likeliest(logits), 0.0, softmax(logits))
+        edges = jnp.cumsum(lf.quanta(others), -1)
+        bits = jax.random.bits(key, shape, edges.dtype)
+        label = jnp.sum(bits[..., None] >= edges, -1)
+        return jnp.where(bits < edges[..., -1], label, jnp.argmax(logits, -1)).astype(jnp.int32)
 
     def support(self, lam: CategoricalNatural) -> Int[Array, "K ..."]:
         """The labels 0 .. K-1, along a new leading axis."""
@@ -295,7 +304,9 @@ class Multinomial(Simplex):
     log q(theta) = log(n! / prod_k theta_k!) + sum_k theta_k log p_k.
 
     Standard parameters: `logits` (K, up to a common constant) or `probabilities` (K), and `total`
-    (n, known). T is the first K - 1 counts, lambda_k = log(p_k / p_K), mu_k = n p_k.
+    (n, known). T is the first K - 1 counts.
+
+    lambda: linear = log(p_k / p_K) [..., K - 1], total = n. mu: linear = n p_k, total = n.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -311,15 +322,12 @@ class Multinomial(Simplex):
     event_ndim: ClassVar[int] = 1
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(total=COUNT, **LABEL)
     def natural(
         self, *, total: Array, logits: Array | None = None, probabilities: Array | None = None
     ) -> MultinomialNatural:
         """lambda from K logits or probabilities, and the known total (a positive integer)."""
-        linear = _linear_from("multinomial", logits, probabilities)
-        total = lf.trials(total, linear)
-        batch = jnp.broadcast_shapes(linear.shape[:-1], total.shape)
-        linear = jnp.broadcast_to(linear, (*batch, linear.shape[-1]))
-        return MultinomialNatural(linear, jnp.broadcast_to(total, batch))
+        return MultinomialNatural(_linear_from(logits, probabilities), total)
 
     def log_partition(self, lam: MultinomialNatural) -> Array:
         """A = n log(1 + sum_k exp lambda_k)."""

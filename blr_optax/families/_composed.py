@@ -165,7 +165,8 @@ class Raveled(Family):
 
     def natural(self, *, mean: Any, **standard: Array) -> Any:
         """lambda from a mean that is a tree or a flat vector, and the family's other parameters."""
-        is_flat = isinstance(mean, jax.Array) and jax.tree.structure(mean) != self.treedef
+        is_leaf = jax.tree_util.all_leaves([mean])
+        is_flat = is_leaf and jax.tree.structure(mean) != self.treedef
         return self.family.natural(mean=mean if is_flat else self.ravel(mean), **standard)
 
     def standard(self, lam: Any) -> dict[str, Any]:

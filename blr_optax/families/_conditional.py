@@ -217,14 +217,6 @@ def check_form(form: str) -> str:
     return form
 
 
-def floats(*values: Any) -> list[Array]:
-    """The arguments as arrays of one floating-point type."""
-    arrays = [jnp.asarray(value) for value in values]
-    dtype = jnp.result_type(*arrays)
-    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
-    return [array.astype(dtype) for array in arrays]
-
-
 def normals(
     key: Array, shape: tuple[int, ...], dtype: Any, antithetic: bool = False
 ) -> Float[Array, ...]:

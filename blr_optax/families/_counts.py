@@ -19,14 +19,13 @@ from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
 from blr_optax.families._bernoulli import (
     Scalar,
-    as_float,
     binary_entropy,
     binary_kl,
     logistic,
     logit_from,
     softplus,
 )
-from blr_optax.families._checks import require
+from blr_optax.families._checks import COUNT, FRACTION, POSITIVE, REAL, checked
 from blr_optax.families._parameters import parameters
 
 if TYPE_CHECKING:
@@ -55,8 +54,9 @@ class Binomial(Scalar):
 
     log q(theta) = log(n! / (theta! (n - theta)!)) + theta logit - n log(1 + exp(logit)).
 
-    Standard parameters: `logit` or `probability`, and `total` (n, known). T = theta,
-    lambda = logit, mu = n p.
+    Standard parameters: `logit` or `probability`, and `total` (n, known).
+
+    lambda: linear = logit, total = n. mu: linear = n p, the mean, total = n.
 
     Example:
       >>> import blr_optax as blr
@@ -72,12 +72,12 @@ class Binomial(Scalar):
     known: ClassVar[tuple[str, ...]] = ("total",)
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(total=COUNT, logit=REAL, probability=FRACTION)
     def natural(
         self, *, total: Array, logit: Array | None = None, probability: Array | None = None
     ) -> BinomialNatural:
         """lambda from the logit or probability, and the known total (a positive integer)."""
-        linear = logit_from("binomial", logit, probability)
-        return BinomialNatural(*jnp.broadcast_arrays(linear, lf.trials(total, linear)))
+        return BinomialNatural(logit_from(logit, probability), total)
 
     def standard(self, lam: BinomialNatural) -> dict[str, Array]:
         return {"logit": lam.linear, "total": lam.total}
@@ -162,7 +162,7 @@ class Poisson(Scalar):
 
     log q(theta) = theta log(rate) - rate - log(theta!).
 
-    Standard parameters: `rate`. T = theta, lambda = log(rate), mu = rate.
+    Standard parameters: `rate`. lambda: linear = log(rate). mu: linear = rate, the mean.
 
     Example:
       >>> import blr_optax as blr
@@ -177,10 +177,10 @@ class Poisson(Scalar):
     domains: ClassVar[dict] = {"linear": _domain.real()}
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(rate=POSITIVE)
     def natural(self, *, rate: Array) -> PoissonNatural:
         """lambda from the rate (> 0)."""
-        require("rate", rate, "positive and finite", lambda m: (m > 0) & jnp.isfinite(m))
-        return PoissonNatural(jnp.log(as_float(rate)))
+        return PoissonNatural(jnp.log(rate))
 
     def standard(self, lam: PoissonNatural) -> dict[str, Array]:
         return {"rate": self.mean(lam)}
@@ -278,8 +278,8 @@ class Geometric(Waiting):
 
     log q(theta) = theta log(1 - p) + log p.
 
-    Standard parameters: `probability` (p, of success). T = theta, lambda = log(1 - p),
-    mu = (1 - p) / p.
+    Standard parameters: `probability` (p, of success).
+    lambda: linear = log(1 - p). mu: linear = (1 - p) / p, the mean.
 
     Example:
       >>> import blr_optax as blr
@@ -292,9 +292,10 @@ class Geometric(Waiting):
     Natural: ClassVar[type] = GeometricNatural
     Expectation: ClassVar[type] = GeometricExpectation
 
+    @checked(probability=FRACTION)
     def natural(self, *, probability: Array) -> GeometricNatural:
         """lambda from the probability of success, in (0, 1)."""
-        return GeometricNatural(_log_failure(probability))
+        return GeometricNatural(jnp.log1p(-probability))
 
     def log_partition(self, lam: GeometricNatural) -> Array:
         """A = -log(1 - exp(lambda))."""
@@ -333,8 +334,8 @@ class NegativeBinomial(Waiting):
 
     log q(theta) = log(Gamma(r + theta) / (Gamma(r) theta!)) + theta log(1 - p) + r log p.
 
-    Standard parameters: `probability` (p, of success) and `total` (r, known). T = theta,
-    lambda = log(1 - p), mu = r (1 - p) / p.
+    Standard parameters: `probability` (p, of success) and `total` (r, known).
+    lambda: linear = log(1 - p), total = r. mu: linear = r (1 - p) / p, the mean, total = r.
 
     Example:
       >>> import blr_optax as blr
@@ -349,11 +350,10 @@ class NegativeBinomial(Waiting):
     known: ClassVar[tuple[str, ...]] = ("total",)
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(probability=FRACTION, total=POSITIVE)
     def natural(self, *, probability: Array, total: Array) -> NegativeBinomialNatural:
         """lambda from the probability of success, in (0, 1), and the known total (> 0)."""
-        require("total", total, "positive and finite", lambda r: (r > 0) & jnp.isfinite(r))
-        x = _log_failure(probability)
-        return NegativeBinomialNatural(*jnp.broadcast_arrays(x, jnp.asarray(total, x.dtype)))
+        return NegativeBinomialNatural(jnp.log1p(-probability), total)
 
     def log_partition(self, lam: NegativeBinomialNatural) -> Array:
         """A = -r log(1 - exp(lambda))."""
@@ -392,8 +392,3 @@ class NegativeBinomial(Waiting):
         key_rate, key_count = jax.random.split(key)
         g = jax.random.gamma(key_rate, lam.total, (*shape, *lam.total.shape), lam.total.dtype)
         return lf.draw_poisson(key_count, g * lf.failures(lam.linear))
-
-
-def _log_failure(probability: Any) -> Array:
-    require("probability", probability, "strictly between 0 and 1", lambda p: (p > 0) & (p < 1))
-    return jnp.log1p(-as_float(probability))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import as_floats, positive, require
+from blr_optax.families._checks import POSITIVE, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gamma import (
     concentration_divergence,
@@ -42,7 +42,7 @@ from blr_optax.families._special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Float
 
 MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
@@ -58,11 +58,28 @@ def _rest(a: Float[Array, "... k"]) -> Float[Array, "... k"]:
     return jnp.where(largest, others, total - jnp.where(largest, 0.0, a))
 
 
-def _log_means(a: Float[Array, "... k"]) -> Float[Array, "... k"]:
+def _log_mean(a: Array, s: Array, rest: Array) -> Float[Array, ...]:
     """E[log x_k] = psi(a_k) - psi(s), also where a_k is almost all of s."""
-    s, rest = jnp.sum(a, axis=-1, keepdims=True), _rest(a)
-    slopes = stirling_slope(s) - stirling_slope(a)
-    return -jnp.log1p(rest / a) - 0.5 * rest / a / s - slopes
+    return stirling_slope(a) - stirling_slope(s) - jnp.log1p(rest / a) - 0.5 * rest / a / s
+
+
+def _log_means(a: Float[Array, "... k"]) -> Float[Array, "... k"]:
+    return _log_mean(a, jnp.sum(a, axis=-1, keepdims=True), _rest(a))
+
+
+def _log_scale(a: Array) -> Float[Array, ...]:
+    """log(a^a exp(-a) / Gamma(a))."""
+    return 0.5 * (jnp.log(a) - LOG_2PI) - stirling(a)
+
+
+def _log_part(a: Array, s: Array, x: Array) -> Float[Array, ...]:
+    """What one part adds to log q."""
+    log_x = jnp.log(x)
+    return _log_scale(a) - a * mean_excess(a / s, x, log_x) - log_x
+
+
+def _kl_part(a_p: Array, s_p: Array, a_q: Array, s_q: Array) -> Float[Array, ...]:
+    return a_q * relative_excess(a_q / s_q, a_p / s_p) + concentration_divergence(a_p, a_q)
 
 
 def _fisher(a: Float[Array, "... k"], v: Float[Array, "... k"]) -> Float[Array, "... k"]:
@@ -79,19 +96,14 @@ def _inverse_fisher(a: Float[Array, "... k"], w: Float[Array, "... k"]) -> Float
     For large concentrations 1 / psi'(a) = a - c(a) with c between 0 and 1 / 2: then the
     denominator is sum_k c(a_k) - c(s), and s is gone.
     """
-
-    def inverse(x: Array) -> Array:
-        return x / (1.0 + trigamma_excess(x))
-
-    def short(x: Array) -> Array:
-        return inverse(x) * trigamma_excess(x)
-
     s = jnp.sum(a, axis=-1, keepdims=True)
-    large = jnp.sum(short(a), axis=-1, keepdims=True) - short(s)
-    small = inverse(s) - jnp.sum(inverse(a), axis=-1, keepdims=True)
-    moved = inverse(a) * w
+    excess, excess_s = trigamma_excess(a), trigamma_excess(s)
+    inverse, inverse_s = a / (1.0 + excess), s / (1.0 + excess_s)
+    large = jnp.sum(inverse * excess, axis=-1, keepdims=True) - inverse_s * excess_s
+    small = inverse_s - jnp.sum(inverse, axis=-1, keepdims=True)
+    moved = inverse * w
     total = jnp.sum(moved, axis=-1, keepdims=True)
-    return moved + inverse(a) * (total / jnp.where(s < 1.0, small, large))
+    return moved + inverse * (total / jnp.where(s < 1.0, small, large))
 
 
 def _slack(g: Float[Array, "... k"]) -> Float[Array, ...]:
@@ -181,7 +193,8 @@ class Dirichlet(Family):
     log q(x) = sum_k (a_k - 1) log x_k + log Gamma(sum_k a_k) - sum_k log Gamma(a_k),
 
     with respect to all parts but one. Standard parameters: `concentration` a [..., K].
-    T = log x, lambda = a - 1.
+
+    lambda: log = a - 1 [..., K]. mu: log = E[log x] [..., K].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -196,18 +209,16 @@ class Dirichlet(Family):
     domains: ClassVar[dict] = {"log": _domain.above(-1.0, 1)}
     event_ndim: ClassVar[int] = 1
 
+    @checked(concentration=POSITIVE.over("K", least=2))
     def natural(self, *, concentration: Array) -> DirichletNatural:
         """lambda from the concentrations (> 0)."""
-        require("concentration", concentration, "positive", positive)
-        (a,) = as_floats(concentration)
-        return DirichletNatural(a - 1.0)
+        return DirichletNatural(concentration - 1.0)
 
     def standard(self, lam: DirichletNatural) -> dict[str, Array]:
         return {"concentration": 1.0 + lam.log}
 
     def mean(self, lam: DirichletNatural) -> Array:
-        a = 1.0 + lam.log
-        return a / jnp.sum(a, axis=-1, keepdims=True)
+        return (1.0 + lam.log) / jnp.sum(1.0 + lam.log, axis=-1, keepdims=True)
 
     def variance(self, lam: DirichletNatural) -> Array:
         a = 1.0 + lam.log
@@ -237,17 +248,13 @@ class Dirichlet(Family):
         lam = DirichletNatural(jnp.where(proper[..., None], a - 1.0, jnp.nan))
         return (lam, proper) if with_status else lam
 
-    def _inside(self, theta: Array) -> Bool[Array, ...]:
-        sums_to_one = jnp.abs(jnp.sum(theta, axis=-1) - 1.0) < SUM_SLACK
-        return jnp.all(theta > 0, axis=-1) & sums_to_one
-
     def log_prob(self, lam: DirichletNatural, theta: Array) -> Array:
-        a, inside = 1.0 + lam.log, self._inside(theta)
+        a = 1.0 + lam.log
+        sums_to_one = jnp.abs(jnp.sum(theta, axis=-1) - 1.0) < SUM_SLACK
+        inside = jnp.all(theta > 0, axis=-1) & sums_to_one
         x = jnp.where(inside[..., None], theta, 1.0 / theta.shape[-1])
-        log_x, s = jnp.log(x), jnp.sum(a, axis=-1)
-        spread = a * mean_excess(self.mean(lam), x, log_x) + log_x
-        parts = -spread + 0.5 * (jnp.log(a) - LOG_2PI) - stirling(a)
-        found = jnp.sum(parts, axis=-1) - 0.5 * (jnp.log(s) - LOG_2PI) + stirling(s)
+        s = jnp.sum(a, axis=-1)
+        found = jnp.sum(_log_part(a, s[..., None], x), axis=-1) - _log_scale(s)
         return jnp.where(inside, found, -jnp.inf)
 
     def entropy(self, lam: DirichletNatural) -> Array:
@@ -257,9 +264,9 @@ class Dirichlet(Family):
 
     def kl(self, lam_p: DirichletNatural, lam_q: DirichletNatural) -> Array:
         a_p, a_q = 1.0 + lam_p.log, 1.0 + lam_q.log
-        spread = a_q * relative_excess(self.mean(lam_q), self.mean(lam_p))
-        parts = jnp.sum(spread + concentration_divergence(a_p, a_q), axis=-1)
-        return parts - concentration_divergence(jnp.sum(a_p, axis=-1), jnp.sum(a_q, axis=-1))
+        s_p, s_q = (jnp.sum(a, axis=-1, keepdims=True) for a in (a_p, a_q))
+        parts = jnp.sum(_kl_part(a_p, s_p, a_q, s_q), axis=-1)
+        return parts - concentration_divergence(s_p, s_q)[..., 0]
 
     def fisher_product(self, lam: DirichletNatural, v: DirichletNatural) -> DirichletExpectation:
         return DirichletExpectation(_fisher(1.0 + lam.log, v.log))
@@ -300,8 +307,9 @@ class Beta(Family):
 
     log q(x) = (alpha - 1) log x + (beta - 1) log(1 - x) - log B(alpha, beta).
 
-    Standard parameters: `alpha` and `beta`. T = (log x, log(1 - x)),
-    lambda = (alpha - 1, beta - 1).
+    Standard parameters: `alpha` and `beta`.
+
+    lambda: log = alpha - 1, log1m = beta - 1. mu: log = E[log x], log1m = E[log(1 - x)].
 
     Example:
       >>> import blr_optax as blr
@@ -315,32 +323,35 @@ class Beta(Family):
     Expectation: ClassVar[type] = BetaExpectation
     domains: ClassVar[dict] = {"log": _domain.above(-1.0), "log1m": _domain.above(-1.0)}
 
+    @checked(alpha=POSITIVE, beta=POSITIVE)
     def natural(self, *, alpha: Array, beta: Array) -> BetaNatural:
         """lambda from both concentrations (> 0)."""
-        require("alpha", alpha, "positive", positive)
-        require("beta", beta, "positive", positive)
-        alpha, beta = as_floats(alpha, beta)
         return BetaNatural(alpha - 1.0, beta - 1.0)
 
     def _pair(self, x: Any, kind: type = DirichletNatural) -> Any:
         """The Dirichlet parameters of (x, 1 - x)."""
         return kind(jnp.stack(jnp.broadcast_arrays(*x), axis=-1))
 
-    def _parts(self, kind: type, x: Any) -> Any:
-        return kind(x.log[..., 0], x.log[..., 1])
-
     def standard(self, lam: BetaNatural) -> dict[str, Array]:
         return {"alpha": 1.0 + lam.log, "beta": 1.0 + lam.log1m}
 
+    def _sums(self, lam: BetaNatural) -> tuple[Array, Array, Array]:
+        """alpha, beta and their sum."""
+        a, b = 1.0 + lam.log, 1.0 + lam.log1m
+        return a, b, a + b
+
     def mean(self, lam: BetaNatural) -> Array:
-        return Dirichlet().mean(self._pair(lam))[..., 0]
+        a, _, s = self._sums(lam)
+        return a / s
 
     def variance(self, lam: BetaNatural) -> Array:
-        return Dirichlet().variance(self._pair(lam))[..., 0]
+        a, b, s = self._sums(lam)
+        return (a / s) * (b / s) / (1.0 + s)
 
     def log_partition(self, lam: BetaNatural) -> Array:
         """A = log Gamma(alpha) + log Gamma(beta) - log Gamma(alpha + beta)."""
-        return Dirichlet().log_partition(self._pair(lam))
+        a, b, s = self._sums(lam)
+        return log_gamma(a) + log_gamma(b) - log_gamma(s)
 
     def sufficient_statistics(self, theta: Array, lam: Any = None) -> BetaExpectation:
         return BetaExpectation(jnp.log(theta), jnp.log1p(-theta))
@@ -349,32 +360,38 @@ class Beta(Family):
         return jnp.zeros_like(theta * lam.log)
 
     def expectation(self, lam: BetaNatural) -> BetaExpectation:
-        return self._parts(BetaExpectation, Dirichlet().expectation(self._pair(lam)))
+        a, b, s = self._sums(lam)
+        return BetaExpectation(_log_mean(a, s, b), _log_mean(b, s, a))
 
     def natural_from_expectation(self, mu: BetaExpectation, with_status: bool = False) -> Any:
         """lambda(mu) as for the Dirichlet density; NaN where E[log x] and E[log(1 - x)] clash."""
         pair = self._pair(mu, DirichletExpectation)
         found, proper = Dirichlet().natural_from_expectation(pair, with_status=True)
-        lam = self._parts(BetaNatural, found)
+        lam = BetaNatural(found.log[..., 0], found.log[..., 1])
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: BetaNatural, theta: Array) -> Array:
-        return Dirichlet().log_prob(self._pair(lam), jnp.stack([theta, 1.0 - theta], axis=-1))
+        a, b, s = self._sums(lam)
+        inside = (theta > 0) & (theta < 1)
+        x = jnp.where(inside, theta, 0.5)
+        found = _log_part(a, s, x) + _log_part(b, s, 1.0 - x) - _log_scale(s)
+        return jnp.where(inside, found, -jnp.inf)
 
     def entropy(self, lam: BetaNatural) -> Array:
         return Dirichlet().entropy(self._pair(lam))
 
     def kl(self, lam_p: BetaNatural, lam_q: BetaNatural) -> Array:
-        return Dirichlet().kl(self._pair(lam_p), self._pair(lam_q))
+        (a_p, b_p, s_p), (a_q, b_q, s_q) = self._sums(lam_p), self._sums(lam_q)
+        parts = _kl_part(a_p, s_p, a_q, s_q) + _kl_part(b_p, s_p, b_q, s_q)
+        return parts - concentration_divergence(s_p, s_q)
 
     def fisher_product(self, lam: BetaNatural, v: BetaNatural) -> BetaExpectation:
-        change = Dirichlet().fisher_product(self._pair(lam), self._pair(v))
-        return self._parts(BetaExpectation, change)
+        change = _fisher(1.0 + self._pair(lam).log, self._pair(v).log)
+        return BetaExpectation(change[..., 0], change[..., 1])
 
     def inverse_fisher_product(self, lam: BetaNatural, v: BetaExpectation) -> BetaNatural:
-        turned = self._pair(v, DirichletExpectation)
-        solved = Dirichlet().inverse_fisher_product(self._pair(lam), turned)
-        return self._parts(BetaNatural, solved)
+        solved = _inverse_fisher(1.0 + self._pair(lam).log, self._pair(v).log)
+        return BetaNatural(solved[..., 0], solved[..., 1])
 
     def sample(self, key: Array, lam: BetaNatural, shape: tuple[int, ...] = ()) -> Array:
         x = Dirichlet().sample(key, self._pair(lam), shape)[..., 0]

@@ -81,17 +81,21 @@ class Domain:
 def _retract_matrix(s: Float[Array, "... d d"], d: Float[Array, "... d d"]) -> Array:
     """S + D + D S^{-1} D / 2, with D cut short where rounding would lose the eigenvalues of S."""
     root = jnp.linalg.cholesky(s)
-    half = jax.scipy.linalg.solve_triangular(root, d, lower=True)
+    # Large steps in units of D, so that nothing overflows before they are cut.
+    unit = jnp.max(jnp.abs(d), axis=(-2, -1), keepdims=True)
+    unit = jax.lax.stop_gradient(jnp.clip(unit, 1.0, 0.25 / float(jnp.finfo(s.dtype).tiny)))
+    half = jax.scipy.linalg.solve_triangular(root, d / unit, lower=True)
     relative = jax.scipy.linalg.solve_triangular(root, jnp.swapaxes(half, -1, -2), lower=True)
     largest = jnp.max(jnp.abs(relative), axis=(-2, -1), keepdims=True)
-    cut = jax.lax.stop_gradient(jnp.finfo(s.dtype).eps ** -0.25 / largest)
+    cut = jnp.finfo(s.dtype).eps ** -0.25 / largest / unit
 
-    def move(d: Array, half: Array) -> Array:
-        return s + d + 0.5 * jnp.swapaxes(half, -1, -2) @ half
+    def move(t: Any) -> Array:
+        scaled = (t * unit) * half
+        return s + t * d + 0.5 * jnp.swapaxes(scaled, -1, -2) @ scaled
 
-    full = move(d, half)
-    inside = positive_definite().contains(full)[..., None, None]
-    return jnp.where(inside, full, move(cut * d, cut * half))
+    inside = positive_definite().contains(move(1.0))[..., None, None]
+    # One move, not a choice of two: the one left out could have a derivative that is not finite.
+    return move(jax.lax.stop_gradient(jnp.where(inside, 1.0, cut)))
 
 
 def real(event_ndim: int = 0) -> Domain:

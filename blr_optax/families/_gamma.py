@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import as_floats, positive, require
+from blr_optax.families._checks import POSITIVE, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gamma_sample import following, gamma_log_draw
 from blr_optax.families._parameters import parameters
@@ -104,7 +104,9 @@ class Gamma(Family):
 
     log q(x) = (a - 1) log x - b x + a log b - log Gamma(a).
 
-    Standard parameters: `concentration` a and `rate` b. T = (log x, x), lambda = (a - 1, -b).
+    Standard parameters: `concentration` a and `rate` b.
+
+    lambda: log = a - 1, linear = -b. mu: log = E[log x], linear = E[x].
 
     Example:
       >>> import blr_optax as blr
@@ -118,12 +120,10 @@ class Gamma(Family):
     Expectation: ClassVar[type] = GammaExpectation
     domains: ClassVar[dict] = {"log": _domain.above(-1.0), "linear": _domain.negative()}
 
+    @checked(concentration=POSITIVE, rate=POSITIVE)
     def natural(self, *, concentration: Array, rate: Array) -> GammaNatural:
         """lambda from the concentration and the rate (both > 0)."""
-        require("concentration", concentration, "positive", positive)
-        require("rate", rate, "positive", positive)
-        a, b = as_floats(concentration, rate)
-        return GammaNatural(a - 1.0, -b)
+        return GammaNatural(concentration - 1.0, -rate)
 
     def standard(self, lam: GammaNatural) -> dict[str, Array]:
         return {"concentration": 1.0 + lam.log, "rate": -lam.linear}
@@ -216,7 +216,9 @@ class InverseGamma(Family):
 
     log q(x) = -(a + 1) log x - b / x + a log b - log Gamma(a).
 
-    Standard parameters: `concentration` a and `scale` b. T = (log x, 1 / x), lambda = (-a - 1, -b).
+    Standard parameters: `concentration` a and `scale` b.
+
+    lambda: log = -a - 1, reciprocal = -b. mu: log = E[log x], reciprocal = E[1 / x].
 
     Example:
       >>> import blr_optax as blr
@@ -233,12 +235,10 @@ class InverseGamma(Family):
         "reciprocal": _domain.negative(),
     }
 
+    @checked(concentration=POSITIVE, scale=POSITIVE)
     def natural(self, *, concentration: Array, scale: Array) -> InverseGammaNatural:
         """lambda from the concentration and the scale (both > 0)."""
-        require("concentration", concentration, "positive", positive)
-        require("scale", scale, "positive", positive)
-        a, b = as_floats(concentration, scale)
-        return InverseGammaNatural(-a - 1.0, -b)
+        return InverseGammaNatural(-concentration - 1.0, -scale)
 
     def _gamma(self, lam: InverseGammaNatural) -> GammaNatural:
         """The density of 1 / x."""
@@ -335,7 +335,7 @@ class Exponential(RateFamily):
 
     log q(x) = -b x + log b.
 
-    Standard parameters: `rate` b. T = x, lambda = -b.
+    Standard parameters: `rate` b. lambda: linear = -b. mu: linear = E[x] = 1 / b.
 
     Example:
       >>> import blr_optax as blr
@@ -348,11 +348,10 @@ class Exponential(RateFamily):
     Expectation: ClassVar[type] = ExponentialExpectation
     domains: ClassVar[dict] = {"linear": _domain.negative()}
 
+    @checked(rate=POSITIVE)
     def natural(self, *, rate: Array) -> ExponentialNatural:
         """lambda from the rate (> 0)."""
-        require("rate", rate, "positive", positive)
-        (b,) = as_floats(rate)
-        return ExponentialNatural(-b)
+        return ExponentialNatural(-rate)
 
     def standard(self, lam: ExponentialNatural) -> dict[str, Array]:
         return {"rate": -lam.linear}

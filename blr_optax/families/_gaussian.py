@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 from blr_optax.families._special import LOG_2PI, NEAR, excess_near, relative_excess
@@ -91,7 +91,9 @@ class Normal(GaussianFamily):
 
     log q(theta) = -S (theta - m)^2 / 2 + log(S / 2 pi) / 2.
 
-    Standard parameters: `mean`, and `variance` or `precision`. lambda = (S m, -S / 2).
+    Standard parameters: `mean` m, and `variance` or `precision` S.
+
+    lambda: linear = S m, quadratic = -S / 2. mu: linear = m, quadratic = E[theta^2].
 
     Example:
       >>> import blr_optax as blr
@@ -106,16 +108,14 @@ class Normal(GaussianFamily):
     domains: ClassVar[dict] = {"linear": _domain.real(), "quadratic": _domain.negative()}
     curvature: ClassVar[str] = "diagonal"
 
+    @checked(mean=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
         self, *, mean: Array, variance: Array | None = None, precision: Array | None = None
     ) -> GaussianNatural:
         """lambda from the mean and the variance or precision (> 0)."""
-        exactly_one("normal", variance=variance, precision=precision)
         if precision is None:
-            require("variance", variance, "positive", lambda v: v > 0)
-            precision = 1.0 / jnp.asarray(variance)
-        require("precision", precision, "positive", lambda v: v > 0)
-        return self.from_mean(jnp.asarray(mean), jnp.asarray(precision))
+            return GaussianNatural(mean / variance, -0.5 / variance)
+        return self.from_mean(mean, precision)
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         mean, precision = jnp.broadcast_arrays(mean, precision)
@@ -216,21 +216,16 @@ def _symmetric(x: Array) -> Array:
     return 0.5 * (x + jnp.swapaxes(x, -1, -2))
 
 
-def _symmetric_definite(x: Array) -> Array:
-    """Whether a matrix is symmetric, up to rounding, and positive definite."""
-    transposed = jnp.swapaxes(x, -1, -2)
-    rounding = 100 * jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(x), initial=0.0)
-    symmetric = jnp.all(jnp.abs(x - transposed) <= rounding, axis=(-1, -2))
-    return symmetric & _domain.positive_definite().contains(x)
-
-
 @dataclasses.dataclass(frozen=True)
 class Gaussian(GaussianFamily):
     """The Gaussian with a full precision matrix; the event is the last axis.
 
     log q(theta) = -(theta - m)^T S (theta - m) / 2 + log det(S / 2 pi) / 2.
 
-    Standard parameters: `mean` [..., d], and `covariance` or `precision` [..., d, d].
+    Standard parameters: `mean` m [..., d], and `covariance` or `precision` S [..., d, d].
+
+    lambda: linear = S m [..., d], quadratic = -S / 2 [..., d, d]. mu: linear = m, quadratic =
+    E[theta theta^T].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -246,18 +241,12 @@ class Gaussian(GaussianFamily):
     event_ndim: ClassVar[int] = 1
     curvature: ClassVar[str] = "matrix"
 
+    @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
         self, *, mean: Array, covariance: Array | None = None, precision: Array | None = None
     ) -> GaussianNatural:
         """lambda from the mean and the covariance or precision matrix (positive definite)."""
-        exactly_one("gaussian", covariance=covariance, precision=precision)
-        for name, value in (("covariance", covariance), ("precision", precision)):
-            if value is not None:
-                require(name, value, "symmetric positive definite", _symmetric_definite)
-        precision = (
-            _inverse(jnp.asarray(covariance)) if precision is None else jnp.asarray(precision)
-        )
-        return self.from_mean(jnp.asarray(mean), precision)
+        return self.from_mean(mean, _inverse(covariance) if precision is None else precision)
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         batch = jnp.broadcast_shapes(mean.shape[:-1], precision.shape[:-2])

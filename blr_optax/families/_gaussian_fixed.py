@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 
 from blr_optax.families import _domain
+from blr_optax.families._checks import DEFINITE, REAL, checked
 from blr_optax.families._gaussian import (
     Gaussian,
     GaussianFamily,
@@ -46,10 +47,12 @@ class FixedExpectation(NamedTuple):
 class GaussianFixed(GaussianFamily):
     """The Gaussian whose precision matrix is known: only the mean is learnt.
 
-    h(theta) = N(theta; 0, S^{-1}), T = theta, lambda = S m, mu = m. The rule gives
-    m <- m - rho S^{-1} E_q[grad l]: gradient descent, without shrinkage.
+    h(theta) = N(theta; 0, S^{-1}), T = theta. The rule gives m <- m - rho S^{-1} E_q[grad l]:
+    gradient descent, without shrinkage.
 
-    Standard parameters: `mean` [..., d], and `covariance` or `precision` [..., d, d] (known).
+    Standard parameters: `mean` m [..., d], and `covariance` or `precision` S [..., d, d] (known).
+
+    lambda: linear = S m [..., d], precision = S [..., d, d]. mu: linear = m, precision = S.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -67,6 +70,7 @@ class GaussianFixed(GaussianFamily):
     constant_base_measure: ClassVar[bool] = False
     curvature: ClassVar[str] = "none"
 
+    @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
         self, *, mean: Array, covariance: Array | None = None, precision: Array | None = None
     ) -> FixedNatural:

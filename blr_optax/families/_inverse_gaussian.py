@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.special
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import as_floats, positive, require
+from blr_optax.families._checks import POSITIVE, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 from blr_optax.families._special import (
@@ -108,8 +108,9 @@ class InverseGaussian(Family):
 
     log q(x) = -s (x - m)^2 / (2 m^2 x) + log(s) / 2 - log(2 pi x^3) / 2.
 
-    Standard parameters: `mean` m and `shape` s. T = (x, 1 / x), lambda = (-s / (2 m^2), -s / 2);
-    the base measure is (2 pi x^3)^(-1/2).
+    Standard parameters: `mean` m and `shape` s; the base measure is (2 pi x^3)^(-1/2).
+
+    lambda: linear = -s / (2 m^2), reciprocal = -s / 2. mu: linear = m, reciprocal = E[1 / x].
 
     Example:
       >>> import blr_optax as blr
@@ -124,12 +125,10 @@ class InverseGaussian(Family):
     domains: ClassVar[dict] = {"linear": _domain.negative(), "reciprocal": _domain.negative()}
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(mean=POSITIVE, shape=POSITIVE)
     def natural(self, *, mean: Array, shape: Array) -> InverseGaussianNatural:
         """lambda from the mean and the shape (both > 0)."""
-        require("mean", mean, "positive", positive)
-        require("shape", shape, "positive", positive)
-        m, s = as_floats(mean, shape)
-        return InverseGaussianNatural(-0.5 * s / m / m, -0.5 * s)
+        return InverseGaussianNatural(-0.5 * shape / mean / mean, -0.5 * shape)
 
     def standard(self, lam: InverseGaussianNatural) -> dict[str, Array]:
         return {"mean": self.mean(lam), "shape": -2.0 * lam.reciprocal}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families import _domain
+from blr_optax.families._checks import DEFINITE, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gaussian import _inverse, _log_det
 from blr_optax.families._parameters import parameters
@@ -20,7 +21,7 @@ from blr_optax.families._wishart import (
     Wishart,
     WishartExpectation,
     WishartNatural,
-    check_scale,
+    check_degrees,
     factor_log_det,
 )
 
@@ -51,8 +52,10 @@ class InverseWishart(Family):
     log q(X) = -(nu + d + 1) / 2 log|X| - tr(Psi X^{-1}) / 2 + nu / 2 log|Psi / 2|
                - log Gamma_d(nu / 2).
 
-    Standard parameters: `scale` Psi [..., d, d], `degrees` nu > d - 1. T = (log|X|, X^{-1}),
-    lambda = (-(nu + d + 1) / 2, -Psi / 2).
+    Standard parameters: `scale` Psi [..., d, d], `degrees` nu > d - 1.
+
+    lambda: log_det = -(nu + d + 1) / 2, inverse = -Psi / 2 [..., d, d]. mu: log_det = E[log|X|],
+    inverse = E[X^{-1}].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -70,9 +73,10 @@ class InverseWishart(Family):
     }
     event_ndim: ClassVar[int] = 2
 
+    @checked(scale=DEFINITE, degrees=REAL)
     def natural(self, *, scale: Array, degrees: Array) -> InverseWishartNatural:
         """lambda from the scale matrix (positive definite) and the degrees of freedom (> d - 1)."""
-        scale, degrees = check_scale(scale, degrees)
+        check_degrees(self, scale, degrees)
         return InverseWishartNatural(-0.5 * (degrees + scale.shape[-1] + 1.0), -0.5 * scale)
 
     def _wishart(self, lam: InverseWishartNatural) -> WishartNatural:

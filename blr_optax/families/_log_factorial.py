@@ -20,15 +20,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from blr_optax.families._checks import concrete, require
-from blr_optax.families._special import LOG_2PI, NEAR, excess_near, stirling
+from blr_optax.families._checks import concrete
+from blr_optax.families._special import LOG_2PI, relative_excess, stirling
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -58,30 +58,30 @@ def large(dtype: jnp.dtype) -> float:
 
 
 @jax.custom_jvp
+def exp_excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
+    """exp(x) - 1 - x for |x| < 1: at least zero, to the last digit."""
+    last = 10 if jnp.finfo(x.dtype).bits <= 32 else 18
+    series = jnp.array([1 / math.factorial(k) for k in range(last, 1, -1)], x.dtype)
+    return x * x * jnp.polyval(series, x, unroll=32)
+
+
+@exp_excess_near.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple:
+    (x,), (dx,) = primals, tangents
+    return exp_excess_near(x), dx * jnp.expm1(x)
+
+
 def exp_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     """exp(x) - 1 - x: at least zero, to the last digit."""
     near = jnp.abs(x) < 1.0
-    low = jnp.where(near, x, 0.0)
-    series = jnp.ones_like(x)
-    for k in range(19, 2, -1):
-        series = 1.0 + series * low / k
-    return jnp.where(near, 0.5 * low * low * series, jnp.expm1(x) - x)
-
-
-@exp_excess.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple:
-    (x,), (dx,) = primals, tangents
-    return exp_excess(x), dx * jnp.expm1(x)
+    return jnp.where(near, exp_excess_near(jnp.where(near, x, 0.0)), jnp.expm1(x) - x)
 
 
 def deviance(x: Float[Array, ...], mean: Array, log_mean: Array) -> Float[Array, ...]:
     """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit."""
     positive = jnp.where(x > 0, x, 1.0)
-    relative = (mean - positive) / positive
-    near = jnp.abs(relative) < NEAR
-    close = positive * excess_near(jnp.where(near, relative, 0.0))
-    far = positive * (jnp.log(positive) - log_mean) + mean - positive
-    return jnp.where(x > 0, jnp.where(near, close, far), mean)
+    excess = relative_excess(positive, mean, log_mean - jnp.log(positive))
+    return jnp.where(x > 0, positive * excess, mean)
 
 
 def log_factorial_excess(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -134,13 +134,6 @@ def failures(x: Float[Array, ...]) -> Float[Array, ...]:
 def is_count(x: Float[Array, ...]) -> Bool[Array, ...]:
     """Whether x is in 0, 1, 2, ..."""
     return (x >= 0) & (x == jnp.round(x)) & jnp.isfinite(x)
-
-
-def trials(total: Any, like: Array) -> Float[Array, ...]:
-    """A known number of trials, checked, in the precision of `like`."""
-    total = jnp.asarray(total, like.dtype)
-    require("total", total, "a positive integer", lambda n: (n > 0) & (n == jnp.round(n)))
-    return total
 
 
 def common_total(total: Array) -> int:
@@ -319,6 +312,14 @@ def entropy_series(v: Float[Array, ...], rho: Float[Array, ...]) -> Float[Array,
 
 
 # --- draws ----------------------------------------------------------------------------------------
+
+
+def quanta(p: Float[Array, ...]) -> Array:
+    """Probabilities below one as numbers of 2^-32 (of 2^-64 in float64): random bits below them."""
+    dtype, kind, bits = jnp.float32, jnp.uint32, 32
+    if p.dtype == jnp.float64:
+        dtype, kind, bits = jnp.float64, jnp.uint64, 64
+    return jnp.round(p.astype(dtype) * 2.0**bits).astype(kind)
 
 
 def _draw_many(key: Array, mean: Array, v: Array, skew: Array, tail: Array) -> Float[Array, ...]:

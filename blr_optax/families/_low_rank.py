@@ -27,11 +27,10 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import require
+from blr_optax.families._checks import POSITIVE, REAL, checked
 from blr_optax.families._conditional import (
     Conditional,
     check_form,
-    floats,
     hessian_diagonal,
     move_field,
     normals,
@@ -78,6 +77,8 @@ class GaussianLowRank(Conditional):
     Standard parameters: `mean` and `diagonal` (u > 0) [..., d], `factor` (W) [..., d, r], which are
     also the state: S determines W up to a rotation of its columns only.
 
+    lambda: mean = m [..., d], diagonal = u [..., d], factor = W [..., d, r]. There is no mu.
+
     Losses may return several terms, whose sum is the potential: with `squared_gradient` each term's
     gradient is a column of its own, as the empirical Fisher wants it.
 
@@ -102,14 +103,10 @@ class GaussianLowRank(Conditional):
     hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
     at_means: ClassVar[bool] = True
 
+    @checked(mean=REAL.over("d"), diagonal=POSITIVE.over("d"), factor=REAL.over("d r"))
     def natural(self, *, mean: Array, diagonal: Array, factor: Array) -> LowRankNatural:
         """The parameters, checked and broadcast."""
-        require("diagonal", diagonal, "positive", lambda u: u > 0)
-        require("factor", factor, "finite", jnp.isfinite)
-        mean, diagonal, factor = floats(mean, diagonal, factor)
-        shape = jnp.broadcast_shapes(mean.shape, diagonal.shape, factor.shape[:-1])
-        mean, diagonal = jnp.broadcast_to(mean, shape), jnp.broadcast_to(diagonal, shape)
-        return LowRankNatural(mean, diagonal, jnp.broadcast_to(factor, (*shape, factor.shape[-1])))
+        return LowRankNatural(mean, diagonal, factor)
 
     def standard(self, lam: LowRankNatural) -> dict[str, Array]:
         return dict(lam._asdict())
@@ -264,6 +261,8 @@ class GaussianLowRank(Conditional):
         columns = jnp.concatenate([old * lam.factor, new * gradient.factor], axis=-1)
         left, sizes, _ = jnp.linalg.svd(columns, full_matrices=False)
         columns, rank = left * sizes, lam.factor.shape[-1]
+        # A rank above d leaves columns of zeros.
+        columns = jnp.pad(columns, ((0, 0), (0, max(0, rank - columns.shape[-1]))))
         step = -learning_rate * gradient.diagonal
         diagonal = move_field(_domain.positive(), lam.diagonal, step, form)
         diagonal += jnp.sum(jnp.square(columns[:, rank:]), axis=-1)

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import require
-from blr_optax.families._conditional import Conditional, floats, move_field, normals
+from blr_optax.families._checks import DEFINITE, REAL, checked
+from blr_optax.families._conditional import Conditional, move_field, normals
 from blr_optax.families._parameters import parameters
 from blr_optax.families._special import LOG_2PI
 
@@ -102,6 +102,9 @@ class MatrixGaussian(Conditional):
     [..., p, p], which are also the state: the natural parameters of each block given the others.
     They are known up to a scale, P c and Q / c; a move leaves log det(P) / n = log det(Q) / p.
 
+    lambda: mean = M [..., n, p], row_precision = P [..., n, n], column_precision = Q [..., p, p].
+    There is no mu.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from blr_optax.families._matrix_gaussian import MatrixGaussian
@@ -122,16 +125,16 @@ class MatrixGaussian(Conditional):
     hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
     at_means: ClassVar[bool] = True
 
+    @checked(
+        mean=REAL.over("n p"),
+        row_precision=DEFINITE.over("n n"),
+        column_precision=DEFINITE.over("p p"),
+    )
     def natural(
         self, *, mean: Array, row_precision: Array, column_precision: Array
     ) -> MatrixGaussianNatural:
         """The parameters, checked and broadcast."""
-        for name, x in (("row_precision", row_precision), ("column_precision", column_precision)):
-            require(name, x, "symmetric positive definite", POSITIVE.contains)
-        mean, row, column = floats(mean, row_precision, column_precision)
-        batch = jnp.broadcast_shapes(mean.shape[:-2], row.shape[:-2], column.shape[:-2])
-        fields = (jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (mean, row, column))
-        return MatrixGaussianNatural(*fields)
+        return MatrixGaussianNatural(mean, row_precision, column_precision)
 
     def standard(self, lam: MatrixGaussianNatural) -> dict[str, Array]:
         return dict(lam._asdict())

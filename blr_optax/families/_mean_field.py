@@ -14,7 +14,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax.families._checks import check_keywords, name_of
 from blr_optax.families._family import Family
+from blr_optax.families._registry import get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -30,18 +32,21 @@ def _join(kind: type, treedef: Any, leaves: list) -> Any:
 class MeanField(Family):
     """Independent members of an elementwise family, one per number of a pytree.
 
-    q(theta) = prod_j q_j(theta_j). lambda is `family.Natural` with trees as fields. `log_prob`,
-    `entropy` and `kl` are sums over the whole tree; theta may have leading sample axes.
+    q(theta) = prod_j q_j(theta_j). `log_prob`, `entropy` and `kl` are sums over the whole tree;
+    theta may have leading sample axes.
+
+    lambda and mu: those of the family, every field a tree like the parameters.
 
     Attributes:
-        family: the elementwise family of every leaf, such as `families.get("normal")`.
+        family: the elementwise family of every leaf, such as `families.get("normal")`, or its
+            registered name.
 
     Raises:
         ValueError: when `family` is not elementwise.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
-      >>> q = blr.families.MeanField(blr.families.get("normal"))
+      >>> q = blr.families.MeanField("normal")
       >>> lam = q.natural(mean={"w": jnp.zeros(3), "b": jnp.ones(2)}, precision=4.0)
       >>> print(q.entropy(lam).round(4), q.variance(lam)["b"])
       3.629 [0.25 0.25]
@@ -50,7 +55,8 @@ class MeanField(Family):
     family: Family
 
     def __post_init__(self) -> None:
-        if not self.family.elementwise:
+        object.__setattr__(self, "family", get(self.family))
+        if not getattr(self.family, "elementwise", False):
             raise ValueError(
                 f"MeanField: {type(self.family).__name__} is not elementwise: its samples or its "
                 "parameters have axes of their own. Batches of it need no MeanField, different "
@@ -105,14 +111,23 @@ class MeanField(Family):
 
     def natural(self, **standard: Any) -> Any:
         """lambda from standard parameters: each a tree like the parameters, or a number."""
-        like = next((x for x in standard.values() if jax.tree.leaves(x)), 0.0)
+        who = f"mean field of {name_of(self.family)}.natural"
+        check_keywords(who, self.family.natural, standard)
+        standard = {name: x for name, x in standard.items() if x is not None}
+        trees = (x for x in standard.values() if not jax.tree_util.all_leaves([x]))
+        like = next(trees, next(iter(standard.values())))
         spread = [
             jax.tree.leaves(_tree.prefix_leaves(x, like, name)) for name, x in standard.items()
         ]
-        leaves = [
-            self.family.natural(**dict(zip(standard, x, strict=True)))
-            for x in zip(*spread, strict=True)
-        ]
+        paths = [_tree.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
+
+        def leaf(path: str, *values: Any) -> Any:
+            try:
+                return self.family.natural(**dict(zip(standard, values, strict=True)))
+            except ValueError as error:
+                raise ValueError(f"leaf {path or 'the root'}: {error}") from error
+
+        leaves = [leaf(*row) for row in zip(paths, *spread, strict=True)]
         return _join(self.Natural, jax.tree.structure(like), leaves)
 
     def standard(self, lam: Any) -> dict[str, Any]:

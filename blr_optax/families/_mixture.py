@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import DEFINITE, DISTRIBUTION, POSITIVE, REAL, Parameter, checked
 from blr_optax.families._conditional import (
     Conditional,
-    floats,
     hessian_diagonal,
     move_gaussian,
     normals,
 )
 from blr_optax.families._gaussian import Gaussian, GaussianFamily, GaussianNatural, Normal
 from blr_optax.families._parameters import parameters
+from blr_optax.families._registry import get
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -47,11 +47,6 @@ class MixtureNatural(NamedTuple):
     log_odds: Array
 
 
-def _is_distribution(weights: Array) -> Array:
-    total = jnp.sum(weights, axis=-1)
-    return jnp.all(weights > 0, axis=-1) & (jnp.abs(total - 1.0) < 1e-4)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mixture(Conditional):
     """A mixture of Gaussians over vectors; the number of components is that of the weights.
@@ -62,8 +57,11 @@ class Mixture(Conditional):
     [..., K, d, d]; for diagonal components `variance` or `precision` [..., K, d].
     Samples carry gradients in the components, not in the weights.
 
+    lambda: components = lambda of all Gaussians [..., K, ...], log_odds = log(pi_k / pi_K)
+    [..., K - 1]. There is no mu.
+
     Attributes:
-        family: `Gaussian()`, or `Normal()` for diagonal components.
+        family: "gaussian", or "normal" for diagonal components, or the family itself.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,6 +88,7 @@ class Mixture(Conditional):
     at_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "family", get(self.family))
         if not isinstance(self.family, Gaussian | Normal):
             raise ValueError(
                 f"Mixture: family={self.family!r} must be Gaussian() or Normal() (diagonal)."
@@ -99,30 +98,38 @@ class Mixture(Conditional):
     def _diagonal(self) -> bool:
         return self.family.curvature == "diagonal"
 
+    def _spread(self, name: str) -> Parameter:
+        """What the variances, covariances or precisions of the components must be."""
+        if name == ("covariance" if self._diagonal else "variance"):
+            kind, other = ("diagonal", "variance") if self._diagonal else ("full", "covariance")
+            way = "" if self._diagonal else ", or get('mixture', family='normal')"
+            raise ValueError(
+                f"mixture.natural: the components are {kind} Gaussians, which have no {name}: "
+                f"give {other} or precision{way}."
+            )
+        return POSITIVE.over("K d") if self._diagonal else DEFINITE.over("K d d")
+
+    @checked(
+        weights=DISTRIBUTION,
+        mean=REAL.over("K d"),
+        covariance=lambda self: self._spread("covariance"),
+        variance=lambda self: self._spread("variance"),
+        precision=lambda self: self._spread("precision"),
+    )
     def natural(
         self,
         *,
         weights: Array,
         mean: Array,
-        covariance: Array | None = None,
         variance: Array | None = None,
+        covariance: Array | None = None,
         precision: Array | None = None,
     ) -> MixtureNatural:
         """lambda from weights (positive, of sum one), means, and covariances or precisions."""
         spread = {"variance": variance} if self._diagonal else {"covariance": covariance}
-        unused = covariance if self._diagonal else variance
-        if unused is not None:
-            raise ValueError(f"mixture of {type(self.family).__name__}: give {next(iter(spread))}.")
-        exactly_one("mixture", **spread, precision=precision)
-        require("weights", weights, "positive and sum to one", _is_distribution)
-        given = {k: v for k, v in {**spread, "precision": precision}.items() if v is not None}
-        (name, value) = given.popitem()
-        weights, mean, value = floats(weights, mean, value)
-        batch = jnp.broadcast_shapes(weights.shape, mean.shape[:-1])
-        mean = jnp.broadcast_to(mean, (*batch, mean.shape[-1]))
-        log_weights = jnp.log(jnp.broadcast_to(weights, batch))
+        log_weights = jnp.log(weights)
         return MixtureNatural(
-            self.family.natural(mean=mean, **{name: value}),
+            self.family.natural(mean=mean, precision=precision, **spread),
             log_weights[..., :-1] - log_weights[..., -1:],
         )
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import require
+from blr_optax.families._checks import POSITIVE, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gamma import (
     Gamma,
@@ -27,7 +27,6 @@ from blr_optax.families._gamma import (
 )
 from blr_optax.families._joint import MARGIN, MeanPrecision, MeanVariance, retract_shortened
 from blr_optax.families._parameters import parameters
-from blr_optax.families._positive import as_floats, positive
 from blr_optax.families._special import LOG_2PI, relative_excess
 
 if TYPE_CHECKING:
@@ -63,8 +62,11 @@ class NormalGamma(Family):
     log q(x, tau) = log N(x; m, 1 / (kappa tau)) + log gamma(tau; a, b).
 
     Standard parameters: `mean` m, `kappa`, `concentration` a and `rate` b. theta is a
-    `MeanPrecision`. T = (tau x, tau x^2, log tau, tau), lambda = (kappa m, -kappa / 2, a - 1/2,
-    -(b + kappa m^2 / 2)).
+    `MeanPrecision`.
+
+    lambda: linear = kappa m, quadratic = -kappa / 2, log = a - 1/2,
+    precision = -(b + kappa m^2 / 2).
+    mu: linear = E[tau x], quadratic = E[tau x^2], log = E[log tau], precision = E[tau].
 
     Example:
       >>> import blr_optax as blr
@@ -84,12 +86,12 @@ class NormalGamma(Family):
     }
     joint: ClassVar[bool] = True
 
+    @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, rate=POSITIVE)
     def natural(
         self, *, mean: Array, kappa: Array, concentration: Array, rate: Array
     ) -> NormalGammaNatural:
         """lambda from the mean, and kappa, the concentration and the rate (all > 0)."""
-        check(mean=mean, kappa=kappa, concentration=concentration, rate=rate)
-        m, kappa, a, b = as_floats(mean, kappa, concentration, rate)
+        m, a, b = mean, concentration, rate
         return NormalGammaNatural(kappa * m, -0.5 * kappa, a - 0.5, -(b + 0.5 * kappa * m * m))
 
     def normal(self, lam: NormalGammaNatural) -> tuple[Array, Array]:
@@ -216,13 +218,6 @@ class NormalGamma(Family):
 NORMAL_GAMMA = NormalGamma()
 
 
-def check(mean: Array, **others: Array) -> None:
-    """Raises ValueError unless the mean is finite and the other standard parameters positive."""
-    require("mean", mean, "finite", jnp.isfinite)
-    for name, value in others.items():
-        require(name, value, "positive", positive)
-
-
 @parameters
 class NormalInverseGammaNatural(NamedTuple):
     """lambda of its density: kappa m, -kappa / 2, -(a + 3/2) and -(b + kappa m^2 / 2)."""
@@ -250,8 +245,11 @@ class NormalInverseGamma(Family):
     log q(x, v) = log N(x; m, v / kappa) + log inverse_gamma(v; a, b).
 
     Standard parameters: `mean` m, `kappa`, `concentration` a and `scale` b. theta is a
-    `MeanVariance`. T = (x / v, x^2 / v, log v, 1 / v), lambda = (kappa m, -kappa / 2, -(a + 3/2),
-    -(b + kappa m^2 / 2)).
+    `MeanVariance`.
+
+    lambda: linear = kappa m, quadratic = -kappa / 2, log = -(a + 3/2), reciprocal =
+    -(b + kappa m^2 / 2). mu: linear = E[x / v], quadratic = E[x^2 / v], log = E[log v],
+    reciprocal = E[1 / v].
 
     Example:
       >>> import blr_optax as blr
@@ -271,12 +269,12 @@ class NormalInverseGamma(Family):
     }
     joint: ClassVar[bool] = True
 
+    @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, scale=POSITIVE)
     def natural(
         self, *, mean: Array, kappa: Array, concentration: Array, scale: Array
     ) -> NormalInverseGammaNatural:
         """lambda from the mean, and kappa, the concentration and the scale (all > 0)."""
-        check(mean=mean, kappa=kappa, concentration=concentration, scale=scale)
-        m, kappa, a, b = as_floats(mean, kappa, concentration, scale)
+        m, a, b = mean, concentration, scale
         reciprocal = -(b + 0.5 * kappa * m * m)
         return NormalInverseGammaNatural(kappa * m, -0.5 * kappa, -(a + 1.5), reciprocal)
 

@@ -17,14 +17,18 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import require
+from blr_optax.families._checks import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gaussian import matvec, solve
 from blr_optax.families._joint import MARGIN, MeanPrecision, retract_shortened
 from blr_optax.families._parameters import parameters
-from blr_optax.families._positive import positive
 from blr_optax.families._special import LOG_2PI, relative_excess
-from blr_optax.families._wishart import Wishart, WishartExpectation, WishartNatural, check_scale
+from blr_optax.families._wishart import (
+    Wishart,
+    WishartExpectation,
+    WishartNatural,
+    check_degrees,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
@@ -69,8 +73,11 @@ class NormalWishart(Family):
     log q(x, Lambda) = log N(x; m, (kappa Lambda)^{-1}) + log Wishart(Lambda; W, nu).
 
     Standard parameters: `mean` m [..., d], `kappa`, `scale` W [..., d, d] and `degrees` nu > d - 1.
-    theta is a `MeanPrecision`. T = (Lambda x, x^T Lambda x, log|Lambda|, Lambda), lambda =
-    (kappa m, -kappa / 2, (nu - d) / 2, -(W^{-1} + kappa m m^T) / 2).
+    theta is a `MeanPrecision`.
+
+    lambda: linear = kappa m [..., d], quadratic = -kappa / 2, log_det = (nu - d) / 2, matrix =
+    -(W^{-1} + kappa m m^T) / 2 [..., d, d]. mu: linear = E[Lambda x], quadratic =
+    E[x^T Lambda x], log_det = E[log|Lambda|], matrix = E[Lambda].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -90,22 +97,13 @@ class NormalWishart(Family):
     }
     joint: ClassVar[bool] = True
 
+    @checked(mean=REAL.over("d"), kappa=POSITIVE, scale=DEFINITE, degrees=REAL)
     def natural(
         self, *, mean: Array, kappa: Array, scale: Array, degrees: Array
     ) -> NormalWishartNatural:
         """lambda from the mean, kappa (> 0), the scale matrix and the degrees of freedom."""
-        require("mean", mean, "finite", jnp.isfinite)
-        require("kappa", kappa, "positive", positive)
-        dtype = jnp.result_type(float, mean, kappa, scale, degrees)
-        scale, degrees = check_scale(scale, jnp.asarray(degrees, dtype))
-        m, kappa = jnp.asarray(mean, dtype), jnp.asarray(kappa, dtype)
-        batch = jnp.broadcast_shapes(m.shape[:-1], kappa.shape, degrees.shape)
-        m, kappa = jnp.broadcast_to(m, (*batch, m.shape[-1])), jnp.broadcast_to(kappa, batch)
-        degrees = jnp.broadcast_to(degrees, batch)
-        wishart = WISHART.natural(
-            scale=jnp.broadcast_to(scale, (*batch, *scale.shape[-2:])), degrees=degrees
-        )
-        return self._joined(m, kappa, wishart)
+        check_degrees(self, scale, degrees)
+        return self._joined(mean, kappa, WISHART.natural(scale=scale, degrees=degrees))
 
     def _joined(self, m: Array, kappa: Array, wishart: WishartNatural) -> NormalWishartNatural:
         linear = kappa[..., None] * m

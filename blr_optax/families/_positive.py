@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import as_floats, exactly_one, positive, require
+from blr_optax.families._checks import POSITIVE, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._gaussian import GaussianExpectation, GaussianNatural, Normal
 from blr_optax.families._parameters import parameters
@@ -55,8 +55,10 @@ class LogNormal(Family):
 
     log q(x) = -S (log x - m)^2 / 2 + log(S / 2 pi) / 2 - log x.
 
-    Standard parameters: `location` m, and `variance` or `precision` S, of log x.
-    T = (log x, log^2 x), lambda = (S m, -S / 2); the base measure is 1 / (x sqrt(2 pi)).
+    Standard parameters: `location` m, and `variance` or `precision` S, of log x; the base measure
+    is 1 / (x sqrt(2 pi)).
+
+    lambda: log = S m, log_squared = -S / 2. mu: log = E[log x] = m, log_squared = E[log^2 x].
 
     Example:
       >>> import blr_optax as blr
@@ -71,15 +73,13 @@ class LogNormal(Family):
     domains: ClassVar[dict] = {"log": _domain.real(), "log_squared": _domain.negative()}
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(location=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
         self, *, location: Array, variance: Array | None = None, precision: Array | None = None
     ) -> LogNormalNatural:
         """lambda from the mean and the variance or precision (> 0) of log x."""
-        exactly_one("log_normal", variance=variance, precision=precision)
-        name, value = ("variance", variance) if precision is None else ("precision", precision)
-        require(name, value, "positive", positive)
-        m, spread = as_floats(location, value)
-        return LogNormalNatural(*Normal().natural(mean=m, **{name: spread}))
+        of_log = Normal().natural(mean=location, variance=variance, precision=precision)
+        return LogNormalNatural(*of_log)
 
     def standard(self, lam: LogNormalNatural) -> dict[str, Array]:
         normal = Normal().standard(GaussianNatural(*lam))
@@ -214,7 +214,9 @@ class Laplace(RateFamily):
 
     log q(x) = -|x - location| / scale - log(2 scale).
 
-    Standard parameters: `scale`, and `location` (known). T = |x - location|, lambda = -1 / scale.
+    Standard parameters: `scale`, and `location` (known).
+
+    lambda: deviation = -1 / scale, location. mu: deviation = E|x - location| = scale, location.
 
     Example:
       >>> import blr_optax as blr
@@ -229,10 +231,9 @@ class Laplace(RateFamily):
     domains: ClassVar[dict] = {"deviation": _domain.negative()}
     known: ClassVar[tuple[str, ...]] = ("location",)
 
+    @checked(scale=POSITIVE, location=REAL)
     def natural(self, *, scale: Array, location: Array) -> LaplaceNatural:
         """lambda from the scale (> 0) and the known location."""
-        require("scale", scale, "positive", positive)
-        scale, location = as_floats(scale, location)
         return LaplaceNatural(-1.0 / scale, location)
 
     def standard(self, lam: LaplaceNatural) -> dict[str, Array]:
@@ -297,8 +298,9 @@ class Weibull(RateFamily):
 
     log q(x) = -(x / scale)^k + (k - 1) log x + log k - k log scale.
 
-    Standard parameters: `scale`, and `shape` k (known). T = x^k, lambda = -scale^-k; the base
-    measure is k x^(k - 1).
+    Standard parameters: `scale`, and `shape` k (known); the base measure is k x^(k - 1).
+
+    lambda: power = -scale^-k, shape = k. mu: power = E[x^k] = scale^k, shape = k.
 
     Example:
       >>> import blr_optax as blr
@@ -314,12 +316,10 @@ class Weibull(RateFamily):
     known: ClassVar[tuple[str, ...]] = ("shape",)
     constant_base_measure: ClassVar[bool] = False
 
+    @checked(scale=POSITIVE, shape=POSITIVE)
     def natural(self, *, scale: Array, shape: Array) -> WeibullNatural:
         """lambda from the scale and the known shape (both > 0)."""
-        require("scale", scale, "positive", positive)
-        require("shape", shape, "positive", positive)
-        scale, k = as_floats(scale, shape)
-        return WeibullNatural(-(scale**-k), k)
+        return WeibullNatural(-(scale**-shape), shape)
 
     def _log_scale(self, lam: WeibullNatural) -> Array:
         return -jnp.log(-lam.power) / lam.shape

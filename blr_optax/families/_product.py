@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
+from blr_optax.families._registry import get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -44,20 +45,21 @@ class Product(Family):
     log q(theta) = sum_k log q_k(theta_k); `log_prob`, `entropy` and `kl` are sums over all factors
     and their batches.
 
-    Standard parameters: per factor, a dict of its own standard parameters, or its lambda. lambda
-    and mu are dicts too, in their field `parts`: a loss of mu for `estimators.exact()` reads
-    `mu.parts["mean"].linear`.
+    Standard parameters: per factor, a dict of its own standard parameters, or its lambda.
+
+    lambda: parts = dict of every factor's lambda. mu: parts = dict of every factor's mu: a loss of
+    mu for `estimators.exact()` reads `mu.parts["mean"].linear`.
 
     Attributes:
-        factors: (name, family) pairs, sorted by name.
+        factors: (name, family) pairs, sorted by name; given as a dict of families or their
+            registered names.
 
     Raises:
         ValueError: for something that is not a dict of families.
 
     Example:
       >>> import blr_optax as blr
-      >>> get = blr.families.get
-      >>> q = blr.families.Product({"mean": get("normal"), "precision": get("gamma")})
+      >>> q = blr.families.Product({"mean": "normal", "precision": "gamma"})
       >>> lam = q.natural(
       ...     mean={"mean": 0.0, "variance": 4.0}, precision={"concentration": 2.0, "rate": 1.0}
       ... )
@@ -69,12 +71,15 @@ class Product(Family):
     Natural: ClassVar[type] = ProductNatural
     Expectation: ClassVar[type] = ProductExpectation
 
-    def __init__(self, factors: Mapping[str, Family]) -> None:
+    def __init__(self, factors: Mapping[str, Family | str]) -> None:
         """Sorts the factors by name, so that equal dicts make equal families."""
-        is_dict = isinstance(factors, Mapping) and len(factors) > 0
-        if not is_dict or not all(isinstance(family, Family) for family in factors.values()):
-            raise ValueError(f"Product: give a dict of families, by name; got {factors!r}.")
-        object.__setattr__(self, "factors", tuple(sorted(factors.items())))
+        is_dict = isinstance(factors, Mapping)
+        families = {name: get(f) for name, f in factors.items()} if is_dict else {}
+        if not families or not all(isinstance(family, Family) for family in families.values()):
+            raise ValueError(
+                f"Product: give a dict of exponential families, by name; got {factors!r}."
+            )
+        object.__setattr__(self, "factors", tuple(sorted(families.items())))
 
     domains = property(lambda self: {name: family.domains for name, family in self.factors})
     location = property(lambda self: all(family.location for _, family in self.factors))
@@ -105,12 +110,17 @@ class Product(Family):
         """lambda from every factor's standard parameters (a dict), or its lambda."""
         names = [name for name, _ in self.factors]
         if sorted(standard) != names:
-            raise ValueError(f"Product: the factors are {names}; got {sorted(standard)}.")
+            raise ValueError(
+                f"product.natural: the factors are {names}, each a keyword; got {sorted(standard)}."
+            )
 
         def part(name: str, family: Family) -> Any:
             given = standard[name]
             if isinstance(given, Mapping):
-                return family.natural(**given)
+                try:
+                    return family.natural(**given)
+                except ValueError as error:
+                    raise ValueError(f"factor {name!r}: {error}") from error
             if not isinstance(given, family.Natural):
                 raise ValueError(
                     f"Product: factor {name!r} is a dict of standard parameters, or a "

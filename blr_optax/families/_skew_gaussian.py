@@ -27,10 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import DEFINITE, REAL, checked
 from blr_optax.families._conditional import (
     Conditional,
-    floats,
     move_gaussian,
     normals,
     repeated,
@@ -109,7 +108,10 @@ class SkewGaussian(Conditional):
     theta = mean + |w| skew + S^{-1/2} eps; log q is at the head of this file.
 
     Standard parameters: `mean` and `skew` [..., d], and `covariance` or `precision` [..., d, d], of
-    the Gaussian part: E_q[theta] = mean + sqrt(2 / pi) skew. lambda = (S mean, S skew, -S / 2).
+    the Gaussian part: E_q[theta] = mean + sqrt(2 / pi) skew.
+
+    lambda: linear = S mean [..., d], skew = S skew [..., d], quadratic = -S / 2 [..., d, d]. There
+    is no mu.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,6 +124,7 @@ class SkewGaussian(Conditional):
 
     Natural: ClassVar[type] = SkewGaussianNatural
 
+    @checked(mean=REAL.over("d"), skew=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
         self,
         *,
@@ -131,12 +134,7 @@ class SkewGaussian(Conditional):
         precision: Array | None = None,
     ) -> SkewGaussianNatural:
         """lambda from the Gaussian part and the direction of the skew."""
-        exactly_one("skew_gaussian", covariance=covariance, precision=precision)
-        require("skew", skew, "finite", jnp.isfinite)
-        name, value = ("covariance", covariance) if precision is None else ("precision", precision)
-        mean, skew, value = floats(mean, skew, value)
-        mean, skew = jnp.broadcast_arrays(mean, skew)
-        inner = GAUSSIAN.natural(mean=mean, **{name: value})
+        inner = GAUSSIAN.natural(mean=mean, covariance=covariance, precision=precision)
         linear = matvec(GAUSSIAN.precision(inner), skew)
         return SkewGaussianNatural(inner.linear, linear, inner.quadratic)
 

@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import exactly_one, require
+from blr_optax.families._checks import DEFINITE, POSITIVE, REAL, checked, require
 from blr_optax.families._conditional import (
     Conditional,
-    floats,
     move_field,
     move_gaussian,
     normals,
@@ -83,7 +82,10 @@ class StudentT(Conditional):
                    - (nu + d) log(1 + (theta - m)^T S (theta - m) / nu) / 2.
 
     Standard parameters: `mean` [..., d], `degrees` [...], and `scale`, the matrix S^{-1}, or
-    `covariance`, nu / (nu - 2) S^{-1} with nu > 2, [..., d, d]. lambda = (S m, -S / 2, nu / 2).
+    `covariance`, nu / (nu - 2) S^{-1} with nu > 2, [..., d, d].
+
+    lambda: linear = S m [..., d], quadratic = -S / 2 [..., d, d], shape = nu / 2. There is no mu.
+
     For nu <= 1 there is no expectation and `mean` is the centre; for nu <= 2 the variance is
     infinite.
 
@@ -98,6 +100,7 @@ class StudentT(Conditional):
 
     Natural: ClassVar[type] = StudentTNatural
 
+    @checked(mean=REAL.over("d"), degrees=POSITIVE, scale=DEFINITE, covariance=DEFINITE)
     def natural(
         self,
         *,
@@ -107,18 +110,12 @@ class StudentT(Conditional):
         covariance: Array | None = None,
     ) -> StudentTNatural:
         """lambda from the centre, the degrees of freedom, and the scale matrix or covariance."""
-        exactly_one("student_t", scale=scale, covariance=covariance)
-        require("degrees", degrees, "positive and finite", lambda x: (x > 0) & jnp.isfinite(x))
         if scale is None:
-            require("degrees", degrees, "above 2 for a covariance", lambda x: x > 2)
-            require("covariance", covariance, "symmetric positive definite", _definite)
-            mean, degrees, scale = floats(mean, degrees, covariance)
-            scale = (1.0 - 2.0 / degrees)[..., None, None] * scale
-        require("scale", scale, "symmetric positive definite", _definite)
-        mean, degrees, scale = floats(mean, degrees, scale)
+            valid = "above 2 for a covariance"
+            require("student_t.natural: degrees", degrees, valid, lambda x: x > 2)
+            scale = (1.0 - 2.0 / degrees)[..., None, None] * covariance
         inner = GAUSSIAN.natural(mean=mean, covariance=scale)
-        shape = jnp.broadcast_to(0.5 * degrees, inner.linear.shape[:-1])
-        return StudentTNatural(inner.linear, inner.quadratic, shape)
+        return StudentTNatural(inner.linear, inner.quadratic, 0.5 * degrees)
 
     def _inner(self, lam: StudentTNatural) -> GaussianNatural:
         return GaussianNatural(lam.linear, lam.quadratic)
@@ -213,7 +210,3 @@ class StudentT(Conditional):
         inner = move_gaussian(GAUSSIAN, self._inner(lam), self._inner(step), form)
         shape = move_field(_domain.positive(), lam.shape, step.shape, form)
         return StudentTNatural(inner.linear, inner.quadratic, shape)
-
-
-def _definite(x: Array) -> Array:
-    return _domain.positive_definite().contains(x)

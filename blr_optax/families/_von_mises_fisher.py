@@ -20,7 +20,7 @@ import numpy as np
 
 from blr_optax.families import _domain
 from blr_optax.families._bessel import Bessel, bessel
-from blr_optax.families._checks import require
+from blr_optax.families._checks import Parameter, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 from blr_optax.families._special import LOG_2PI
@@ -138,6 +138,10 @@ def _(primals: Any, tangents: Any) -> Any:
     return linear, _Curvature.at(linear).solve(dmu)
 
 
+def _is_direction(x: Array) -> Array:
+    return jnp.all(jnp.isfinite(x), -1) & jnp.any(x != 0, -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class VonMisesFisher(Family):
     """The von Mises-Fisher density of a unit vector; the event is the last axis, d >= 2.
@@ -147,7 +151,9 @@ class VonMisesFisher(Family):
     with respect to the surface measure of the sphere. d = 2 is the von Mises density of an angle.
 
     Standard parameters: `direction` u [..., d], of any length but zero, and `concentration` kappa.
-    T = x, lambda = kappa u. For kappa = 0 `standard` returns the first axis.
+    For kappa = 0 `standard` returns the first axis.
+
+    lambda: linear = kappa u [..., d]. mu: linear = E[x] [..., d].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -162,20 +168,15 @@ class VonMisesFisher(Family):
     domains: ClassVar[dict] = {"linear": _domain.real(1)}
     event_ndim: ClassVar[int] = 1
 
+    @checked(
+        direction=Parameter("finite and not zero", _is_direction, "d", least=2),
+        concentration=Parameter("non-negative and finite", lambda k: (k >= 0) & jnp.isfinite(k)),
+    )
     def natural(self, *, direction: Array, concentration: Array) -> VonMisesFisherNatural:
         """lambda from a direction (not zero; its length is ignored) and a concentration (>= 0)."""
-        require("direction", direction, "a finite vector other than zero, d >= 2", _is_direction)
-        require(
-            "concentration",
-            concentration,
-            "non-negative and finite",
-            lambda k: (k >= 0) & jnp.isfinite(k),
-        )
-        dtype = jnp.result_type(float, direction, concentration)
-        direction, kappa = (jnp.asarray(x, dtype) for x in (direction, concentration))
         u = direction / jnp.max(jnp.abs(direction), axis=-1, keepdims=True)
         u = u / jnp.linalg.norm(u, axis=-1, keepdims=True)
-        return VonMisesFisherNatural(kappa[..., None] * u)
+        return VonMisesFisherNatural(concentration[..., None] * u)
 
     def standard(self, lam: VonMisesFisherNatural) -> dict[str, Array]:
         kappa, u = polar(lam.linear)
@@ -253,9 +254,3 @@ class VonMisesFisher(Family):
     def sample(self, key: Array, lam: VonMisesFisherNatural, shape: tuple[int, ...] = ()) -> Array:
         x = draw(key, lam.linear, shape)
         return attach(jnp.broadcast_to(lam.linear, x.shape), x)
-
-
-def _is_direction(x: Array) -> Array:
-    return (
-        (x.ndim > 0 and x.shape[-1] > 1) & jnp.all(jnp.isfinite(x)) & jnp.all(jnp.any(x != 0, -1))
-    )

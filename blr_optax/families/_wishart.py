@@ -21,7 +21,7 @@ import jax.scipy.linalg
 import numpy as np
 
 from blr_optax.families import _domain
-from blr_optax.families._checks import require
+from blr_optax.families._checks import DEFINITE, REAL, checked, name_of, require
 from blr_optax.families._family import Family
 from blr_optax.families._gamma import trigamma, trigamma_excess
 from blr_optax.families._gamma_sample import gamma_log_draw
@@ -30,7 +30,6 @@ from blr_optax.families._gaussian import (
     _log_det,
     _matrix_excess,
     _symmetric,
-    _symmetric_definite,
 )
 from blr_optax.families._parameters import parameters
 from blr_optax.families._special import (
@@ -137,8 +136,10 @@ class Wishart(Family):
 
     log q(X) = (nu - d - 1) / 2 log|X| - tr(V^{-1} X) / 2 - nu / 2 log|2 V| - log Gamma_d(nu / 2).
 
-    Standard parameters: `scale` V [..., d, d], `degrees` nu > d - 1. T = (log|X|, X), lambda =
-    ((nu - d - 1) / 2, -V^{-1} / 2).
+    Standard parameters: `scale` V [..., d, d], `degrees` nu > d - 1.
+
+    lambda: log_det = (nu - d - 1) / 2, matrix = -V^{-1} / 2 [..., d, d]. mu: log_det = E[log|X|],
+    matrix = E[X].
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -156,9 +157,10 @@ class Wishart(Family):
     }
     event_ndim: ClassVar[int] = 2
 
+    @checked(scale=DEFINITE, degrees=REAL)
     def natural(self, *, scale: Array, degrees: Array) -> WishartNatural:
         """lambda from the scale matrix (positive definite) and the degrees of freedom (> d - 1)."""
-        scale, degrees = check_scale(scale, degrees)
+        check_degrees(self, scale, degrees)
         return WishartNatural(0.5 * (degrees - scale.shape[-1] - 1.0), -0.5 * _inverse(scale))
 
     def concentrations(self, lam: WishartNatural) -> tuple[Array, Array]:
@@ -298,18 +300,8 @@ class Wishart(Family):
         return _symmetric(half @ _transpose(half))
 
 
-def check_scale(scale: Array, degrees: Array) -> tuple[Array, Array]:
-    """Checked standard parameters, of one floating type and batch shape."""
-    dtype = jnp.result_type(float, scale, degrees)
-    require(
-        "scale",
-        scale,
-        "symmetric positive definite",
-        lambda s: _symmetric_definite(s.astype(dtype)),
-    )
-    scale, d = jnp.asarray(scale, dtype), jnp.shape(scale)[-1]
-    valid = f"finite and above d - 1 = {d - 1}"
-    require("degrees", degrees, valid, lambda n: (n > d - 1) & jnp.isfinite(n))
-    batch = jnp.broadcast_shapes(scale.shape[:-2], jnp.shape(degrees))
-    degrees = jnp.broadcast_to(jnp.asarray(degrees, dtype), batch)
-    return jnp.broadcast_to(scale, (*batch, d, d)), degrees
+def check_degrees(family: Family, scale: Array, degrees: Array) -> None:
+    """Raises ValueError when there are too few degrees of freedom for the scale matrix."""
+    least = scale.shape[-1] - 1
+    name, valid = f"{name_of(family)}.natural: degrees", f"above d - 1 = {least}"
+    require(name, degrees, valid, lambda n: n > least)

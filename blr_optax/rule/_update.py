@@ -21,7 +21,15 @@ from blr_optax._posterior import Posterior
 from blr_optax.estimators import Estimator, natural_gradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.estimators._noise import canonical_key, standard_normal
-from blr_optax.families import Conditional, Family, MeanField, Raveled, get
+from blr_optax.families import (
+    Conditional,
+    Family,
+    MeanField,
+    Product,
+    Raveled,
+    RaveledConditional,
+    get,
+)
 from blr_optax.rule._conditional import check_conditional, conditional_gradient
 from blr_optax.rule._numbers import all_finite, at, check_positive
 from blr_optax.rule._protocol import Rule
@@ -95,8 +103,11 @@ def family_over(family: str | Family | Conditional, params: Any) -> Family | Con
     Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
     """
     family = get(family)
-    if isinstance(family, (MeanField, Raveled, Conditional)):
+    if isinstance(family, (MeanField, Raveled, RaveledConditional, Product)):
         return family
+    if isinstance(family, Conditional):
+        one = jax.tree_util.all_leaves([params]) or not jax.tree.leaves(params)
+        return family if one else RaveledConditional.like(family, params)
     if family.elementwise:
         return MeanField(family)
     is_vector = isinstance(params, jax.Array) and params.ndim == 1
@@ -128,9 +139,10 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
         return
     if not isinstance(given, Posterior):
         raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
-    if isinstance(family, Conditional) and given.family != family:
+    flat = family.family if isinstance(family, RaveledConditional) else family
+    if isinstance(family, Conditional) and given.family not in (family, flat):
         raise ValueError(
-            f"{name} is a member of {given.family}, not of {family}; give blr_update the family "
+            f"{name} is a member of {given.family}, not of {flat}; give blr_update the family "
             "itself, such as init.family."
         )
     if not isinstance(given.natural, family.Natural):
@@ -193,8 +205,8 @@ def blr_update(
 
     Args:
         family: a registered name or a family; over a pytree elementwise families become mean
-            fields, Gaussians act on its flat vector, other families take what they sample.
-            Conditional ones (`mixture`, `student_t`, ...) update block by block.
+            fields, Gaussians and conditional vector families act on its flat vector, other families
+            take what they sample. Conditional ones (`mixture`, ...) update block by block.
         loss: `loss(theta, *batch)`, a mean loss; or `conjugate(...)`, `glm(...)`, or a sum; or
             `loss(mu, *batch)` for `estimators.exact()`.
         learning_rate: rho, a number or an optax schedule.
