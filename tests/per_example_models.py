@@ -1,0 +1,437 @@
+"""Models for the tests of `per_example`: every way in which a parameter can enter a loss.
+
+A row is (name, loss, params, batch, ways); the arrays are float64 and small. `ways` says of each
+parameter that does not go by its places which way it goes instead.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+B, T, D, K = 6, 5, 8, 3  # examples, positions, width, classes
+
+
+class Row(NamedTuple):
+    name: str
+    loss: Callable[..., Any]
+    params: Any
+    batch: tuple
+    ways: dict[str, str]
+
+
+ROWS: dict[str, Row] = {}
+
+
+class Draws:
+    """Deterministic arrays, each row of a table from its own stream."""
+
+    def __init__(self, name):
+        self.rng = np.random.default_rng(list(name.encode()))
+
+    def __call__(self, *shape):
+        """A kernel: its last axis are the outputs."""
+        return self.rng.normal(size=shape) / math.sqrt(max(1, math.prod(shape[:-1])))
+
+    def x(self, *shape):
+        return self.rng.normal(size=shape)
+
+    def y(self, *shape, below=K):
+        return self.rng.integers(0, below, shape)
+
+
+def xent(logits, y):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], -1))
+
+
+def row(params, batch=lambda r: (r.x(B, D), r.y(B)), **ways):
+    """Adds the loss `f(params, *batch)` to the table under its name."""
+
+    def add(f):
+        draws = Draws(f.__name__)
+        ROWS[f.__name__] = Row(f.__name__, f, params(draws), batch(draws), ways)
+        return f
+
+    return add
+
+
+def model(params, batch=lambda r: (r.x(B, D), r.y(B)), **ways):
+    """Adds cross-entropy of the logits `f(params, x)`."""
+
+    def add(f):
+        loss = lambda p, x, y: xent(f(p, x), y)  # noqa: E731
+        loss.__name__ = f.__name__
+        row(params, batch, **ways)(loss)
+        return f
+
+    return add
+
+
+def tokens(shape=(B, T), below=11, labels=None):
+    return lambda r: (r.y(*shape, below=below), r.y(*(shape if labels is None else labels)))
+
+
+def images(*shape):
+    return lambda r: (r.x(B, *shape), r.y(B))
+
+
+def sequences(r):
+    return r.x(B, T, D), r.y(B)
+
+
+# --- dense layers ---------------------------------------------------------------------------------
+
+
+@model(lambda r: {"w1": r(D, 7), "b1": r.x(7), "w2": r(7, K), "b2": r.x(K)})
+def mlp(p, x):
+    return jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
+
+
+@row(lambda r: {"w": r(D), "b": r.x()}, lambda r: ({"x": r.x(B, D), "y": r.y(B, below=2)},))
+def logistic(p, batch):
+    f = batch["x"] @ p["w"] + p["b"]
+    return jnp.mean(jax.nn.softplus(f) - batch["y"] * f)
+
+
+@model(lambda r: {"w1": r(D, 7), "b1": r.x(7), "w2": r(7, K)}, sequences)
+def positions(p, x):
+    return jnp.tanh(x @ p["w1"] + p["b1"]).mean(1) @ p["w2"]
+
+
+@model(
+    lambda r: {"left": r(7, D), "two": r(2, 7, 4), "out": r(K, 4), "swapped": r(4, 4)},
+    lambda r: (r.x(B, T, D), r.y(B)),
+)
+def einsums(p, x):
+    h = jnp.tanh(jnp.einsum("ki,bti->btk", p["left"], x))
+    h = jnp.einsum("bstk,skf->bft", jnp.stack([h, h * h], 1), p["two"])
+    h = jnp.einsum("gf,bft->tgb", p["swapped"], h)
+    return (p["out"] @ jnp.tanh(h).mean(0)).T
+
+
+@model(lambda r: {"w": r(2, 4, 5), "v": r(K, 5, 2), "s": r.x(2)})
+def experts(p, x):
+    h = jnp.tanh(jnp.einsum("bgi,gio->bgo", x.reshape(-1, 2, 4), p["w"])) * p["s"][:, None]
+    return jnp.einsum("bgo,kog->bk", h, p["v"])
+
+
+@model(lambda r: {"w": r(D, K), "b": r.x(1, K), "t": r.x(), "free": r.x(2)})
+def broadcasts(p, x):
+    return (x @ p["w"] + p["b"]) * jnp.exp(p["t"])
+
+
+@model(lambda r: {"fused": r(D, 3 * D), "o": r(D, K)}, sequences)
+def fused_split(p, x):
+    q, k, v = jnp.split(p["fused"], 3, axis=1)
+    a = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x @ q, x @ k))
+    return jnp.einsum("bts,bsd->bd", a, x @ v) @ p["o"]
+
+
+@model(lambda r: {"w": r(D, 3, K)})
+def slices_disjoint(p, x):
+    return jnp.tanh(x @ p["w"][:, 0]) + jnp.sin(x @ p["w"][:, 2])
+
+
+@model(lambda r: {"w": r(D, 6)}, w="copy")
+def slices_overlapping(p, x):
+    return jnp.tanh(x @ p["w"][:, :3]) + jnp.sin(x @ p["w"][:, 2:5])
+
+
+@model(lambda r: {"a": r(D, 2), "b": r(1, D), "c": r.x(2), "d": r.x(1)})
+def concatenated(p, x):
+    w = jnp.concatenate([p["a"], p["b"].T], 1)
+    return jnp.tanh(x @ w + jnp.concatenate([p["c"], p["d"]]))
+
+
+@model(lambda r: {"a": r(D, 3), "b": r(D, 3)})
+def stacked(p, x):
+    return jnp.einsum("bi,eij->bej", x, jnp.stack([p["a"], p["b"]])).prod(1)
+
+
+@model(lambda r: {"w": r(D, D), "v": r(K, D), "n": r(D, K), "b": r.x(K)})
+def scaled(p, x):
+    h = jnp.tanh(x @ (p["w"] / np.sqrt(D)) - x @ (0.3 * p["v"].T + 1) @ jnp.ones((K, D)))
+    return h @ (1 - p["n"]) - p["b"] / 3
+
+
+@model(lambda r: {"a": r(D, 2), "b": r(D, 1)}, a="copy", b="copy")
+def scaled_and_joined(p, x):
+    return x @ jnp.concatenate([2 * p["a"], -p["b"] / 3], 1)
+
+
+@model(lambda r: {"w": r(D, K), "g": r.x(K), "m": r(D, D)})
+def nonlinear(p, x):
+    """Weight normalisation, and a masked kernel."""
+    masked = p["m"] * np.tri(D)
+    w = p["w"] / jnp.linalg.norm(p["w"], axis=0)
+    return jnp.tanh(x @ masked) @ (w * jax.nn.softplus(p["g"]))
+
+
+@model(lambda r: {"w": r(70, 70), "v": r(70, K)}, lambda r: (r.x(B, 70), r.y(B)), w="chunks")
+def nonlinear_large(p, x):
+    return jnp.tanh(x @ (p["w"] / jnp.linalg.norm(p["w"]))) @ p["v"]
+
+
+@model(lambda r: {"w": r(D, D), "v": r(D, K)}, w="copy")
+def tied_small(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["v"]
+
+
+@model(lambda r: {"w": r(70, 70), "v": r(70, K)}, lambda r: (r.x(B, 70), r.y(B)), w="chunks",
+       v="chunks")  # fmt: skip
+def tied_large(p, x):
+    return jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"]) @ p["v"]
+
+
+@row(lambda r: {"w": r(D, K), "b": r.x(K)}, lambda r: (r.x(B, D), r.x(B, D), r.x(B)), w="copy",
+     b="copy")  # fmt: skip
+def siamese(p, x, z, y):
+    near = jnp.sum(jnp.tanh(x @ p["w"] + p["b"]) * jnp.tanh(z @ p["w"] + p["b"]), -1)
+    return jnp.mean((near - y) ** 2)
+
+
+@model(lambda r: {"A": r(D, 2), "B": r(2, K), "w": r(D, K)}, w="unused")
+def lora(p, x):
+    return x @ p["A"] @ p["B"] + x @ jax.lax.stop_gradient(p["w"])
+
+
+@model(lambda r: {"A": r(D, 2), "B": r(2, K), "w": r(D, K)}, A="copy", B="copy", w="copy")
+def lora_merged(p, x):
+    return x @ (p["w"] + 2 * p["A"] @ p["B"])
+
+
+@model(lambda r: {"A": r(70, 2), "B": r(2, 70), "w": r(70, 70), "v": r(70, K)},
+       lambda r: (r.x(B, 70), r.y(B)), A="chunks", B="chunks", w="chunks", v="chunks")  # fmt: skip
+def lora_merged_large(p, x):
+    return jnp.tanh(x @ (p["w"] + 2 * p["A"] @ p["B"])) @ p["v"]
+
+
+@row(lambda r: {"w": r(D, K), "b": r.x(K)}, w="copy", b="copy", batch=lambda r: (r.x(B, D), r.y(B)))
+def penalty(p, x, y):
+    return xent(x @ p["w"] + p["b"], y) + 0.1 * jnp.sum(p["w"] ** 2) + jnp.sum(p["b"])
+
+
+@row(lambda r: {"w": r(70, 70)}, lambda r: (r.x(B, 70), r.y(B)), w="chunks")
+def penalty_large(p, x, y):
+    return xent(x @ p["w"], y) + 0.1 * jnp.sum(p["w"] ** 2)
+
+
+# --- activations and control flow -----------------------------------------------------------------
+
+
+@jax.custom_vjp
+def clipped(x):
+    return jnp.tanh(x)
+
+
+clipped.defvjp(lambda x: (jnp.tanh(x), x), lambda x, d: (d * jnp.exp(-x * x),))
+
+
+@model(lambda r: {"w": r(D, D), "s": r.x(D), "v": r(D, K)})
+def custom_vjp(p, x):
+    return jax.nn.silu(clipped(x @ p["w"]) * p["s"]) @ p["v"]
+
+
+@model(lambda r: {"w": r(D, D), "v": r(D, K)})
+def vmap_inside(p, x):
+    return jax.vmap(lambda z: jax.nn.gelu(z @ p["w"]) @ p["v"])(x)
+
+
+@model(lambda r: {"w": r(D, D), "v": r(D, K)}, w="copy")
+def branches(p, x):
+    on = jnp.ones(()) > 0
+    h = jax.lax.cond(on, lambda w, x: jnp.sin(x @ w), lambda w, x: x @ w, p["w"], x)
+    return h @ p["v"]
+
+
+@row(lambda r: {"w": r(D, 7), "v": r(7, 1)}, lambda r: (r.x(B, D),), w="copy", v="copy")
+def derivative_inside(p, x):
+    """The loss holds a derivative of the model, as with differential equations."""
+    f = lambda z: jnp.sum(jnp.tanh(z @ p["w"]) @ p["v"])  # noqa: E731
+    return jnp.mean(jax.vmap(lambda z: jnp.sum(jax.grad(f)(z) ** 2) + f(z))(x))
+
+
+def lstm(p, x):
+    def cell(c, xt):
+        h, s = c
+        i, f, g, o = jnp.split(xt @ p["wx"] + h @ p["wh"] + p["b"], 4, -1)
+        s = jax.nn.sigmoid(f) * s + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (jax.nn.sigmoid(o) * jnp.tanh(s), s), None
+
+    zero = jnp.zeros((x.shape[0], p["wh"].shape[0]), x.dtype)
+    return jax.lax.scan(cell, (zero, zero), x.swapaxes(0, 1))[0][0] @ p["o"]
+
+
+@model(lambda r: {"wx": r(D, 16), "wh": r(4, 16), "b": r.x(16), "o": r(4, K)}, sequences,
+       wx="copy", wh="copy", b="copy")  # fmt: skip
+def lstm_small(p, x):
+    return lstm(p, x)
+
+
+@model(lambda r: {"wx": r(D, 160), "wh": r(40, 160), "b": r.x(160), "o": r(40, K)}, sequences,
+       wx="chunks", wh="chunks", b="chunks", o="chunks")  # fmt: skip
+def lstm_large(p, x):
+    return lstm(p, x)
+
+
+@model(lambda r: {"w": r(3, D, D), "b": r.x(3, D), "s": r.x(D), "v": r(D, K)}, s="copy")
+def scan_layers(p, x):
+    def layer(h, w):
+        h = jnp.tanh(h @ w["w"] + w["b"]) * p["s"]
+        return h, h.sum(-1)
+
+    h, each = jax.lax.scan(layer, x, {"w": p["w"], "b": p["b"]}, reverse=True)
+    return h @ p["v"] + each.T
+
+
+@model(lambda r: {"w": r(2, D, D), "v": r(D, K)}, sequences, w="copy")
+def scan_in_scan(p, x):
+    """Over layers, and in each over time."""
+
+    def layer(x, w):
+        def step(h, xt):
+            h = jnp.tanh(xt + h @ w)
+            return h, h
+
+        return jax.lax.scan(step, jnp.zeros_like(x[0]), x)[1], None
+
+    return jax.lax.scan(layer, x.swapaxes(0, 1), p["w"])[0][-1] @ p["v"]
+
+
+# --- convolutions ---------------------------------------------------------------------------------
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+conv = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=NHWC)
+
+
+def group_norm(h, groups):
+    m = h.reshape(h.shape[0], -1, groups, h.shape[-1] // groups)
+    m = (m - m.mean((1, 3), keepdims=True)) / jnp.sqrt(m.var((1, 3), keepdims=True) + 1e-5)
+    return m.reshape(h.shape)
+
+
+@model(
+    lambda r: {
+        "k": r(3, 3, 2, 4),
+        "b": r.x(4),
+        "s": r.x(4),
+        "g": r(2, 2, 2, 6),
+        "d": r(2, 2, 1, 12),
+        "t": r(3, 3, 12, K),
+    },
+    images(8, 7, 2),
+)
+def convnet(p, x):
+    """Strided and dilated, grouped, depthwise, transposed."""
+    h = conv(x, p["k"], (2, 1), "SAME", rhs_dilation=(1, 2)) + p["b"]
+    h = group_norm(jax.nn.relu(h), 2) * p["s"]
+    h = conv(h, p["g"], (1, 1), [(1, 0), (0, -1)], feature_group_count=2)
+    h = conv(h, p["d"], (1, 1), "VALID", feature_group_count=6)
+    return jax.lax.conv_transpose(h, p["t"], (2, 2), "SAME", dimension_numbers=NHWC).mean((1, 2))
+
+
+@model(lambda r: {"one": r(4, D, 3), "back": r(2, 4, K), "three": r(2, 2, 1, 1, 2)}, sequences)
+def convnet_layouts(p, x):
+    """One and three dimensions, channels first, a kernel that is turned around."""
+    h = jax.lax.conv_general_dilated(
+        x, p["one"], (1,), "SAME", dimension_numbers=("NWC", "OIW", "NCW")
+    )
+    h = jax.lax.conv_transpose(
+        jnp.tanh(h), p["back"], (2,), "SAME", dimension_numbers=("NCW", "WOI", "NWC"),
+        transpose_kernel=True,
+    )  # fmt: skip
+    h = h.reshape(h.shape[0], 2, T, K, 1)
+    h = conv(h, p["three"], (1, 2, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+    return jnp.sin(h).mean((1, 2, 4))
+
+
+# --- embeddings and transformers ------------------------------------------------------------------
+
+
+@model(lambda r: {"e": r(11, D), "v": r(D, K)}, tokens(labels=(B,)))
+def embedding(p, x):
+    return jnp.tanh(jnp.take(p["e"], x, axis=0).mean(1)) @ p["v"]
+
+
+@model(lambda r: {"e": r(600, D), "v": r(D, K)}, tokens(labels=(B,)))
+def embedding_large(p, x):
+    """Most tokens are repeated within an example; negative ones count from the end."""
+    return jnp.tanh(p["e"][x % 3 - 1] * 2).mean(1) @ p["v"]
+
+
+@row(lambda r: {"e": r(11, D)}, tokens(), e="copy")
+def tied_head(p, x, y):
+    return xent(p["e"][x] @ p["e"].T, y)
+
+
+@row(lambda r: {"e": r(600, D), "w": r(D, D)}, tokens(), e="chunks", w="chunks")
+def tied_head_large(p, x, y):
+    return xent(jnp.tanh(p["e"][x] @ p["w"]) @ p["e"].T, y)
+
+
+@model(lambda r: {"e": r(11), "two": r(3, 4, D), "v": r(D, K)}, tokens(labels=(B,)))
+def other_gathers(p, x):
+    h = p["two"][x % 3, x % 4] * p["e"][x][..., None]
+    return jnp.tanh(h.mean(1)) @ p["v"]
+
+
+def layer_norm(h, s, b):
+    h = (h - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(h.var(-1, keepdims=True) + 1e-5)
+    return h * s + b
+
+
+def block(h, w):
+    z = layer_norm(h, w["s"], w["b"])
+    q, k, v = jnp.einsum("btd,dshe->sbthe", z, w["qkv"])
+    a = jax.nn.softmax(jnp.einsum("bthe,bshe->bhts", q, k) / 2)
+    h = h + jnp.einsum("bthe,hed->btd", jnp.einsum("bhts,bshe->bthe", a, v), w["o"])
+    rms = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5) * (1 + w["r"])
+    return h + jax.nn.gelu(rms @ w["u"]) @ w["dn"], None
+
+
+def transformer_params(r):
+    w = {
+        "s": r.x(2, D),
+        "b": r.x(2, D),
+        "qkv": r(2, D, 3, 2, 4),
+        "o": r(2, 2, 4, D),
+        "r": r.x(2, D) / 9,
+    }
+    w |= {"u": r(2, D, 16), "dn": r(2, 16, D)}
+    return {"emb": r(11, D), "pos": r(7, D), "w": w, "head": r(D, K)}
+
+
+def transformer_of(blocks):
+    def loss(p, x, y):
+        return xent(blocks(p["emb"][x] + p["pos"][: x.shape[1]], p["w"]) @ p["head"], y)
+
+    return loss
+
+
+def unrolled(step):
+    def blocks(h, w):
+        for i in range(2):
+            h, _ = step(h, jax.tree.map(operator.itemgetter(i), w))
+        return h
+
+    return blocks
+
+
+def scanned(step):
+    return lambda h, w: jax.lax.scan(step, h, w)[0]
+
+
+for name, blocks in {
+    "transformer": unrolled(block),
+    "transformer_remat": unrolled(jax.checkpoint(block)),
+    "transformer_scan": scanned(block),
+    "transformer_scan_remat": scanned(jax.checkpoint(block)),
+}.items():
+    ROWS[name] = Row(
+        name, transformer_of(blocks), transformer_params(Draws(name)), tokens()(Draws(name)), {}
+    )
