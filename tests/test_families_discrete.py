@@ -687,6 +687,34 @@ def test_draws_are_floats_or_labels(dtype):
         assert draw.dtype == (jnp.int32 if name == "categorical" else dtype)
 
 
+def test_draws_resolve_rare_events(monkeypatch):
+    """An event of probability p owns p 2^32 of the 2^32 values of the random bits."""
+    rare = 1e-8
+    owned = rare * 2.0**32
+
+    def drawn(family, start, **standard):
+        bits = int(start) + np.arange(-2000, 2000)
+        monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.asarray(bits, dtype))
+        lam = family.natural(**{k: np.float32(v) for k, v in standard.items()})
+        return family.sample(jax.random.key(0), lam, (len(bits),))
+
+    at_zero = drawn(BERNOULLI, 2000, probability=rare)
+    assert abs(np.sum(at_zero == 1.0) - owned) < 1
+    label = drawn(CATEGORICAL, 0.3 * 2.0**32, probabilities=[0.3, rare, 0.7])
+    assert abs(np.sum(label == 1) - owned) < 1
+
+
+@pytest.mark.parametrize("size", [3, 5000], ids=["few", "many"])
+def test_labels_have_their_probabilities(size):
+    logits = np.zeros(size, np.float32)
+    logits[[1, -1]] = np.log(size), np.log(2.0 * size)
+    lam = CATEGORICAL.natural(logits=logits)
+    draws = jax.jit(lambda k: CATEGORICAL.sample(k, lam, (20_000,)))(jax.random.key(3))
+    p = np.asarray(CATEGORICAL.mean(lam), np.float64)
+    law = stats.rv_discrete(values=(np.arange(size), p / p.sum()))
+    assert distance(draws, law) < 1.95
+
+
 @pytest.mark.slow
 def test_relaxed_draws_tend_to_draws_and_carry_gradients(dtype):
     for name in ("bernoulli", "rademacher", "categorical"):

@@ -74,6 +74,12 @@ class NodeRule(Estimator):
     ) -> tuple[Array, Any]:
         """(E_q[l], (g - H m, H / 2))."""
         mean, precision = family.mean(lam), family.precision(lam)
+        if family.curvature == "matrix" and jnp.ndim(precision) > 2:
+            raise ValueError(
+                f"{type(self).__name__} looks at one gaussian; got a batch of them, lambda with "
+                f"precisions {jnp.shape(precision)}. Use jax.vmap where their losses are apart, "
+                f"else {others(family)}."
+            )
         node_key, curvature_key = (
             (None, None) if key is None else (key, jax.random.fold_in(key, 2**31))
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.estimators._per_example import batch_size, checked
-from blr_optax.estimators._taps import _plan
+from blr_optax.estimators._taps import _jaxpr, _plan
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -43,19 +43,18 @@ def per_example_dot(
       >>> print(blr.per_example_dot(loss, jnp.ones(1), jnp.ones(1), x))
       [2. 8.]
     """
-    size = batch_size("per_example_dot", batch)
+    batch_size("per_example_dot", batch)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     v = _tree.matching_leaves(v, params, "v")
-    checked("per_example_dot", loss, params, batch)
+    found = checked("per_example_dot", loss, params, batch)
 
     def each(params: Any) -> Float[Array, " B"]:
         return jax.vmap(lambda *one: loss(params, *jax.tree.map(lambda x: x[None], one)))(*batch)
 
-    try:
+    if not _jaxpr.has_primitive(found.jaxpr, _jaxpr.CUSTOM_VJP):
         return jax.jvp(each, (params,), (v,))[1]
-    except TypeError:  # no forward mode through custom_vjp: <g_i, v> is linear in the cotangents
-        pull = jax.vjp(each, params)[1]
-        return jax.vjp(lambda c: pull(c)[0], jnp.zeros(size))[1](v)[0]
+    value, pull = jax.vjp(each, params)  # <g_i, v> is linear in the cotangents
+    return jax.vjp(lambda c: pull(c)[0], jnp.zeros_like(value))[1](v)[0]
 
 
 def explain(loss: Callable[..., Array], params: Any, *batch: Any) -> None:

@@ -14,6 +14,7 @@ import jax.extend.core as jex
 
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 REMAT = ("remat2", "remat", "checkpoint")
+CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def trace(f: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
@@ -38,6 +39,17 @@ def inner_jaxpr(eqn: Any) -> Any | None:
     return open_jaxpr(found)[0] if not open_jaxpr(found)[1] else None
 
 
+def has_primitive(jaxpr: Any, names: Sequence[str]) -> bool:
+    """Whether one of these primitives occurs in a jaxpr, or in one that it calls."""
+    for eqn in jaxpr.eqns:
+        inner = (open_jaxpr(x)[0] for x in jax.tree.leaves(list(eqn.params.values())))
+        if eqn.primitive.name in names or any(
+            has_primitive(x, names) for x in inner if hasattr(x, "eqns")
+        ):
+            return True
+    return False
+
+
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr without its constants, and the constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -48,6 +60,14 @@ def bind(eqn: Any, *args: Any) -> list[Any]:
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many constants a `scan` has, and how many numbers it carries."""
+    if "num_consts" in eqn.params:  # jax 0.10
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
 
 
 def checkpointed(eqn: Any, f: Callable[..., Any]) -> Callable[..., Any]:

@@ -163,9 +163,9 @@ def whole(roots: frozenset[int], shape: tuple[int, ...], level: int, offset: int
 
 def scan_parts(eqn: Any, values: Sequence[Any]) -> tuple[list, list, list]:
     """Constants, carry and scanned-over operands of a `scan`."""
-    a = eqn.params["num_consts"]
-    b = a + eqn.params["num_carry"]
-    return list(values[:a]), list(values[a:b]), list(values[b:])
+    consts, carry = _jaxpr.scan_counts(eqn)
+    end = consts + carry
+    return list(values[:consts]), list(values[consts:end]), list(values[end:])
 
 
 def settled_carry(eqn: Any, kinds: Sequence[Any]) -> list[Any]:
