@@ -128,7 +128,9 @@ def test_two_alternatives(name):
 
 @every_family
 @pytest.mark.parametrize(
-    "wrong", ["two", True, 1j, object(), [[1.0], [2.0, 3.0]], jax.random.key(0)], ids=repr
+    "wrong",
+    ["two", True, 1j, object(), [[1.0], [2.0, 3.0]], jax.random.key(0)],
+    ids=["text", "bool", "complex", "object", "ragged", "key"],  # the same in every process
 )
 def test_values_that_are_no_numbers(name, wrong):
     family, start, who = setup(name)
