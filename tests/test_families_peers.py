@@ -223,7 +223,9 @@ def agree(what, ours, theirs, rtol):
 
 
 def test_every_family_has_a_row_or_no_peer():
-    assert NUMPYRO.keys() | NOT_IN_NUMPYRO == set(families.names())
+    # Other tests of the same process register families of their own.
+    ours = {name for name in families.names() if not name.startswith("test_")}
+    assert NUMPYRO.keys() | NOT_IN_NUMPYRO == ours
 
 
 @pytest.mark.parametrize("name", NUMPYRO)
