@@ -56,7 +56,7 @@ class Posterior:
         return jnp.all(self.family.in_domain(self.natural))
 
     def _proper(self, what: str) -> Any:
-        """lambda, after an eager check; under tracing an improper one gives NaN."""
+        """lambda, after an eager check; traced ones go unchecked, `proper` tells."""
         if not holds(self.family.in_domain, self.natural):
             raise ValueError(
                 f"Posterior.{what}: the natural parameters are outside the domain of "

@@ -7,7 +7,7 @@ import pytest
 from family_tools import close
 
 import blr_optax as blr
-from blr_optax import estimators, families
+from blr_optax import Posterior, estimators, families
 from blr_optax.families import _domain
 
 SPD = np.array([[2.0, 0.5], [0.5, 1.0]])
@@ -97,3 +97,22 @@ def test_a_rank_above_the_dimension_keeps_its_shape(x64, rank):
         assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, lam)
         lam = new
         close(lam.diagonal + jnp.sum(lam.factor**2, axis=-1), np.diag(SPD))
+
+
+def test_a_product_differentiates_known_fields_like_its_factors(x64):
+    """A = m^T S m / 2 = l^T S^{-1} l / 2, so dA / dS = -m m^T / 2."""
+    product = families.Product({"g": "gaussian_fixed", "n": "poisson"})
+    lam = product.natural(g={"mean": [1.0, 2.0], "precision": SPD}, n={"rate": 3.0})
+    found = jax.grad(product.log_partition)(lam).parts
+    close(found["g"].precision, -0.5 * np.outer([1.0, 2.0], [1.0, 2.0]))
+    close(found["g"].linear, [1.0, 2.0])
+    close(found["n"].linear, 3.0)
+
+
+def test_conditional_families_refuse_what_needs_a_common_mu():
+    family = families.get("student_t")
+    lam = family.natural(mean=np.zeros(2), scale=np.eye(2), degrees=3.0)
+    with pytest.raises(ValueError, match=r"StudentT is a conditional family .* move"):
+        blr.natural_step("student_t", lam, lam, 0.5)
+    with pytest.raises(ValueError, match="no expectation parameters"):
+        Posterior(family, lam).expectation()

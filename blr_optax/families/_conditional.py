@@ -112,6 +112,13 @@ class Conditional:
             "is not one of them, so natural parameters have no arithmetic."
         )
 
+    def expectation(self, lam: Any) -> Any:
+        """Refused: there is no mu."""
+        raise ValueError(
+            f"{type(self).__name__} is no exponential family: it has no expectation parameters. "
+            "Moments are mean(lam) and variance(lam)."
+        )
+
     # How it learns.
 
     def noise(self, key: Array, lam: Any, samples: int, antithetic: bool = False) -> Any:

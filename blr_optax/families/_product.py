@@ -82,6 +82,8 @@ class Product(Family):
         object.__setattr__(self, "factors", tuple(sorted(families.items())))
 
     domains = property(lambda self: {name: family.domains for name, family in self.factors})
+    # A property, so that A gets no derivative rule: the factors' own know their known fields.
+    known = property(lambda self: ())
     location = property(lambda self: all(family.location for _, family in self.factors))
     reparameterized = property(lambda self: all(f.reparameterized for _, f in self.factors))
     enumerable = property(lambda self: all(f.enumerable for _, f in self.factors))

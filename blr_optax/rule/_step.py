@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._posterior import Posterior
-from blr_optax.families import Family, MeanField, get
+from blr_optax.families import Conditional, Family, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -97,7 +97,7 @@ def natural_step(
         The new natural parameters.
 
     Raises:
-        ValueError: for an unknown family or step.
+        ValueError: for an unknown or a conditional family, or an unknown step.
 
     Source: Khan and Rue (2023), Eq. 5; retraction: Lin, Schmidt and Khan (2020). `blr_update` is
     `estimators.natural_gradient` followed by this.
@@ -113,5 +113,10 @@ def natural_step(
       1.5 4.0
     """
     family = get(family)
+    if isinstance(family, Conditional):
+        raise ValueError(
+            f"natural_step: {type(family).__name__} is a conditional family without a common mu; "
+            "use blr_update, or the family's own move(lam, gradient, learning_rate)."
+        )
     d = direction(family, lam, grad_mu, prior, ess)
     return move(family, lam, family.combine((learning_rate, d)), check_step(step, family))[0]
