@@ -116,3 +116,40 @@ def test_conditional_families_refuse_what_needs_a_common_mu():
         blr.natural_step("student_t", lam, lam, 0.5)
     with pytest.raises(ValueError, match="no expectation parameters"):
         Posterior(family, lam).expectation()
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "beta"])
+def test_an_empty_batch_has_an_empty_answer(name):
+    empty = {
+        "dirichlet": {"concentration": jnp.ones((0, 3))},
+        "beta": {"alpha": jnp.ones(0), "beta": jnp.ones(0)},
+    }
+    family = families.get(name)
+    lam = family.natural(**empty[name])
+    back, found = family.natural_from_expectation(family.expectation(lam), with_status=True)
+    assert jax.tree.map(jnp.shape, back) == jax.tree.map(jnp.shape, lam)
+    assert found.shape == (0,)
+
+
+def test_a_prior_of_one_number_holds_in_every_factor():
+    product = families.Product({"w": families.MeanField("normal"), "tau": "gamma"})
+    tau = {"concentration": 2.0, "rate": 1.0}
+    w = {"mean": {"a": jnp.zeros(3)}, "variance": {"a": jnp.ones(3)}}
+    lam = product.natural(w=w, tau=tau)
+    prior = Posterior(product, product.natural(w={"mean": 1.0, "variance": 4.0}, tau=tau))
+    new = blr.natural_step(product, lam, product.combine((0.0, lam)), 1.0, prior=prior)
+    close(product.variance(new)["w"]["a"], jnp.full(3, 4.0), 1e-6)
+    close(product.mean(new)["w"]["a"], jnp.ones(3), 1e-6)
+
+
+def test_members_of_different_sizes_are_refused():
+    gaussian = families.get("gaussian")
+    small, large = (gaussian.natural(mean=jnp.zeros(d), covariance=jnp.eye(d)) for d in (1, 3))
+    with pytest.raises(ValueError, match=r"different sizes; .* \(3,\), \(1,\)"):
+        blr.natural_step(gaussian, large, large, 0.5, prior=Posterior(gaussian, small))
+    product = families.Product({"a": gaussian})
+    for family, of in ((gaussian, lambda x: x), (product, lambda x: product.natural(a=x))):
+        p, q = Posterior(family, of(large)), Posterior(family, of(small))
+        for ask in (lambda p=p, q=q: p * q, lambda p=p, q=q: p.kl(q)):
+            with pytest.raises(ValueError, match="different sizes"):
+                ask()

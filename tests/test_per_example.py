@@ -1,12 +1,13 @@
 """`per_example` against plain gradients of single examples, on every model of the table."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from per_example_models import ROWS, K, xent
+from per_example_networks import ROWS, K, xent
 
 import blr_optax as blr
 from blr_optax.estimators._taps import _moments
@@ -164,8 +165,13 @@ def test_pieces_divide_the_examples():
     for examples in (1, 6, 7, 64):
         for numbers in (1, 2**21, 2**24, 2**25, 2**30):
             n = _moments.pieces(examples, numbers)
+            most = _moments.one_for_each_device(examples)
             assert examples % n == 0
-            assert n == examples or examples // n * numbers <= _moments.FORMED_AT_ONCE
+            assert n == most or examples // n * numbers <= _moments.FORMED_AT_ONCE
+            # Every piece spreads over as many devices as the whole batch does.
+            assert math.gcd(examples // n, jax.device_count()) == math.gcd(
+                examples, jax.device_count()
+            )
 
 
 # --- under transformations ------------------------------------------------------------------------

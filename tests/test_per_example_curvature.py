@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from per_example_models import ROWS, B, D, K, T, conv
+from per_example_networks import ROWS, B, D, K, T, conv
 from test_per_example import (
     BOTH,
     QUICK,

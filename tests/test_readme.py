@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 import blr_optax as blr
@@ -12,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     names = {}
     for block in blocks:
         exec(block, names)
@@ -32,3 +33,17 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert abs(means["precision"] * jnp.var(data) - 1.0) < 0.05
     wells = blr.posterior(names["state"], names["theta"]).standard()["mean"]
     assert jnp.all(jnp.abs(wells - jnp.array([[-2.0], [2.0]])) < 0.1)  # the mixture
+    x, y = names["x"], names["noisy"]
+    singles = jax.vmap(jax.grad(names["mean_loss"]), (None, 0, 0))(
+        names["mlp"], x[:, None], names["y"][:, None]
+    )
+    squares = jax.tree.map(lambda g: jnp.sum(g**2, 0), singles)
+    for found, expected in zip(
+        jax.tree.leaves(names["found"].sum_squares), jax.tree.leaves(squares), strict=True
+    ):
+        assert jnp.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.max())
+    q = blr.posterior(names["opt_state"], names["params"])  # VOGN: ridge regression again
+    precision = jnp.diag(x.T @ x) + 1.0
+    assert jnp.all(jnp.abs(q.variance * precision - 1) < 0.5)
+    ridge = jnp.linalg.solve(x.T @ x + jnp.eye(3), x.T @ y)
+    assert jnp.all(jnp.abs(q.mean - ridge) < 2 * jnp.sqrt(q.variance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blr_optax import _tree
 from blr_optax.estimators._likelihood import EXACT, exact_cotangent, sampled_cotangent
 from blr_optax.estimators._noise import canonical_key
-from blr_optax.estimators._taps import _plan
+from blr_optax.estimators._taps import _mesh, _plan
 from blr_optax.estimators._taps._coupling import coupling
 from blr_optax.estimators._taps._moments import KroneckerFactors, Reduced, strided
 from blr_optax.estimators._taps._sums import (
@@ -124,7 +126,7 @@ def _refuse_coupled(who: str, kind: Any) -> None:
         )
     if kind.tag == "unsure":
         warnings.warn(
-            f"{who}: cannot see whether the examples are separate: {kind.reason}.", stacklevel=4
+            f"{who}: cannot see whether the examples are separate: {kind.reason}.", stacklevel=5
         )
 
 
@@ -201,18 +203,43 @@ def per_example(
             f"per_example: weights has shape {jnp.shape(weights)}; give one number per example, "
             f"({size},)."
         )
-    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    params, batch, weights = jax.tree.map(jnp.asarray, (params, batch, weights))
     if hasattr(loss, "per_example"):
         return _of_glm(loss, params, batch, statistics, weights)
-    leaves, tree = jax.tree.flatten(params)
-    found = checked("per_example", loss, params, batch)
-    kron = POSITIONS[positions] if "kfac" in statistics else None
-    own, ggn = labels == "true", "ggn_diagonal" in statistics
-    wanted = Wanted("sum_squares" in statistics, "norms" in statistics, kron if own else None)
-    model = None
-    if ggn or (kron and not own):
+    if {"kfac", "ggn_diagonal"} & {*statistics} and labels != "true":
         key = _check_model(outputs, likelihood, labels, key)
-        model = Model(outputs, likelihood, labels, key, Wanted(ggn, factors=kron))
+    model = Model(outputs, likelihood, labels)
+    asked = functools.partial(_statistics, loss, statistics, model, positions, microbatch)
+    mesh = _mesh.explicit_mesh((params, batch, weights))
+    if mesh is not None:
+        like, everywhere = _mesh.shardings(params, mesh), NamedSharding(mesh, PartitionSpec())
+        places = PerExample(everywhere, like, None, _mesh.leading(batch, mesh), everywhere, None)
+        places = places._replace(
+            **{k: like for k in ("sum_squares", "ggn_diagonal") if k in statistics}
+        )
+        asked = jax.sharding.auto_axes(asked, out_sharding=places)
+    return asked(params, batch, weights, key)
+
+
+def _statistics(
+    loss: Callable[..., Array],
+    statistics: tuple[str, ...],
+    model: Model,
+    positions: str,
+    microbatch: int | None,
+    params: Any,
+    batch: tuple,
+    weights: Any,
+    key: Any,
+) -> PerExample:
+    """What was asked, the options being right."""
+    found = checked("per_example", loss, params, batch)
+    leaves, tree = jax.tree.flatten(params)
+    size = len(jax.tree.leaves(batch)[0])
+    kron = POSITIONS[positions] if "kfac" in statistics else None
+    own, ggn = model.labels == "true", "ggn_diagonal" in statistics
+    wanted = Wanted("sum_squares" in statistics, "norms" in statistics, kron if own else None)
+    of_model = Wanted(ggn, factors=None if own else kron)
     count = 1 if microbatch is None else size // microbatch
 
     def piece(index: Array) -> Sums:
@@ -220,10 +247,10 @@ def per_example(
         if count > 1:
             part, c = jax.tree.map(lambda x: strided(x, count, index), (batch, weights))
         result = sums(found, params, part, wanted, c)
-        if model is None:
+        if not any(of_model):
             return result
-        of_model = model.sums(params, part, c, index)
-        return result._replace(ggn=of_model.squares, factors=of_model.factors)
+        more = model.sums(of_model, params, part, c, key, index)
+        return result._replace(ggn=more.squares, factors=more.factors)
 
     total = over_pieces(piece, count)
     n = size if weights is None else jnp.sum(weights)
@@ -300,10 +327,10 @@ class Model(NamedTuple):
     outputs: Callable[..., Array]
     likelihood: str
     labels: str
-    key: Any
-    wanted: Wanted
 
-    def sums(self, params: Any, batch: tuple, weights: Any, index: Array) -> Sums:
+    def sums(
+        self, wanted: Wanted, params: Any, batch: tuple, weights: Any, key: Any, index: Array
+    ) -> Sums:
         """The sums of all passes over one batch; of the layers' inputs, of one pass."""
         f = self.outputs(params, *batch)
         if jnp.ndim(f) < 2 or not jnp.issubdtype(f.dtype, jnp.floating):
@@ -322,12 +349,12 @@ class Model(NamedTuple):
         found = traced(linear, params, (f, *batch))
 
         def one(cotangent: Array) -> Sums:
-            result = sums(found, params, (cotangent, *batch), self.wanted, weights)
+            result = sums(found, params, (cotangent, *batch), wanted, weights)
             return Sums(None, None, result.squares, None, result.factors)
 
         if self.labels == "sampled":
-            key = jax.random.fold_in(self.key, index)
-            return one(sampled_cotangent(self.likelihood, key, f))
+            draw = jax.random.fold_in(key, index)
+            return one(sampled_cotangent(self.likelihood, draw, f))
         passes = math.prod(f.shape[1:])
 
         def step(total: Sums, index: Array) -> tuple[Sums, None]:

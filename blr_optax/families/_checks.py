@@ -3,7 +3,7 @@
 `@checked(mean=REAL.over("d"), precision=DEFINITE)` around a family's `natural` is all that a family
 says: its parameters, their trailing axes and their ranges. Keywords without a default must be
 given; of those with a default, the alternatives, exactly one. What arrives are arrays of one
-floating type and one batch shape.
+floating type, float32 or wider, and one batch shape.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def checked(**parameters: Parameter | Callable[[Any], Parameter]) -> Callable[[T
             }
             check_keywords(who, natural.__get__(self), given)
             numbers = {name: as_number(who, name, given[name]) for name in own}
-            dtype = jnp.result_type(float, *numbers.values())
+            dtype = jnp.promote_types(jnp.result_type(float, *numbers.values()), jnp.float32)
             arrays = {name: as_array(x, dtype) for name, x in numbers.items()}
             batch, sizes = _check_shapes(who, own, arrays)
             for name, x in arrays.items():

@@ -149,11 +149,23 @@ class Family:
 
     def combine(self, *terms: tuple[Any, Any]) -> Any:
         """sum_k a_k lambda_k over the learnt fields; known fields are the first term's."""
+        self.check_sizes(*(lam for _, lam in terms))
         total = jax.tree.map(
             lambda *leaves: sum(a * leaf for (a, _), leaf in zip(terms, leaves, strict=True)),
             *(lam for _, lam in terms),
         )
         return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
+
+    def check_sizes(self, *lams: Any) -> None:
+        """Raises ValueError where vectors or matrices would broadcast, as a sum of lambdas does."""
+        events = {name: d.event_ndim for name, d in self.domains.items() if d.event_ndim}
+        for name, ndim in events.items():
+            shapes = [jnp.shape(getattr(lam, name)) for lam in lams]
+            if len({shape[len(shape) - ndim :] for shape in shapes}) > 1:
+                raise ValueError(
+                    f"{type(self).__name__}: the members have different sizes; their natural "
+                    f"parameters `{name}` have shapes {', '.join(map(str, shapes))}."
+                )
 
     def coordinates(self, like: Any) -> tuple[Any, Any]:
         """Minimal coordinates of the learnt fields: (fields -> flat vector, and back)."""

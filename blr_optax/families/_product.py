@@ -148,6 +148,10 @@ class Product(Family):
     def inner(self, a: Any, b: Any) -> Array:
         return self._total("inner", a, b)
 
+    def check_sizes(self, *lams: Any) -> None:
+        for name, family in self.factors:
+            family.check_sizes(*(lam.parts[name] for lam in lams))
+
     def combine(self, *terms: tuple[Any, Any]) -> ProductNatural:
         return ProductNatural(
             {

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._posterior import Posterior
-from blr_optax.families import Conditional, Family, MeanField, get
+from blr_optax.families import Conditional, Family, MeanField, Product, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -37,10 +37,24 @@ def check_step(step: str, family: Family | None = None) -> str:
 
 
 def spread(prior: Any, family: Any, like: Any) -> Any:
-    """A prior of one number as that of every number of a tree; other priors as they are."""
+    """A prior of one number as that of every number of a tree; other priors as they are.
+
+    Args:
+        prior: a posterior of the family; anything else comes back as it is.
+        family: the family.
+        like: a tree of parameters; for a product, of every factor by name.
+    """
     lam = getattr(prior, "natural", None)
-    is_member = isinstance(family, MeanField) and isinstance(lam, family.Natural)
-    if not is_member or not all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam):
+    if not isinstance(family, Family) or not isinstance(lam, family.Natural):
+        return prior
+    if isinstance(family, Product):
+        parts = {
+            name: spread(Posterior(factor, lam.parts[name]), factor, like[name]).natural
+            for name, factor in family.factors
+        }
+        return Posterior(family, family.Natural(parts))
+    is_number = all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam)
+    if not (isinstance(family, MeanField) and is_number):
         return prior
 
     def everywhere(x: Array) -> Any:
@@ -49,12 +63,21 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
     return Posterior(family, family.Natural(*map(everywhere, lam)))
 
 
+def _tree_of(family: Any, lam: Any) -> Any:
+    """A tree of the parameters' structure and shapes, as `spread` takes it."""
+    if isinstance(family, Product):
+        return {name: _tree_of(factor, lam.parts[name]) for name, factor in family.factors}
+    return lam[0]
+
+
 def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess: Any) -> Any:
     """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
     else:
-        pull = family.combine((-1.0, lam), (1.0, spread(prior, family, lam[0]).natural))
+        pull = family.combine(
+            (-1.0, lam), (1.0, spread(prior, family, _tree_of(family, lam)).natural)
+        )
     return family.combine((1.0, pull), (-ess, grad_mu))
 
 

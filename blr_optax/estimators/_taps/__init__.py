@@ -5,6 +5,8 @@ _places    where a parameter meets an activation: a custom derivative per kind o
 _rules     what an equation does to a view of a parameter
 _plan      which parameter goes which way, found from shapes alone
 _run       the loss evaluated on all examples at once, with taps at the places
-_chunks    plain per-example gradients, for what the taps cannot do
+_sums      sums over a batch: one backward pass, and chunks for what the taps cannot do
+_moments   sums of squares, norms and factors at one place
+_mesh      meshes with explicit axes
 _coupling  losses whose examples see each other, found from shapes alone
 """

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     Attributes:
         tag: as above.
         power: of the batch size by which it was multiplied; None if unknown.
-        reason: for mixed and unsure.
+        reason: for mixed and unsure; MOVED for positions other than the example's own.
     """
 
     tag: str
@@ -41,12 +41,20 @@ class Kind(NamedTuple):
 
 CONST, INDEX = Kind("const"), Kind("index")
 POSITIONS = "positions"  # the reason of indices that hold the examples' positions
+MOVED = Kind("index", reason="moved")
 RANK = ("const", "index", "each", "sum", "unsure", "mixed")
 LOOP = "a loop over the examples"
 LINEAR = ("add", "sub", "neg", "reduce_sum", "convert_element_type", "reshape", "squeeze", "copy",
           "broadcast_in_dim", "expand_dims", "stop_gradient", "copy_p", "transpose")  # fmt: skip
+LINEAR_IN_SUMS = (*LINEAR, "slice", "dynamic_slice", "gather", "concatenate", "rev", "split", "pad",
+                  "stack", "unstack")  # fmt: skip
 STILL_INDEX = ("add", "lt", "select_n", "broadcast_in_dim", "reshape", "convert_element_type",
                "squeeze", "transpose", "concatenate")  # fmt: skip
+ELEMENTWISE = ("add", "sub", "mul", "div", "rem", "neg", "pow", "integer_pow", "exp", "max", "min",
+               "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n")  # fmt: skip
+# How many of the last axes are one matrix.
+MATRIX = {"cholesky": 2, "lu": 2, "qr": 2, "geqrf": 2, "householder_product": 2, "eigh": 2,
+          "eig": 2, "svd": 2, "schur": 2, "hessenberg": 2, "top_k": 1}  # fmt: skip
 ALONG = {"rev": "dimensions", "sort": "dimension", "cumsum": "axis", "cumprod": "axis",
          "cummax": "axis", "cummin": "axis", "cumlogsumexp": "axis",
          "concatenate": "dimension"}  # fmt: skip
@@ -115,11 +123,23 @@ class Follower(NamedTuple):
         name = eqn.primitive.name
         if name == "iota":
             return INDEX if self._axes(out) else CONST
-        if top.tag in ("const", "index"):
-            return top if name in STILL_INDEX else CONST
+        if top.tag == "index":
+            return self._of_index(eqn, kinds)
+        if top.tag == "const":  # ones summed over the examples are their number
+            counted = name == "reduce_sum" and any(map(self._axes, eqn.invars))
+            return Kind("const", None) if counted else top
         if any(k.tag == "sum" for k in kinds):
             return self._of_sums(eqn, kinds)
         return self._of_each(eqn, kinds, out)
+
+    def _of_index(self, eqn: Any, kinds: list[Kind]) -> Kind:
+        """Positions, unless something is made of them; i + B is what indexing asks of i < 0."""
+        name = eqn.primitive.name
+        literals = [x.val for x in eqn.invars if _jaxpr.is_literal(x)]
+        if name not in STILL_INDEX:
+            return MOVED if name in ELEMENTWISE else CONST
+        same = name != "add" or (literals and literals[0] % self.prime == 0)
+        return INDEX if same and MOVED not in kinds else MOVED
 
     def _of_sums(self, eqn: Any, kinds: list[Kind]) -> Kind:
         """Sums over the examples may only be added up and multiplied by numbers."""
@@ -127,8 +147,10 @@ class Follower(NamedTuple):
         sums = [k for k in kinds if k.tag == "sum"]
         if any(k.tag == "each" for k in kinds):
             return Kind("mixed", reason=f"`{name}` of an example and a sum over the examples")
-        power = sums[0].power if len({k.power for k in sums}) == 1 else None
-        if name in LINEAR:
+        powers = {k.power for k in sums}
+        power = None if None in powers else max(powers, key=lambda p: (p != -1, p))
+        still = kinds[0].tag == "const" if name == "select_n" else name in LINEAR_IN_SUMS
+        if still or (name == "dot_general" and len(sums) == 1):
             return Kind("sum", power)
         if (name == "mul" and len(sums) == 1) or (name == "div" and kinds[1].tag == "const"):
             return Kind("sum", self._scaled(eqn, kinds, power))
@@ -139,6 +161,8 @@ class Follower(NamedTuple):
         literals = [x for x in eqn.invars if _jaxpr.is_literal(x)]
         if power is None or eqn.primitive.name not in ("mul", "div"):
             return power
+        if Kind("const", None) in kinds:
+            return None
         if not literals:  # a constant for every example may hold anything
             constants = [x for x, k in zip(eqn.invars, kinds, strict=True) if k.tag == "const"]
             return None if any(map(self._axes, constants)) else power
@@ -152,6 +176,10 @@ class Follower(NamedTuple):
         name = eqn.primitive.name
         each = [x for x, k in zip(eqn.invars, kinds, strict=True) if k.tag == "each"]
         power = joined(kinds).power
+        if name in ELEMENTWISE and any(k.tag == "index" for k in kinds):
+            return Kind("mixed", reason=f"`{name}` of an example and its position in the batch")
+        if len(self._axes(out)) > 1:
+            return Kind("mixed", reason=f"`{name}` of every example with every other")
         if self._mixes(eqn, kinds, out):
             return Kind("mixed", reason=f"`{name}` along the examples")
         if name == "concatenate" and INDEX in kinds:
@@ -173,6 +201,15 @@ class Follower(NamedTuple):
             along = eqn.params[ALONG[name]]
             along = along if isinstance(along, Sequence) else (along,)
             return bool(set(along) & {i for x in eqn.invars for i in self._axes(x)})
+        if name in MATRIX or name == "fft":
+            last = MATRIX[name] if name in MATRIX else len(eqn.params["fft_lengths"])
+            return any(i >= len(eqn.invars[0].aval.shape) - last for i in axes)
+        if name.startswith("reduce_window"):
+            return any(eqn.params["window_dimensions"][i] > 1 for i in axes)
+        if name == "triangular_solve":
+            ndim = len(eqn.invars[1].aval.shape)
+            row = ndim - 2 if eqn.params["left_side"] else ndim - 1
+            return row in self._axes(eqn.invars[1]) or bool({*axes} & {ndim - 1, ndim - 2})
         if name == "dot_general":
             (contract, batched) = eqn.params["dimension_numbers"]
             met = [set(self._axes(x)) & set(c) for x, c in zip(eqn.invars, contract, strict=True)]

@@ -72,8 +72,14 @@ class Reduced(KroneckerFactors):
 
 def pieces(examples: int, numbers: int) -> int:
     """Into how many equal pieces the examples are split when each forms this many numbers."""
-    fewest = min(examples, math.ceil(examples * numbers / FORMED_AT_ONCE))
-    return next(n for n in range(fewest, examples + 1) if examples % n == 0)
+    most = one_for_each_device(examples)
+    fewest = min(most, math.ceil(examples * numbers / FORMED_AT_ONCE))
+    return next(n for n in range(fewest, most + 1) if most % n == 0)
+
+
+def one_for_each_device(examples: int) -> int:
+    """The most pieces of which each still spreads over all devices, as the examples may do."""
+    return examples // math.gcd(examples, jax.device_count())
 
 
 def strided(x: Array, count: int, index: Array) -> Array:
@@ -137,7 +143,8 @@ def _shared(
     """Several positions: the G_i are formed, a few examples at a time."""
     dtype, (batch, e, _, k) = wanted.dtype, d.shape
     # On a CPU one at a time: XLA would fuse a batched product into both sums as a naive loop.
-    count = batch if jax.default_backend() == "cpu" else pieces(batch, e * m * k)
+    on_cpu = jax.default_backend() == "cpu"
+    count = one_for_each_device(batch) if on_cpu else pieces(batch, e * m * k)
 
     def piece(index: Array) -> Shadow:
         at = functools.partial(strided, count=count, index=index)

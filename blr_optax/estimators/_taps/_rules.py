@@ -19,7 +19,8 @@ from blr_optax.estimators._taps import _jaxpr
 CONST, BATCHED, VIEW = "const", "batched", "view"
 
 # Linear and injective in their first operand: they only move numbers.
-MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "split", "copy")
+MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "split", "copy",
+         "unstack")  # fmt: skip
 # They change the precision of the numbers: nothing for a shadow to do.
 CASTS = ("convert_element_type", "reduce_precision", "copy_p")
 SCALES = ("mul", "div", "add", "sub", "neg")
@@ -58,7 +59,7 @@ def _size(atom: Any) -> int:
 
 def _is_move(eqn: Any, tags: Sequence[str]) -> bool:
     name, others = eqn.primitive.name, tags[1:]
-    if name == "concatenate":
+    if name in ("concatenate", "stack"):
         return all(tag == VIEW for tag in tags)
     if name == "broadcast_in_dim":
         return not others and _size(eqn.invars[0]) == _size(eqn.outvars[0])
