@@ -203,14 +203,14 @@ def test_learning_lowers_the_free_energy(x64, name):
     assert np.all(np.isfinite(over.log_prob(q.natural, weights)))
 
 
-def fitting(family):
+def fitting(family, total=None):
     """All estimators that apply to a family, for a loss of theta."""
     found = {"score_function": estimators.score_function(20)}
     found["least_squares"] = estimators.least_squares(30)
     if family.reparameterized:
         found["reparameterized"] = estimators.reparameterized(3)
     if family.enumerable:
-        found["enumerate"] = estimators.enumerate()
+        found["enumerate"] = estimators.enumerate(total)
     if family.relaxable:
         found["concrete"] = estimators.concrete(0.5, 3)
     if getattr(family, "curvature", None):
@@ -233,6 +233,7 @@ def test_every_estimator_that_applies(x64, name, rule):
     """Under jit, scan, schedules and chain: finite steps inside the domain, one state type."""
     row = ROWS[name]
     start = posterior_of(row, 1)
+    total = int(row.members[0]["total"]) if name in ("binomial", "multinomial") else None
     tx = optax.chain(
         blr.blr_update(
             row.family,
@@ -241,7 +242,7 @@ def test_every_estimator_that_applies(x64, name, rule):
             ess=optax.constant_schedule(2.0),
             prior=posterior_of(row),
             init=start,
-            estimator=fitting(row.family)[rule],
+            estimator=fitting(row.family, total)[rule],
         )
     )
     params = floats(start.mean)
@@ -476,6 +477,7 @@ def test_conditional_families_refuse_what_they_cannot_do():
     start = blr.Posterior(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))
     cases = [
         ({"estimator": estimators.enumerate()}, r"take monte_carlo\(...\) or delta"),
+        ({"estimator": estimators.monte_carlo(2, generator="hash")}, "'hash' is for Gaussian"),
         ({"step": "plain"}, "Mixture knows auto, improved"),
         ({"loss": estimators.conjugate(start.natural)}, "one plain function"),
         ({"family": "student_t", "estimator": estimators.delta()}, "never looks away"),

@@ -98,10 +98,26 @@ def test_enumerate_is_exact(x64, name):
     for standard in ROWS[name].members:
         value, gradient = truth(ROWS[name], standard)
         lam = natural(ROWS[name], standard)
-        rule = natural_gradient(ROWS[name].family, smooth, estimators.enumerate())
+        total = int(standard["total"]) if name in ("binomial", "multinomial") else None
+        rule = natural_gradient(ROWS[name].family, smooth, estimators.enumerate(total))
         found_value, found = rule(None, lam)
         close(found_value, value, rtol=1e-10)
         close(flat_learnt(ROWS[name].family, found), gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_enumerate_of_counts_needs_their_total():
+    for family in ("binomial", families.MeanField("binomial"), "multinomial"):
+        with pytest.raises(ValueError, match=r"name it, enumerate\(total=n\)"):
+            natural_gradient(family, smooth, estimators.enumerate())
+    for total in (0, 2.0, True):
+        with pytest.raises(ValueError, match=rf"total={total!r} must be an integer, at least 1"):
+            estimators.enumerate(total)
+    lam = families.get("binomial").natural(logit=0.3, total=5)
+    found = natural_gradient("binomial", smooth, estimators.enumerate(4))(None, lam)
+    assert np.isnan(found[0]) and np.isnan(found[1].linear)
+    lam = families.get("binomial").natural(logit=jnp.float32(0.3), total=200)
+    with pytest.raises(ValueError, match="too large for float32"):
+        natural_gradient("binomial", smooth, estimators.enumerate(200))(None, lam)
 
 
 def test_enumerate_keeps_its_digits_where_probabilities_are_zero_or_one(x64):

@@ -590,11 +590,13 @@ def test_support_and_probabilities(x64):
         log_q = jitted(row.family.log_prob)(lam, values)
         assert log_q.shape == (len(points), len(lams))
         close(np.exp(log_q).sum(0), 1.0, rtol=1e-14)
-        # A total that is part of lambda is traced where a lambda is: those are not enumerable.
-        assert row.family.enumerable == (not row.family.known)
-        if row.family.enumerable:
-            mu = jitted(row.family.expectation)(lam)
-            close(row.family.probabilities(mu), np.exp(log_q), rtol=1e-12)
+        assert row.family.enumerable
+        mu = jitted(row.family.expectation)(lam)
+        close(row.family.probabilities(mu), np.exp(log_q), rtol=1e-12)
+        if row.family.known:  # a total that is part of lambda is traced where a lambda is
+            total = int(lam.total[0])
+            close(jax.jit(row.family.support, static_argnums=1)(lam, total), values)
+            assert np.all(np.isnan(row.family.probabilities(mu, total + 1)))
 
 
 @pytest.mark.slow

@@ -349,7 +349,7 @@ def test_hints_name_estimators_that_the_family_takes(name):
         "reparameterized(...)": blr.estimators.reparameterized(10),
         "score_function(...)": blr.estimators.score_function(),
         "least_squares(...)": blr.estimators.least_squares(),
-        "enumerate()": blr.estimators.enumerate(),
+        "enumerate()": blr.estimators.enumerate(4),
         "concrete(...)": blr.estimators.concrete(),
     }
     for estimator in (blr.estimators.monte_carlo(3), *ways.values()):

@@ -257,3 +257,18 @@ def test_a_tight_prior_does_not_blow_up_the_rescaled_rate():
     # 200 * 100 from the loss and 2e4 from the prior: 4e4.
     assert jnp.all(q.variance < 1 / 3e4)
     assert jnp.all(q.variance > 1 / 6e4)
+
+
+def test_a_prior_of_one_number_holds_for_every_parameter():
+    family, params = blr.families.get("gaussian_diagonal"), make_params()
+    everywhere = {
+        name: jax.tree.map(lambda p, x=x: jnp.full(p.shape, x), params)
+        for name, x in {"mean": 0.5, "precision": 30.0}.items()
+    }
+    states = [
+        blr.ivon(0.1, 100.0, prior=blr.Posterior(family, family.natural(**given))).init(params)
+        for given in ({"mean": 0.5, "precision": 30.0}, everywhere)
+    ]
+    found, expected = (blr.posterior(state, params).variance for state in states)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

@@ -7,6 +7,7 @@ concrete    theta ~ softmax((lambda + Gumbel noise) / tau), differentiated in la
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,17 @@ BLOCK = 1024  # losses evaluated at a time
 class Enumerate(Estimator):
     """Sums over the support; see `enumerate`."""
 
+    total: int | None = None
+
     def check(self, family: Family) -> None:
         if not family.enumerable:
             raise ValueError(
                 f"enumerate: {type(family).__name__} has no finite support; use {others(family)}."
+            )
+        if self.total is None and "total" in family.known:
+            raise ValueError(
+                f"enumerate: {type(family).__name__} counts up to a total that is part of lambda, "
+                "traced under jit; name it, enumerate(total=n)."
             )
 
     def natural_gradient(
@@ -46,8 +54,9 @@ class Enumerate(Estimator):
     ) -> tuple[Array, Any]:
         """grad_mu sum_x l(x) prod_j P_j(x_j; mu)."""
         mu = family.expectation(lam)
-        values, treedef = jax.tree.flatten(family.support(lam))
-        tables = treedef.flatten_up_to(jax.eval_shape(family.probabilities, mu))
+        probabilities = functools.partial(family.probabilities, total=self.total)
+        values, treedef = jax.tree.flatten(family.support(lam, self.total))
+        tables = treedef.flatten_up_to(jax.eval_shape(probabilities, mu))
         sizes = [(leaf.shape[0], int(np.prod(leaf.shape[1:]))) for leaf in tables]
         count = float(np.prod([float(k) ** n for k, n in sizes]))
         if count > LARGEST_TABLE:
@@ -72,7 +81,7 @@ class Enumerate(Estimator):
         losses = jax.lax.map(lambda x: loss(x, *batch), theta, batch_size=BLOCK)
 
         def expected(mu: Any) -> Array:
-            leaves = treedef.flatten_up_to(family.probabilities(mu))
+            leaves = treedef.flatten_up_to(probabilities(mu))
             chances = [
                 leaf.reshape(leaf.shape[0], -1)[c, np.arange(c.shape[1])]
                 for leaf, c in zip(leaves, columns, strict=True)
@@ -112,7 +121,7 @@ class Concrete(Estimator):
         return value, family.gradient_in_lambda(lam, gradient)
 
 
-def enumerate() -> Enumerate:
+def enumerate(total: int | None = None) -> Enumerate:
     """Exact sums over all values of a small discrete family; the gradient is exact.
 
     grad_mu sum_x l(x) prod_j P_j(x_j; mu): for one bernoulli, l(1) - l(0).
@@ -120,8 +129,13 @@ def enumerate() -> Enumerate:
     Over a tree, or a batch, of P members with K values each it evaluates the loss K^P times (at
     most about a million).
 
+    Args:
+        total: the known total, for binomial and multinomial counts; the result is NaN when lambda
+            has another.
+
     Raises:
-        ValueError: for a family without a finite support, or too many values.
+        ValueError: for a family without a finite support, counts without a total, or too many
+            values.
 
     Source: the definition of E_q. Special case of `blr_update` with `estimator=enumerate()`.
 
@@ -133,7 +147,9 @@ def enumerate() -> Enumerate:
       >>> print(gradient(None, blr.families.get("bernoulli").natural(logit=0.7))[1].linear.round(4))
       5.0
     """
-    return Enumerate()
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
+        raise ValueError(f"enumerate: total={total!r} must be an integer, at least 1, or None.")
+    return Enumerate(total)
 
 
 def concrete(temperature: float = 0.5, samples: int = 1) -> Concrete:

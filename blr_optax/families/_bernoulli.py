@@ -178,12 +178,12 @@ class Binary(Scalar):
         rare = jax.random.bits(key, (*shape, *logit.shape), threshold.dtype) < threshold
         return jnp.where(rare == (logit < 0), 1.0, self.low).astype(logit.dtype)
 
-    def support(self, lam: Any) -> Array:
+    def support(self, lam: Any, total: None = None) -> Array:
         """Both values, along a new leading axis."""
         ones = jnp.ones_like(lam.linear)
         return jnp.stack([self.low * ones, ones])
 
-    def probabilities(self, mu: Any) -> Array:
+    def probabilities(self, mu: Any, total: None = None) -> Array:
         """Those of `support`, linear in mu."""
         return jnp.stack([1.0 - mu.linear, mu.linear - self.low]) / (1.0 - self.low)
 

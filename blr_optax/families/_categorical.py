@@ -262,12 +262,14 @@ class Categorical(Simplex):
         label = jnp.sum(bits[..., None] >= edges, -1)
         return jnp.where(bits < edges[..., -1], label, jnp.argmax(logits, -1)).astype(jnp.int32)
 
-    def support(self, lam: CategoricalNatural) -> Int[Array, "K ..."]:
+    def support(self, lam: CategoricalNatural, total: None = None) -> Int[Array, "K ..."]:
         """The labels 0 .. K-1, along a new leading axis."""
         *batch, k = lam.linear.shape
         return lf.spread(jnp.arange(k + 1, dtype=jnp.int32), batch)
 
-    def probabilities(self, mu: CategoricalExpectation) -> Float[Array, "K ..."]:
+    def probabilities(
+        self, mu: CategoricalExpectation, total: None = None
+    ) -> Float[Array, "K ..."]:
         """Those of `support`, linear in mu."""
         last = 1.0 - jnp.sum(mu.linear, -1, keepdims=True)
         return jnp.moveaxis(jnp.concatenate([mu.linear, last], -1), -1, 0)
@@ -320,6 +322,7 @@ class Multinomial(Simplex):
     Expectation: ClassVar[type] = MultinomialExpectation
     known: ClassVar[tuple[str, ...]] = ("total",)
     event_ndim: ClassVar[int] = 1
+    enumerable: ClassVar[bool] = True
     constant_base_measure: ClassVar[bool] = False
 
     @checked(total=COUNT, **LABEL)
@@ -387,10 +390,22 @@ class Multinomial(Simplex):
         p = softmax(full_logits(lam.linear))
         return lf.draw_multinomial(key, lam.total, jnp.broadcast_to(p, (*shape, *p.shape)))
 
-    def support(self, lam: MultinomialNatural) -> Float[Array, "values ... K"]:
+    def support(
+        self, lam: MultinomialNatural, total: int | None = None
+    ) -> Float[Array, "values ... K"]:
         """All counts with the known total, one and the same for the batch, along a new axis."""
-        n, (*batch, k) = lf.common_total(lam.total), lam.linear.shape
+        n, (*batch, k) = lf.common_total(lam.total, total), lam.linear.shape
         return lf.spread(jnp.asarray(lf.compositions(n, k + 1), lam.linear.dtype), batch)
+
+    def probabilities(
+        self, mu: MultinomialExpectation, total: int | None = None
+    ) -> Float[Array, "values ..."]:
+        """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
+        n = lf.common_total(mu.total, total)
+        last = n - jnp.sum(mu.linear, -1, keepdims=True)
+        p = jnp.concatenate([mu.linear, last], -1) / n
+        counts = lf.compositions(n, p.shape[-1])
+        return lf.chances(p, counts) * jnp.where(mu.total == n, 1.0, jnp.nan)
 
 
 def _counts_to(x: Float[Array, "... K"], n: Array) -> Bool[Array, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
@@ -70,6 +71,7 @@ class Binomial(Scalar):
     Expectation: ClassVar[type] = BinomialExpectation
     domains: ClassVar[dict] = {"linear": _domain.real()}
     known: ClassVar[tuple[str, ...]] = ("total",)
+    enumerable: ClassVar[bool] = True
     constant_base_measure: ClassVar[bool] = False
 
     @checked(total=COUNT, logit=REAL, probability=FRACTION)
@@ -136,10 +138,19 @@ class Binomial(Scalar):
         p, not_p = (jnp.broadcast_to(logistic(a), (*shape, *a.shape)) for a in (lam[0], -lam[0]))
         return lf.draw_binomial(key, lam.total, p, not_p)
 
-    def support(self, lam: BinomialNatural) -> Float[Array, "values ..."]:
+    def support(self, lam: BinomialNatural, total: int | None = None) -> Float[Array, "values ..."]:
         """0 .. n along a new leading axis, n one and the same for the batch."""
-        n = lf.common_total(lam.total)
+        n = lf.common_total(lam.total, total)
         return lf.spread(jnp.arange(n + 1, dtype=lam.linear.dtype), lam.linear.shape)
+
+    def probabilities(
+        self, mu: BinomialExpectation, total: int | None = None
+    ) -> Float[Array, "values ..."]:
+        """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
+        n = lf.common_total(mu.total, total)
+        counts = np.stack([np.arange(n + 1), n - np.arange(n + 1)], -1)
+        p = jnp.stack([mu.linear, n - mu.linear], -1) / n
+        return lf.chances(p, counts) * jnp.where(mu.total == n, 1.0, jnp.nan)
 
 
 @parameters

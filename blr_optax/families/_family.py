@@ -112,11 +112,14 @@ class Family:
         """Marginal variance of every coordinate of theta."""
         raise NotImplementedError
 
-    def support(self, lam: Any) -> Array:
-        """All values of theta, along a new leading axis; `enumerable` families."""
+    def support(self, lam: Any, total: int | None = None) -> Array:
+        """All values of theta, along a new leading axis; `enumerable` families.
+
+        `total` is the known one of counts, where that is traced.
+        """
         raise NotImplementedError
 
-    def probabilities(self, mu: Any) -> Array:
+    def probabilities(self, mu: Any, total: int | None = None) -> Array:
         """The probabilities of `support`, along a new leading axis, as polynomials of mu."""
         raise NotImplementedError
 

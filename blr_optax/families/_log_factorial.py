@@ -31,7 +31,7 @@ from blr_optax.families._checks import concrete
 from blr_optax.families._special import LOG_2PI, relative_excess, stirling
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Int
 
 LARGEST_SUPPORT = 100_000
 NODES = 200
@@ -136,10 +136,14 @@ def is_count(x: Float[Array, ...]) -> Bool[Array, ...]:
     return (x >= 0) & (x == jnp.round(x)) & jnp.isfinite(x)
 
 
-def common_total(total: Array) -> int:
-    """The one value of a batch of known totals, which must not be traced."""
+def common_total(total: Array, named: int | None = None) -> int:
+    """The one value of a batch of known totals, which must not be traced unless it is named."""
+    if named is not None:
+        return named
     if not concrete(total):
-        raise ValueError("support: the total must be concrete, not traced by jit or vmap.")
+        raise ValueError(
+            "support: the total must be concrete, not traced by jit or vmap; name it, total=n."
+        )
     values = np.unique(np.asarray(total))
     if len(values) != 1:
         raise ValueError(f"support: the total must be common to the batch; got {values}.")
@@ -176,6 +180,22 @@ def compositions(n: int, k: int) -> np.ndarray:
     bars = list(itertools.combinations(range(n + k - 1), k - 1))
     edges = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, n + k - 1)))
     return np.diff(edges) - 1
+
+
+def chances(p: Float[Array, "... K"], counts: Int[np.ndarray, "values K"]) -> Array:
+    """n! / prod_k x_k! prod_k p_k^x_k of every row x, along a new leading axis."""
+    rows = counts.tolist()
+    ways = [math.factorial(sum(x)) // math.prod(map(math.factorial, x)) for x in rows]
+    if max(ways) > float(jnp.finfo(p.dtype).max):
+        raise ValueError(
+            f"probabilities: the total {sum(rows[0])} is too large for {p.dtype}: use a sampling "
+            "estimator."
+        )
+    coefficients, powers = (
+        jnp.asarray(x, p.dtype).reshape(len(rows), *[1] * (p.ndim - 1), *x.shape[1:])
+        for x in (np.array(ways, np.float64), counts)
+    )
+    return coefficients * jnp.prod(p**powers, -1)
 
 
 def slope(f: Callable, x: Array) -> Array:

@@ -222,11 +222,11 @@ class MeanField(Family):
     def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
         return self._fields(self.Natural, self.family.inverse_fisher_product, lam, v)
 
-    def support(self, lam: Any) -> Any:
-        return self._map(self.family.support, lam)
+    def support(self, lam: Any, total: int | None = None) -> Any:
+        return self._map(lambda one: self.family.support(one, total), lam)
 
-    def probabilities(self, mu: Any) -> Any:
-        return self._map(self.family.probabilities, mu)
+    def probabilities(self, mu: Any, total: int | None = None) -> Any:
+        return self._map(lambda one: self.family.probabilities(one, total), mu)
 
     def relaxed_sample(
         self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()

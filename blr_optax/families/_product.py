@@ -249,11 +249,11 @@ class Product(Family):
             count for _, count in steps.values()
         )
 
-    def support(self, lam: ProductNatural) -> dict[str, Any]:
-        return self._each("support", lam)
+    def support(self, lam: ProductNatural, total: int | None = None) -> dict[str, Any]:
+        return self._each("support", lam, total=total)
 
-    def probabilities(self, mu: ProductExpectation) -> dict[str, Any]:
-        return self._each("probabilities", mu)
+    def probabilities(self, mu: ProductExpectation, total: int | None = None) -> dict[str, Any]:
+        return self._each("probabilities", mu, total=total)
 
     def fisher(self, lam: ProductNatural) -> Array:
         """Blocks on the diagonal, factor by factor."""

@@ -141,6 +141,10 @@ class Wishart(Family):
     lambda: log_det = (nu - d - 1) / 2, matrix = -V^{-1} / 2 [..., d, d]. mu: log_det = E[log|X|],
     matrix = E[X].
 
+    Draws near the edge of the domain are singular to the precision of the numbers, and `log_prob`
+    is -inf there: in float32 for 1% of the draws at nu = d - 1/2 and 14% at nu = d - 4/5 (2% in
+    float64), so that estimators which need the density of draws are biased.
+
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> wishart = blr.families.Wishart()

@@ -100,8 +100,8 @@ def ivon(
         rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
-        prior: any mean-field Gaussian posterior, also an improper one (a prior times a site); a
-            weight_decay given besides adds to it.
+        prior: any mean-field Gaussian posterior, also an improper one (a prior times a site), or
+            one of one number for all parameters; a weight_decay given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
         key: typed key or integer seed.
         generator: "hash" (fast) or "threefry", of the weights' noise.

@@ -33,11 +33,17 @@ def conditional_options(estimator: Estimator | None) -> dict[str, Any]:
     """An estimator as the options of `Conditional.natural_gradient`.
 
     Raises:
-        ValueError: for an estimator that is neither `monte_carlo(...)` nor `delta(...)`.
+        ValueError: for an estimator that is neither `monte_carlo(...)` nor `delta(...)`, or for
+            another generator: the family itself draws.
     """
     estimator = monte_carlo(10, antithetic=True) if estimator is None else estimator
     kind = HESSIANS.get(type(getattr(estimator, "curvature", None)))
     if isinstance(estimator, MonteCarlo) and kind:
+        if estimator.generator != "threefry":
+            raise ValueError(
+                f"estimator: generator={estimator.generator!r} is for Gaussian families; "
+                "conditional ones draw with 'threefry'."
+            )
         return {
             "samples": estimator.samples,
             "antithetic": estimator.antithetic,

@@ -37,6 +37,7 @@ from blr_optax.rule._numbers import (
     squares_finite,
 )
 from blr_optax.rule._protocol import Rule
+from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -145,11 +146,14 @@ def filled(m: Any, x: Any) -> Array:
 def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
     """The natural parameters of a mean-field Gaussian as trees like params; () for None.
 
+    One of one number holds for every parameter.
+
     Raises:
         ValueError: for another family or another tree structure.
     """
     if prior is None:
         return ()
+    prior = spread(prior, MeanField(Normal()), params)
     known = (Normal(), MeanField(Normal()), Pinned(MeanField(Normal())))
     if not isinstance(prior, Posterior) or prior.family not in known:
         found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
