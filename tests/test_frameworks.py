@@ -128,12 +128,13 @@ FACTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Linen with BatchNorm and several samples": linen_batch_norm,
     "nnx Optimizer with BatchNorm": nnx_batch_norm,
     "nnx with several samples": nnx_samples,
+    "VOGN: squares of the gradients of single examples": classifies,
     "Gradient accumulation with optax.MultiSteps": accumulation,
     "A posterior over a part of the model with optax.partition": partitioned,
     "Checkpoints with orbax": orbax,
     "Checkpoints with flax msgpack": msgpack,
 }
-SLOW = {title for title in FACTS if title.startswith(("Raw", "Linen", "nnx"))}
+SLOW = {title for title in FACTS if title.startswith(("Raw", "Linen", "nnx", "VOGN"))}
 
 
 def test_every_recipe_has_its_facts():
