@@ -121,7 +121,8 @@ class Posterior:
                     f"Posterior: {what} needs members of one size; their natural parameters have "
                     f"shapes {jnp.shape(a)} and {jnp.shape(b)}."
                 ) from None
-        self.family.check_sizes(self.natural, other.natural)
+        if isinstance(self.family, Family):  # conditional families have no arithmetic
+            self.family.check_sizes(self.natural, other.natural)
 
     def __mul__(self, other: Posterior) -> Posterior:
         """The (unnormalised) product of two densities: lambda1 + lambda2."""

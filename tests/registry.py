@@ -142,6 +142,7 @@ ROWS = [
         exempt=SELF | {"C2"},
         noisy=True,
         loss=True,
+        slow=True,
     ),
     Row(
         "blr_gaussian_fixed",

@@ -261,7 +261,9 @@ def test_every_estimator_that_applies(x64, name, rule):
     assert any(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("name", ["gamma", "bernoulli", "dirichlet"])
+@pytest.mark.parametrize(
+    "name", ["gamma", "bernoulli", pytest.param("dirichlet", marks=pytest.mark.slow)]
+)
 def test_an_ensemble_under_vmap_is_its_members(x64, name):
     row = ROWS[name]
     start = posterior_of(row, 1)

@@ -79,6 +79,7 @@ def test_score_function_is_unbiased(x64, name):
     unbiased(name, estimators.score_function(50))
 
 
+@pytest.mark.slow
 def test_score_function_without_a_baseline_is_unbiased_and_worse(x64):
     unbiased("gamma", estimators.score_function(50, baseline="none"))
     spread = [
@@ -231,6 +232,7 @@ def test_cubature_is_exact_to_its_degree_and_is_quadrature_for_polynomials(x64):
             near(tuple(found[1]), tuple(exact[1]), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_mean_field_and_a_product_are_estimated_factor_by_factor(x64):
     """A loss that is a sum over factors has the factors' own natural gradients."""
     parts = {name: ROWS[name] for name in ("gamma", "bernoulli", "dirichlet")}

@@ -157,11 +157,8 @@ def _concentrations(g: Float[Array, "... k"]) -> Float[Array, "... k"]:
     def polish(carry: Any) -> Any:
         a, _, count = carry
         step = _inverse_fisher(a, g - _log_means(a)) / a
-        return (
-            a * jnp.exp(jnp.clip(step, -0.5, 0.5)),
-            jnp.max(jnp.abs(step), initial=0.0),
-            count + 1,
-        )
+        largest = jnp.max(jnp.abs(step), initial=0.0)
+        return a * jnp.exp(jnp.clip(step, -0.5, 0.5)), largest, count + 1
 
     def running(carry: Any) -> Array:
         _, largest, count = carry

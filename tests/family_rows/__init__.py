@@ -26,9 +26,7 @@ CORE = ("normal", "gaussian", "bernoulli", "gamma", "dirichlet")
 FAST = (
     *CORE,
     "gaussian_fixed",
-    "beta",
     "inverse_gaussian",
-    "laplace",
     "categorical",
     "binomial",
     "poisson",

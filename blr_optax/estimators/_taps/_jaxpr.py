@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 REMAT = ("remat2", "remat", "checkpoint")
@@ -24,7 +23,9 @@ def trace(f: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
 
 def is_literal(atom: Any) -> bool:
     """Whether an operand is a number written into the equation."""
-    return isinstance(atom, jex.Literal)
+    from jax.extend.core import Literal  # only here: it imports Pallas, as long as all of us
+
+    return isinstance(atom, Literal)
 
 
 def inner_jaxpr(eqn: Any) -> Any | None:
