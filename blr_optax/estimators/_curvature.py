@@ -21,7 +21,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of, others
-from blr_optax.estimators._per_example import batch_size, per_example
+from blr_optax.estimators._per_example import batch_size, checked, per_example
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -170,7 +170,10 @@ class PerExampleSquares:
 
     def matrix(self, at: Sample) -> Array:
         """Plain per-example gradients: the matrix has no shortcut."""
-        examples = jax.tree.map(lambda x: jnp.expand_dims(x, 1), self._batch(at))
+        batch = self._batch(at)
+        batch_size("per_example_squares", batch)
+        checked("per_example_squares", at.mean_loss, at.theta, batch)
+        examples = jax.tree.map(lambda x: jnp.expand_dims(x, 1), batch)
         g = jax.vmap(jax.grad(lambda w, b: at.mean_loss(w, *b)), (None, 0))(at.theta, examples)
         return g.T @ g / g.shape[0]
 

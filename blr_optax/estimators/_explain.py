@@ -29,7 +29,7 @@ def per_example_dot(
 
     Returns:
         [B]. A loss with a custom reverse-mode rule (`custom_vjp`) has no forward mode: there the
-        pass is the transpose of a reverse-mode pass.
+        pass is the transpose of a reverse-mode pass, which has to be linear, as derivatives are.
 
     Raises:
         ValueError: as `per_example`, and for v of another structure.
@@ -43,9 +43,11 @@ def per_example_dot(
       >>> print(blr.per_example_dot(loss, jnp.ones(1), jnp.ones(1), x))
       [2. 8.]
     """
+    _refuse_terms("per_example_dot", loss)
     batch_size("per_example_dot", batch)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     v = _tree.matching_leaves(v, params, "v")
+    v = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), v, params)
     found = checked("per_example_dot", loss, params, batch)
 
     def each(params: Any) -> Float[Array, " B"]:
@@ -55,6 +57,14 @@ def per_example_dot(
         return jax.jvp(each, (params,), (v,))[1]
     value, pull = jax.vjp(each, params)  # <g_i, v> is linear in the cotangents
     return jax.vjp(lambda c: pull(c)[0], jnp.zeros_like(value))[1](v)[0]
+
+
+def _refuse_terms(who: str, loss: Any) -> None:
+    if not callable(loss):
+        raise ValueError(
+            f"{who}: loss must be a function loss(params, *batch); got {type(loss).__name__}, "
+            "whose statistics have a closed form: see per_example."
+        )
 
 
 def explain(loss: Callable[..., Array], params: Any, *batch: Any) -> None:
@@ -80,6 +90,7 @@ def explain(loss: Callable[..., Array], params: Any, *batch: Any) -> None:
       ['v']      (4, 1)  places  dense  32
       ['w']      (3, 4)  places  dense  96
     """
+    _refuse_terms("explain", loss)
     size = batch_size("explain", batch)
     ways = checked("explain", loss, params, batch).ways
     rows = [("parameter", "shape", "way", "why", "extra multiply-adds")]

@@ -16,7 +16,7 @@ from blr_optax import _tree
 from blr_optax.estimators._likelihood import EXACT, exact_cotangent, sampled_cotangent
 from blr_optax.estimators._noise import canonical_key
 from blr_optax.estimators._taps import _mesh, _plan
-from blr_optax.estimators._taps._coupling import coupling
+from blr_optax.estimators._taps._coupling import UNEVEN, coupling
 from blr_optax.estimators._taps._moments import KroneckerFactors, Reduced, strided
 from blr_optax.estimators._taps._sums import (
     Sums,
@@ -88,16 +88,21 @@ def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> 
             f"returns {jax.tree.map(lambda x: x.shape, found.shape)}. Take jnp.mean of it (and "
             "drop auxiliary outputs)."
         )
-    leaves = jax.tree.leaves(params)
-    closed = [any(leaf is c for c in found.consts) for leaf in leaves]
-    if any(closed) or all(way.kind == _plan.UNUSED for way in found.ways):
-        names = sorted(_tree.paths(params))
-        raise ValueError(
-            f"{who}: loss uses its parameters other than through its first argument (or not at "
-            f"all), so their gradient is lost. Write loss(params, *batch); parameters: {names}."
-        )
+    _refuse_closed_over(f"{who}: loss", params, found)
     _refuse_coupled(who, _coupling(loss, params, batch))
     return found
+
+
+def _refuse_closed_over(what: str, params: Any, found: Traced) -> None:
+    """Raises ValueError for a function that does not use its parameters, or other ones instead."""
+    unused = [way.kind == _plan.UNUSED for way in found.ways]
+    closed = [any(leaf is c for c in found.consts) for leaf in jax.tree.leaves(params)]
+    if all(unused) or any(a and b for a, b in zip(unused, closed, strict=True)):
+        raise ValueError(
+            f"{what} uses its parameters other than through its first argument (or not at all), "
+            "so their gradient is lost. Write it as a function of (params, *batch); parameters: "
+            f"{sorted(_tree.paths(params))}."
+        )
 
 
 def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
@@ -105,13 +110,21 @@ def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
         return coupling(loss, shapes(params), batch)
     except Exception as error:
         error.add_note(
-            "per_example traces the loss at batch sizes 1 and 1009, to see whether its examples "
-            "are separate: it must take any size, and pass what is one per example in the batch."
+            "per_example traces the loss at batch sizes 1, 1009 and 1013, to see whether its "
+            "examples are separate: it must take any size, and pass what is one per example in "
+            "the batch."
         )
         raise
 
 
 def _refuse_coupled(who: str, kind: Any) -> None:
+    growth = kind.power if kind.tag == "const" or kind.power is None else kind.power + 1
+    if kind == UNEVEN or (growth and kind.tag in ("sum", "const")):
+        how = kind.reason or f"it grows like B^{growth:g}"
+        raise ValueError(
+            f"{who}: the loss is not a mean over the batch ({how}). Return jnp.mean(...), and "
+            "terms without examples undivided, so that value, grad and curvature are per example."
+        )
     if kind.tag == "mixed":
         raise ValueError(
             f"{who}: the loss couples its examples: {kind.reason}. Gradients of single examples "
@@ -119,14 +132,11 @@ def _refuse_coupled(who: str, kind: Any) -> None:
             "normalisation into inference mode (or use LayerNorm, GroupNorm), pass masks and "
             "token counts as weights=, and mix examples before the batch is passed."
         )
-    if kind.tag == "sum" and kind.power not in (-1, None):
-        raise ValueError(
-            f"{who}: the loss is not a mean over the batch (it grows like B^{1 + kind.power}). "
-            "Return jnp.mean(...), so that value, grad and curvature are per example."
-        )
-    if kind.tag == "unsure":
+    if growth is None:
+        reason = kind.reason or "the batch size occurs inside a nonlinear function"
         warnings.warn(
-            f"{who}: cannot see whether the examples are separate: {kind.reason}.", stacklevel=5
+            f"{who}: cannot see whether the loss is a mean over separate examples: {reason}.",
+            stacklevel=5,
         )
 
 
@@ -170,7 +180,8 @@ def per_example(
             an example, "reduce" the mean input and the sum of the cotangents.
         microbatch: examples at a time, in bounded memory; example i goes to piece i mod M, so a
             sharded batch axis stays sharded when this is a multiple of the devices.
-        weights: how often each example counts, 0 for a padded row: c_i. Then value and grad are
+        weights: how often each example counts, 0 for a padded row (whose loss must still be
+            finite): c_i. Then value and grad are
             sum_i c_i (...) / sum_i c_i and sums are sum_i c_i g_i^2; norms stay as they are.
         key: typed key or integer seed, for sampled labels.
 
@@ -205,7 +216,7 @@ def per_example(
         )
     params, batch, weights = jax.tree.map(jnp.asarray, (params, batch, weights))
     if hasattr(loss, "per_example"):
-        return _of_glm(loss, params, batch, statistics, weights)
+        return _of_glm(loss, params, batch, statistics, weights, labels)
     if {"kfac", "ggn_diagonal"} & {*statistics} and labels != "true":
         key = _check_model(outputs, likelihood, labels, key)
     model = Model(outputs, likelihood, labels)
@@ -256,7 +267,7 @@ def _statistics(
     n = size if weights is None else jnp.sum(weights)
     grad = [(t / n).astype(x.dtype) for t, x in zip(total.total, leaves, strict=True)]
     return PerExample(
-        total.value / n,
+        (total.value / n).astype(jax.tree.leaves(found.shape)[0].dtype),
         tree.unflatten(grad),
         tree.unflatten(total.squares) if wanted.squares else None,
         jnp.sqrt(total.norms) if wanted.norms else None,
@@ -266,10 +277,15 @@ def _statistics(
 
 
 def _of_glm(
-    loss: Any, params: Any, batch: tuple, statistics: tuple[str, ...], weights: Any
+    loss: Any, params: Any, batch: tuple, statistics: tuple[str, ...], weights: Any, labels: str
 ) -> PerExample:
     """A term says all in closed form; its one layer is the flat vector of parameters."""
-    found = loss.per_example(params, batch, weights)
+    if labels == "sampled":
+        raise ValueError(
+            'per_example: labels="sampled" needs a likelihood, and a glm term has a loss; use '
+            '"exact" or "true".'
+        )
+    found = loss.per_example(params, batch, weights, labels == "true")
     factors = {"": KroneckerFactors(*found.pop("factors"))}
     wanted = {name: value if name in statistics else None for name, value in found.items()}
     kfac = factors if "kfac" in statistics else None
@@ -347,6 +363,7 @@ class Model(NamedTuple):
             _coupling(lambda p, *b: jnp.mean(self.outputs(p, *b)), params, batch),
         )
         found = traced(linear, params, (f, *batch))
+        _refuse_closed_over("per_example: outputs", params, found)
 
         def one(cotangent: Array) -> Sums:
             result = sums(found, params, (cotangent, *batch), wanted, weights)

@@ -103,21 +103,26 @@ class GLM(Term):
         """The number of examples."""
         return self.matrix(batch).shape[0]
 
-    def per_example(self, theta: Any, batch: tuple, weights: Any) -> dict[str, Any]:
-        """All statistics of `per_example` at a point: g_n = l_n' x_n, and l_n'' x_n x_n^T."""
+    def per_example(
+        self, theta: Any, batch: tuple, weights: Any, true_labels: bool = False
+    ) -> dict[str, Any]:
+        """All statistics of `per_example` at a point: g_n = l_n' x_n, and l_n'' x_n x_n^T.
+
+        With the true labels the factor of the outputs holds l_n'^2 in place of l_n''.
+        """
         x = self.matrix(batch)
         flat, unravel = jax.flatten_util.ravel_pytree(theta)
         f, c = x @ flat, jnp.ones(x.shape[0], x.dtype) if weights is None else weights
         slope = jax.grad(lambda f: jnp.sum(self.pointwise_loss(f, *batch)))
         first, second = jax.jvp(slope, (f,), (jnp.ones_like(f),))
-        n = jnp.sum(c)
+        n, outer = jnp.sum(c), first**2 if true_labels else second
         return {
             "value": c @ self.pointwise_loss(f, *batch) / n,
             "grad": unravel(x.T @ (c * first) / n),
             "sum_squares": unravel((x * x).T @ (c * first**2)),
             "norms": jnp.abs(first) * jnp.linalg.norm(x, axis=1),
             "ggn_diagonal": unravel((x * x).T @ (c * second)),
-            "factors": ((x.T * c) @ x / n, c @ x / n, jnp.sum(c * second)[None, None]),
+            "factors": ((x.T * c) @ x / n, c @ x / n, jnp.sum(c * outer)[None, None]),
         }
 
 

@@ -37,7 +37,16 @@ def _curvature_at_start(init_precision: Any, prior_precision: Any, ess: Any, dam
     if init_precision is None:
         return 1.0
     check_positive("init_precision", init_precision)
-    start = jax.tree.map(lambda p: (init_precision - p) / at(ess, 0) - damping, prior_precision)
+
+    def leaf(first: Any, prior: Any) -> Any:
+        return (first - prior) / at(ess, 0) - damping
+
+    if jax.tree_util.all_leaves([init_precision]):
+        start = jax.tree.map(lambda prior: leaf(init_precision, prior), prior_precision)
+    elif jax.tree_util.all_leaves([prior_precision]):
+        start = jax.tree.map(lambda first: leaf(first, prior_precision), init_precision)
+    else:
+        start = jax.tree.map(leaf, init_precision, prior_precision)
     if not all(holds(lambda x: x >= 0, x) for x in jax.tree.leaves(start)):
         raise ValueError(
             f"init_precision={init_precision} must be at least prior_precision + ess * damping: "

@@ -1,7 +1,7 @@
 """Losses whose examples see each other, found from shapes alone.
 
-The loss is traced at a prime batch size, so that an axis of examples is one whose size is a
-multiple of it, and every number is followed:
+The loss is traced at two prime batch sizes. An axis of examples is one that grows with the batch,
+a number that depends on the batch size one that differs, and every number is followed:
 
     const   does not depend on the examples        index   the positions 0, 1, ... of the examples
     each    one for each example                   sum     a sum over the examples
@@ -9,20 +9,32 @@ multiple of it, and every number is followed:
 
 A per-example gradient exists when the loss is sum_i l_i / B. Batch normalisation is `each` minus
 `sum`, a contrastive loss has two axes of examples, a loss divided by its number of tokens divides
-a sum by a sum.
+a sum by a sum. What `custom_vjp` does in its backward pass is not seen.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from blr_optax.estimators._taps import _jaxpr
 from blr_optax.estimators._taps._plan import scan_parts
+from blr_optax.estimators._taps._primitives import (
+    ALONG,
+    CALLS,
+    ELEMENTWISE,
+    KNOWN,
+    LINEAR,
+    MATRIX,
+    POWERS,
+    STILL_INDEX,
+)
 
-PRIMES = (1009, 1013, 10007)  # none of which is likely to divide a width
+PRIMES = (1009, 1013)
 
 
 class Kind(NamedTuple):
@@ -32,45 +44,64 @@ class Kind(NamedTuple):
         tag: as above.
         power: of the batch size by which it was multiplied; None if unknown.
         reason: for mixed and unsure; MOVED for positions other than the example's own.
+        outer: how many blocks of examples its axis of examples holds, [T, B] made one axis has T.
     """
 
     tag: str
-    power: int | None = 0
+    power: float | None = 0
     reason: str = ""
+    outer: int = 1
 
 
 CONST, INDEX = Kind("const"), Kind("index")
+ZERO = Kind("const", reason="zero")
 POSITIONS = "positions"  # the reason of indices that hold the examples' positions
 MOVED = Kind("index", reason="moved")
 RANK = ("const", "index", "each", "sum", "unsure", "mixed")
 LOOP = "a loop over the examples"
-LINEAR = ("add", "sub", "neg", "reduce_sum", "convert_element_type", "reshape", "squeeze", "copy",
-          "broadcast_in_dim", "expand_dims", "stop_gradient", "copy_p", "transpose")  # fmt: skip
-LINEAR_IN_SUMS = (*LINEAR, "slice", "dynamic_slice", "gather", "concatenate", "rev", "split", "pad",
-                  "stack", "unstack")  # fmt: skip
-STILL_INDEX = ("add", "lt", "select_n", "broadcast_in_dim", "reshape", "convert_element_type",
-               "squeeze", "transpose", "concatenate")  # fmt: skip
-ELEMENTWISE = ("add", "sub", "mul", "div", "rem", "neg", "pow", "integer_pow", "exp", "max", "min",
-               "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "select_n")  # fmt: skip
-# How many of the last axes are one matrix.
-MATRIX = {"cholesky": 2, "lu": 2, "qr": 2, "geqrf": 2, "householder_product": 2, "eigh": 2,
-          "eig": 2, "svd": 2, "schur": 2, "hessenberg": 2, "top_k": 1}  # fmt: skip
-ALONG = {"rev": "dimensions", "sort": "dimension", "cumsum": "axis", "cumprod": "axis",
-         "cummax": "axis", "cummin": "axis", "cumlogsumexp": "axis",
-         "concatenate": "dimension"}  # fmt: skip
-CALLS = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+UNEVEN = Kind("mixed", reason="it adds terms that grow differently with the batch")
+BRANCHES = Kind("unsure", None, "its operations change with the batch size")
 
 
 def coupling(loss: Callable[..., Any], params: Any, batch: tuple) -> Kind:
     """How the loss depends on the examples of a batch; `sum` with power -1 is a mean."""
-    sizes = {n for x in jax.tree.leaves((params, batch)) for n in x.shape}
-    prime = next(p for p in PRIMES if not any(n % p == 0 for n in sizes if n))
-    many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((prime, *x.shape[1:]), x.dtype), batch)
-    closed, _ = _jaxpr.trace(loss, params, *many)
-    jaxpr, _ = _jaxpr.open_jaxpr(closed)
+
+    def at(size: int) -> tuple[Any, Sequence[Any]]:
+        many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+        return _jaxpr.open_jaxpr(_jaxpr.trace(loss, params, *many)[0])
+
+    (jaxpr, consts), (twin, twins) = map(at, PRIMES)
     leaves = len(jax.tree.leaves(params))
     kinds = [CONST] * leaves + [Kind("each")] * (len(jaxpr.invars) - leaves)
-    return Follower(prime).follow(jaxpr, kinds)[0]
+    if len(consts) != len(twins):
+        return BRANCHES
+    return Follower({}).follow(jaxpr, twin, kinds, list(map(constant, consts, twins)))[0]
+
+
+def constant(x: Any, twin: Any) -> Kind:
+    """The kind of a number that the loss closes over, from its values at both batch sizes."""
+    if any(isinstance(v, jax.core.Tracer) or not _is_number(v) for v in (x, twin)):
+        return CONST
+    a, b = (np.asarray(v) for v in (x, twin))
+    if not (a.any() or b.any()):
+        return ZERO
+    if a.shape != b.shape:  # one for each example
+        same = a.size and b.size and np.all(a == a.flat[0]) and np.all(b == b.flat[0])
+        if not same:
+            return MOVED
+        a, b = a.flat[0], b.flat[0]
+    if np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"):
+        return CONST
+    a, b = np.abs(np.float64(a)), np.abs(np.float64(b))
+    with np.errstate(all="ignore"):
+        powers = np.log(b / a) / math.log(PRIMES[1] / PRIMES[0])
+        power = float(np.round(2 * np.mean(powers)) / 2)
+        fits = np.all(np.isfinite(powers)) and np.all(np.abs(powers - power) < 1e-2)
+    return Kind("const", power if fits else None)
+
+
+def _is_number(x: Any) -> bool:
+    return np.issubdtype(getattr(x, "dtype", np.asarray(x).dtype), np.number)
 
 
 def joined(kinds: Sequence[Kind]) -> Kind:
@@ -81,53 +112,77 @@ def joined(kinds: Sequence[Kind]) -> Kind:
 
 
 class Follower(NamedTuple):
-    """Follows kinds through a jaxpr traced at a prime batch size."""
+    """Follows kinds through two jaxprs of one loss, traced at both batch sizes.
 
-    prime: int
+    Attributes:
+        twins: the variable of the second jaxpr for each of the first.
+    """
 
-    def follow(self, jaxpr: Any, kinds: Sequence[Kind]) -> list[Kind]:
+    twins: dict[Any, Any]
+
+    def follow(
+        self, jaxpr: Any, twin: Any, kinds: Sequence[Kind], consts: Sequence[Kind] | None = None
+    ) -> list[Kind]:
         """The kinds of the outputs of a jaxpr."""
-        env = dict(zip(jaxpr.invars, kinds, strict=True)) | dict.fromkeys(jaxpr.constvars, CONST)
+        env = dict(zip(jaxpr.invars, kinds, strict=True))
+        env |= dict(zip(jaxpr.constvars, consts or [CONST] * len(jaxpr.constvars), strict=True))
+        self._pair([*jaxpr.invars, *jaxpr.constvars], [*twin.invars, *twin.constvars])
 
-        def read(atom: Any) -> Kind:
-            return CONST if _jaxpr.is_literal(atom) else env[atom]
+        def read(atom: Any, twin: Any) -> Kind:
+            if not _jaxpr.is_literal(atom):
+                return env[atom]
+            return constant(atom.val, twin.val) if _jaxpr.is_literal(twin) else BRANCHES
 
-        for eqn in jaxpr.eqns:
-            found = self._apply(eqn, [read(x) for x in eqn.invars])
+        names = [[eqn.primitive.name for eqn in x.eqns] for x in (jaxpr, twin)]
+        if names[0] != names[1]:
+            return [BRANCHES] * len(jaxpr.outvars)
+        for eqn, other in zip(jaxpr.eqns, twin.eqns, strict=True):
+            self._pair(eqn.outvars, other.outvars)
+            found = self._apply(eqn, other, list(map(read, eqn.invars, other.invars)))
             env |= dict(zip(eqn.outvars, found, strict=True))
-        return [read(x) for x in jaxpr.outvars]
+        return list(map(read, jaxpr.outvars, twin.outvars))
+
+    def _pair(self, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+        self.twins.update(zip(ours, theirs, strict=True))
 
     def _axes(self, atom: Any) -> list[int]:
         """The axes of examples of an operand."""
-        return [i for i, n in enumerate(atom.aval.shape) if n and n % self.prime == 0]
+        if _jaxpr.is_literal(atom):
+            return []
+        sizes = zip(atom.aval.shape, self.twins[atom].aval.shape, strict=True)
+        return [i for i, (n, m) in enumerate(sizes) if n != m]
 
-    def _apply(self, eqn: Any, kinds: list[Kind]) -> list[Kind]:
+    def _apply(self, eqn: Any, twin: Any, kinds: list[Kind]) -> list[Kind]:
         name = eqn.primitive.name
-        inner = _jaxpr.inner_jaxpr(eqn)
+        inner, other = (_jaxpr.inner_jaxpr(x) for x in (eqn, twin))
         if inner is None and name in CALLS:
-            inner = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])[0]
+            inner, other = (_jaxpr.open_jaxpr(x.params["call_jaxpr"])[0] for x in (eqn, twin))
         if inner is not None:
-            return self.follow(inner, kinds)
+            return self.follow(inner, other, kinds)
         top = joined(kinds) if kinds else CONST
         if top.tag in ("mixed", "unsure"):
             return [top] * len(eqn.outvars)
         if name == "scan":
-            return self._scan(eqn, kinds)
+            return self._scan(eqn, twin, kinds)
+        if name == "while":
+            return self._while(eqn, twin, kinds)
         if name == "cond":
-            branches = [_jaxpr.open_jaxpr(b)[0] for b in eqn.params["branches"]]
-            outs = [self.follow(b, kinds[1:]) for b in branches]
+            branches = zip(eqn.params["branches"], twin.params["branches"], strict=True)
+            outs = [self.follow(*(_jaxpr.open_jaxpr(x)[0] for x in b), kinds[1:]) for b in branches]
             return [joined([*k, kinds[0]]) for k in zip(*outs, strict=True)]
         return [self._one(eqn, kinds, top, out) for out in eqn.outvars]
 
     def _one(self, eqn: Any, kinds: list[Kind], top: Kind, out: Any) -> Kind:
         name = eqn.primitive.name
         if name == "iota":
-            return INDEX if self._axes(out) else CONST
+            return INDEX if eqn.params["dimension"] in self._axes(out) else CONST
         if top.tag == "index":
             return self._of_index(eqn, kinds)
-        if top.tag == "const":  # ones summed over the examples are their number
-            counted = name == "reduce_sum" and any(map(self._axes, eqn.invars))
-            return Kind("const", None) if counted else top
+        if top.tag == "const":
+            if name.startswith("cum") and self._along(eqn):
+                return MOVED  # ones added up along the examples are their positions
+            zero = name in LINEAR and all(k == ZERO for k in kinds)
+            return ZERO if zero else Kind("const", self._power(eqn, kinds))
         if any(k.tag == "sum" for k in kinds):
             return self._of_sums(eqn, kinds)
         return self._of_each(eqn, kinds, out)
@@ -138,69 +193,100 @@ class Follower(NamedTuple):
         literals = [x.val for x in eqn.invars if _jaxpr.is_literal(x)]
         if name not in STILL_INDEX:
             return MOVED if name in ELEMENTWISE else CONST
-        same = name != "add" or (literals and literals[0] % self.prime == 0)
+        same = name != "add" or (literals and literals[0] % PRIMES[0] == 0)
         return INDEX if same and MOVED not in kinds else MOVED
+
+    def _power(self, eqn: Any, kinds: list[Kind]) -> float | None:
+        """Of the batch size in what an equation makes of numbers that were multiplied by it."""
+        name, powers = eqn.primitive.name, [k.power for k in kinds]
+        if None in powers:
+            return None
+        total = sum(powers)
+        if name == "dot_general":
+            counted = any(set(c) & set(self._axes(x)) for x, c in zip(
+                eqn.invars, eqn.params["dimension_numbers"][0], strict=True))  # fmt: skip
+            return total + counted if all(k.tag == "const" for k in kinds) else total
+        if name == "reduce_sum" and kinds[0].tag == "const":  # ones summed are their number
+            return total + bool(set(eqn.params["axes"]) & set(self._axes(eqn.invars[0])))
+        if name in ("mul", "conv_general_dilated"):
+            return total
+        if name == "div":
+            return powers[0] - powers[1]
+        if name in POWERS:
+            return powers[0] * POWERS[name]
+        if name == "integer_pow":
+            return powers[0] * eqn.params["y"]
+        if name == "select_n":
+            powers = powers[1:]
+        if name in LINEAR and len({*powers}) == 1:
+            return powers[0]
+        return None if any(powers) else 0
 
     def _of_sums(self, eqn: Any, kinds: list[Kind]) -> Kind:
         """Sums over the examples may only be added up and multiplied by numbers."""
         name = eqn.primitive.name
         sums = [k for k in kinds if k.tag == "sum"]
+        numbers = [k for k in kinds if k.tag == "const"]
         if any(k.tag == "each" for k in kinds):
             return Kind("mixed", reason=f"`{name}` of an example and a sum over the examples")
+        if (name in ("mul", "dot_general") and len(sums) == 1) or (
+            name == "div" and kinds[1].tag == "const"
+        ):
+            return Kind("sum", self._power(eqn, kinds))
+        if not (name in LINEAR and (name != "select_n" or kinds[0].tag == "const")):
+            return Kind("mixed", reason=f"`{name}` of a sum over the examples")
         powers = {k.power for k in sums}
-        power = None if None in powers else max(powers, key=lambda p: (p != -1, p))
-        still = kinds[0].tag == "const" if name == "select_n" else name in LINEAR_IN_SUMS
-        if still or (name == "dot_general" and len(sums) == 1):
-            return Kind("sum", power)
-        if (name == "mul" and len(sums) == 1) or (name == "div" and kinds[1].tag == "const"):
-            return Kind("sum", self._scaled(eqn, kinds, power))
-        return Kind("mixed", reason=f"`{name}` of a sum over the examples")
-
-    def _scaled(self, eqn: Any, kinds: list[Kind], power: int | None) -> int | None:
-        """The power after a product with, or a division by, a number."""
-        literals = [x for x in eqn.invars if _jaxpr.is_literal(x)]
-        if power is None or eqn.primitive.name not in ("mul", "div"):
-            return power
-        if Kind("const", None) in kinds:
-            return None
-        if not literals:  # a constant for every example may hold anything
-            constants = [x for x, k in zip(eqn.invars, kinds, strict=True) if k.tag == "const"]
-            return None if any(map(self._axes, constants)) else power
-        number = float(literals[0].val)
-        if eqn.primitive.name == "div" and number:
-            number = 1 / number
-        multiples = 1 / (number * self.prime) if number else 0.0
-        return power - 1 if multiples >= 0.5 and abs(multiples - round(multiples)) < 1e-4 else power
+        if name in ("add", "sub"):
+            powers |= {None if k.power is None else k.power - 1 for k in numbers if k != ZERO}
+        if None not in powers and len(powers) > 1:
+            return UNEVEN
+        return Kind("sum", None if None in powers else powers.pop())
 
     def _of_each(self, eqn: Any, kinds: list[Kind], out: Any) -> Kind:
         name = eqn.primitive.name
-        each = [x for x, k in zip(eqn.invars, kinds, strict=True) if k.tag == "each"]
-        power = joined(kinds).power
-        if name in ELEMENTWISE and any(k.tag == "index" for k in kinds):
+        each = [(x, k) for x, k in zip(eqn.invars, kinds, strict=True) if k.tag == "each"]
+        of_index = any(k.tag == "index" for k in kinds)
+        if of_index and name in (*ELEMENTWISE, "dot_general", "conv_general_dilated"):
             return Kind("mixed", reason=f"`{name}` of an example and its position in the batch")
         if len(self._axes(out)) > 1:
             return Kind("mixed", reason=f"`{name}` of every example with every other")
-        if self._mixes(eqn, kinds, out):
+        outer = {k.outer for x, k in each if self._axes(x)}
+        if len(outer) > 1 or self._mixes(eqn, kinds, out):
             return Kind("mixed", reason=f"`{name}` along the examples")
+        if name not in KNOWN:
+            return Kind("unsure", None, f"`{name}` of examples")
+        power = self._power(eqn, kinds)
         if name == "concatenate" and INDEX in kinds:
             return Kind("each", power, POSITIONS)
         if self._axes(out):
-            linear = name in (*LINEAR, "mul", "div", "select_n", "gather", "transpose")
-            scaled = self._scaled(eqn, kinds, power)
-            return Kind("each", scaled if linear or scaled == 0 else None)
-        if name in ("reduce_sum", "dot_general") and any(map(self._axes, each)):
+            outer = self._blocks(eqn, each[0][1]) if name == "reshape" else max(outer, default=1)
+            if not outer:
+                return Kind("mixed", reason="`reshape` across the examples")
+            return Kind("each", power, outer=outer)
+        if name in ("reduce_sum", "dot_general") and any(self._axes(x) for x, _ in each):
             return Kind("sum", power)
-        if name == "while":
-            return Kind("unsure", None, LOOP)
         return Kind("mixed", reason=f"`{name}` over the examples")
+
+    def _blocks(self, eqn: Any, kind: Kind) -> int:
+        """How many blocks of examples the axis of a reshaped array holds; 0 where it mixes them."""
+        (before,), (after,) = self._axes(eqn.invars[0]), self._axes(eqn.outvars[0])
+        old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        outside, per_block = math.prod(old[:before]) * kind.outer, math.prod(new[:after])
+        blocks, rest = divmod(outside, per_block)
+        whole = not rest and blocks and (new[after] // PRIMES[0]) % blocks == 0
+        return blocks if whole else 0
+
+    def _along(self, eqn: Any) -> bool:
+        """Whether an equation works along the axis of the examples."""
+        along = eqn.params[ALONG[eqn.primitive.name]]
+        along = along if isinstance(along, Sequence) else (along,)
+        return bool(set(along) & {i for x in eqn.invars for i in self._axes(x)})
 
     def _mixes(self, eqn: Any, kinds: list[Kind], out: Any) -> bool:
         """Whether an equation brings different examples together without summing them up."""
         name, axes = eqn.primitive.name, self._axes(eqn.invars[0])
         if name in ALONG:
-            along = eqn.params[ALONG[name]]
-            along = along if isinstance(along, Sequence) else (along,)
-            return bool(set(along) & {i for x in eqn.invars for i in self._axes(x)})
+            return self._along(eqn)
         if name in MATRIX or name == "fft":
             last = MATRIX[name] if name in MATRIX else len(eqn.params["fft_lengths"])
             return any(i >= len(eqn.invars[0].aval.shape) - last for i in axes)
@@ -219,27 +305,47 @@ class Follower(NamedTuple):
         if name == "conv_general_dilated":
             spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
             allowed = {spec.lhs_spec[0]}
-            if groups % self.prime == 0:
+            if groups % PRIMES[0] == 0:
                 allowed.add(spec.lhs_spec[1])
-            return not set(axes) <= allowed
+            return not set(axes) <= allowed or eqn.params["batch_group_count"] > 1
         if name == "gather" and kinds[0].tag == "each":
             d = eqn.params["dimension_numbers"]
             met = set(axes) & {*d.start_index_map}
             whole = all(eqn.params["slice_sizes"][i] == eqn.invars[0].aval.shape[i] for i in met)
             ours = kinds[1] == INDEX or kinds[1].reason == POSITIONS  # l[arange(B), y]
             return bool(met) and not whole and not ours
+        if name.startswith("scatter"):
+            d = eqn.params["dimension_numbers"]
+            met = set(axes) & {*d.scatter_dims_to_operand_dims}
+            return bool(met) and not (kinds[1] == INDEX or kinds[1].reason == POSITIONS)
+        if name in ("dynamic_slice", "dynamic_update_slice", "slice", "pad"):
+            parts = eqn.invars[1] if name == "dynamic_update_slice" else out
+            return any(parts.aval.shape[i] != eqn.invars[0].aval.shape[i] for i in axes)
         return False
 
-    def _scan(self, eqn: Any, kinds: list[Kind]) -> list[Kind]:
-        body = _jaxpr.open_jaxpr(eqn.params["jaxpr"])[0]
+    def _scan(self, eqn: Any, twin: Any, kinds: list[Kind]) -> list[Kind]:
         consts, carry, xs = scan_parts(eqn, kinds)
-        if eqn.params["length"] % self.prime == 0:  # a loop over the examples
+        if eqn.params["length"] != twin.params["length"]:  # a loop over the examples
             alone = not carry and all(k.tag == "const" for k in consts)
             found = Kind("each", None) if alone else Kind("unsure", None, LOOP)
             return [found] * len(eqn.outvars)
+        body = [_jaxpr.open_jaxpr(x.params["jaxpr"])[0] for x in (eqn, twin)]
+        carry, ys = self._settled(body, consts, carry, xs)
+        return [*carry, *ys]
+
+    def _while(self, eqn: Any, twin: Any, kinds: list[Kind]) -> list[Kind]:
+        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        body = [_jaxpr.open_jaxpr(x.params["body_jaxpr"])[0] for x in (eqn, twin)]
+        consts, carry = kinds[first : first + second], kinds[first + second :]
+        return self._settled(body, consts, carry, [])[0]
+
+    def _settled(
+        self, body: Sequence[Any], consts: list[Kind], carry: list[Kind], xs: list[Kind]
+    ) -> tuple[list[Kind], list[Kind]]:
+        """The kinds of the carry once a loop does not change them any more, and of the rest."""
         while True:
-            out = self.follow(body, [*consts, *carry, *xs])
+            out = self.follow(*body, [*consts, *carry, *xs])
             grown = [joined([a, b]) for a, b in zip(carry, out, strict=False)]
             if grown == carry:
-                return [*carry, *out[len(carry) :]]
+                return carry, out[len(carry) :]
             carry = grown

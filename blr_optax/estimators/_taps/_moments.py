@@ -73,7 +73,7 @@ class Reduced(KroneckerFactors):
 def pieces(examples: int, numbers: int) -> int:
     """Into how many equal pieces the examples are split when each forms this many numbers."""
     most = one_for_each_device(examples)
-    fewest = min(most, math.ceil(examples * numbers / FORMED_AT_ONCE))
+    fewest = min(most, max(1, math.ceil(examples * numbers / FORMED_AT_ONCE)))
     return next(n for n in range(fewest, most + 1) if most % n == 0)
 
 

@@ -41,6 +41,8 @@ def place(
     def bwd(saved: tuple, d: Array) -> tuple:
         a, w, shadow, weights = saved
         found = statistics(a, d, shadow, weights)
+        # Norms are of all parameters, in the widest of their dtypes.
+        found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, shadow)
         back = None
         if a is not None and jnp.issubdtype(a.dtype, jnp.floating):
             (back,) = jax.vjp(lambda x: forward(x, w), a)[1](d)

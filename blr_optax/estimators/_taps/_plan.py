@@ -34,12 +34,14 @@ class View:
         level: the body of which loop it lives in; numbers are only compared within one.
         numbers: which numbers of the level it holds, found when asked for.
         scaled: whether it is a multiple of its numbers.
+        joined: whether it was put together from several views, which may hold the same number.
     """
 
     roots: frozenset[int]
     level: int
     numbers: Callable[[], np.ndarray]
     scaled: bool = False
+    joined: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ class Follower:
         self.refused: dict[int, str] = {}
         self._levels = itertools.count(1)
 
-    def follow(self, jaxpr: Any, kinds: Sequence[Any], consts: int = 0) -> list[Any]:
+    def follow(self, jaxpr: Any, kinds: Sequence[Any]) -> list[Any]:
         """The kinds of the outputs of a jaxpr, from those of its inputs."""
         env = dict(zip(jaxpr.invars, kinds, strict=True))
         env |= dict.fromkeys(jaxpr.constvars, CONST)
@@ -131,8 +133,9 @@ class Follower:
             with jax.ensure_compile_time_eval():
                 return np.asarray(_jaxpr.bind(eqn, *map(jax.numpy.asarray, held), *literals)[index])
 
+        joined = len(views) > 1 or views[0].joined
         return [
-            View(roots, views[0].level, lambda i=i: numbers(i), scaled)
+            View(roots, views[0].level, lambda i=i: numbers(i), scaled, joined)
             for i in range(len(eqn.outvars))
         ]
 
@@ -145,7 +148,7 @@ class Follower:
         level, offset, inner = next(self._levels), 0, []
         for kind, var in zip(xs, body.invars[len(consts) + len(carry) :], strict=True):
             if isinstance(kind, View):
-                kind = whole(kind.roots, var.aval.shape, level, offset)
+                kind = whole(kind.roots, var.aval.shape, level, offset, kind.scaled)
                 offset += math.prod(var.aval.shape)
             inner.append(kind)
         known = [BATCHED if isinstance(k, View) else k for k in (*consts, *carry)]
@@ -155,10 +158,12 @@ class Follower:
         return [BATCHED if isinstance(k, View) else k for k in out]
 
 
-def whole(roots: frozenset[int], shape: tuple[int, ...], level: int, offset: int) -> View:
+def whole(
+    roots: frozenset[int], shape: tuple[int, ...], level: int, offset: int, scaled: bool = False
+) -> View:
     """The view that holds all numbers of an array."""
     size = math.prod(shape)
-    return View(roots, level, lambda: np.arange(offset, offset + size).reshape(shape))
+    return View(roots, level, lambda: np.arange(offset, offset + size).reshape(shape), scaled)
 
 
 def scan_parts(eqn: Any, values: Sequence[Any]) -> tuple[list, list, list]:
@@ -212,18 +217,20 @@ def entering(index: int, shape: tuple[int, ...], refused: dict[int, str], offset
 
 
 def tied(uses: Sequence[Use]) -> dict[int, str]:
-    """Parameters of which two uses touch the same number."""
+    """Parameters of which two uses, or one twice, touch the same number."""
     levels = collections.defaultdict(list)
     for use in uses:
         levels[use.view.level].append(use)
     found = {}
     for group in levels.values():
         count = collections.Counter(root for use in group for root in use.view.roots)
-        for root in (root for root, times in count.items() if times > 1):
-            numbers = [use.view.numbers().ravel() for use in group if root in use.view.roots]
-            together = np.concatenate(numbers)
+        for root, times in count.items():
+            views = [use.view for use in group if root in use.view.roots]
+            if times == 1 and not views[0].joined:
+                continue
+            together = np.concatenate([view.numbers().ravel() for view in views])
             if np.unique(together).size < together.size:
-                found[root] = f"used {count[root]} times"
+                found[root] = f"used {times} times" if times > 1 else "used twice in one place"
     return found
 
 

@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from blr_optax.estimators._taps import _jaxpr
 
 CONST, BATCHED, VIEW = "const", "batched", "view"
@@ -21,8 +23,9 @@ CONST, BATCHED, VIEW = "const", "batched", "view"
 # Linear and injective in their first operand: they only move numbers.
 MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "split", "copy",
          "unstack")  # fmt: skip
-# They change the precision of the numbers: nothing for a shadow to do.
-CASTS = ("convert_element_type", "reduce_precision", "copy_p")
+# They change the precision of the numbers, or say something of them: nothing for a shadow to do.
+CASTS = ("convert_element_type", "reduce_precision", "copy_p", "sharding_constraint", "name",
+         "optimization_barrier")  # fmt: skip
 SCALES = ("mul", "div", "add", "sub", "neg")
 SMALL = 4096
 
@@ -33,8 +36,10 @@ def rule(eqn: Any, tags: Sequence[str]) -> str:
     if not views:
         return "plain"
     name = eqn.primitive.name
-    if name == "stop_gradient":
+    if name == "stop_gradient" or _is_rounding(eqn):
         return "stop"
+    if any(jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in (*eqn.invars, *eqn.outvars)):
+        return "refuse"  # the statistics are of real gradients
     if name == "scan":
         return "scan"
     if _jaxpr.inner_jaxpr(eqn) is not None:
@@ -51,6 +56,12 @@ def rule(eqn: Any, tags: Sequence[str]) -> str:
     if name == "gather" and views == [0] and _is_lookup(eqn):
         return "lookup"
     return "copy" if all(_is_small(eqn, tags, i) for i in views) else "refuse"
+
+
+def _is_rounding(eqn: Any) -> bool:
+    """Whether numbers become integers or truth values, which have no gradient."""
+    is_cast = eqn.primitive.name == "convert_element_type"
+    return is_cast and not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
 
 
 def _size(atom: Any) -> int:

@@ -83,7 +83,7 @@ class Runner(NamedTuple):
         if name == "scan":
             return self._scan(eqn, values)
         if name == "stop":
-            return [Plain(jax.lax.stop_gradient(values[0].x))]
+            return [Plain(x) for x in jax.lax.stop_gradient(_jaxpr.bind(eqn, values[0].x))]
         if name == "view":
             return moved(eqn, values)
         if name == "scale":

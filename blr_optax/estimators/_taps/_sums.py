@@ -85,6 +85,11 @@ def traced(loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
     )
 
 
+def wide(x: Array) -> Array:
+    """In the dtype in which statistics are accumulated."""
+    return x.astype(_tree.statistics_dtype(x.dtype))
+
+
 def zeros_like(x: Array) -> Array:
     """Zeros in the statistics dtype of a parameter."""
     return jnp.zeros_like(x, dtype=_tree.statistics_dtype(x.dtype))
@@ -154,7 +159,7 @@ def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Arra
             return jnp.sum(each), each
 
         sums, each = jax.grad(loss, has_aux=True)(dummies)
-        sums = sums._replace(value=jnp.sum(weighed(each, weights)))
+        sums = sums._replace(value=jnp.sum(weighed(wide(each), weights)))
     for place, i in enumerate(chunks):
         sums.total[i] = in_chunks.total[place]
         if wanted.squares:
@@ -186,11 +191,11 @@ def chunk_sums(
         examples = jax.tree.map(lambda x: jnp.expand_dims(strided(x, count, index), 1), batch)
         value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0))(chosen, examples)
         c = None if weights is None else strided(weights, count, index)
-        wide = [g.astype(_tree.statistics_dtype(g.dtype)) for g in grads]
-        gg = [jnp.square(g) for g in wide]
+        grads = list(map(wide, grads))
+        gg = [jnp.square(g) for g in grads]
         return Sums(
-            jnp.sum(weighed(value, c)),
-            [jnp.sum(weighed(g, c), 0) for g in wide],
+            jnp.sum(weighed(wide(value), c)),
+            [jnp.sum(weighed(g, c), 0) for g in grads],
             [jnp.sum(weighed(g, c), 0) for g in gg] if wanted.squares else None,
             sum(jnp.sum(g.reshape(len(g), -1), 1) for g in gg) if wanted.norms else None,
         )
