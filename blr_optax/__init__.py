@@ -3,11 +3,10 @@
 lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
+from typing import Any
+
 from blr_optax import estimators, families, metrics, plots, rule
 from blr_optax._posterior import Posterior
-
-# Statistics of per-example gradients.
-from blr_optax.estimators import PerExample, explain, per_example, per_example_dot
 
 # The deep-learning rows.
 from blr_optax.optimizers import (
@@ -78,3 +77,14 @@ __all__ = [
     "vogn",
     "with_posterior",
 ]
+
+# Statistics of per-example gradients, imported when first asked for.
+_BY_EXAMPLE = ("PerExample", "explain", "per_example", "per_example_dot")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `estimators` that is not imported yet."""
+    if name not in _BY_EXAMPLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(estimators, name)
+    return globals()[name]

@@ -247,3 +247,48 @@ def test_a_tree_of_first_precisions():
         q = blr.posterior(tx.init(params), params)
         np.testing.assert_allclose(q.variance["a"], 1 / 4, rtol=1e-6)
         np.testing.assert_allclose(q.variance["b"], 1 / 5, rtol=1e-6)
+
+
+def test_bad_arguments_say_which():
+    loss = lambda p, x: jnp.mean(inner(p, x))  # noqa: E731
+    w, ask = jnp.asarray(W), blr.per_example
+    for message, call in {
+        "statistics=None; give a tuple": lambda: ask(loss, w, X, statistics=None),
+        "microbatch=3.0 must divide": lambda: ask(loss, w, X, microbatch=3.0),
+        "loss must be a function or a glm term": lambda: ask(None, w, X),
+        "Pass arrays, not lists": lambda: ask(loss, w, X.tolist()),
+        "the batch is empty": lambda: ask(loss, w, X[:0]),
+        "have one class": lambda: ask(
+            loss, w, X, statistics=("kfac",), outputs=lambda p, x: x @ p[:, :1],
+            likelihood="categorical",
+        ),
+        "not both": lambda: blr.vogn(
+            0.1, 10.0, init_precision=5.0,
+            init=blr.Posterior(MEAN_FIELD, MEAN_FIELD.natural(mean=0.0, precision=5.0)),
+        ),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert ask(loss, w, X, weights=[1.0] * B).value == pytest.approx(float(loss(w, X)))
+
+
+MEAN_FIELD = blr.families.get("gaussian_diagonal")
+
+
+def test_negative_squares_are_skipped_and_counted():
+    params, tx = jnp.zeros(2), blr.vogn(0.1, 10.0)
+    updates, state = tx.update(jnp.ones(2), tx.init(params), params, curvature=-jnp.ones(2))
+    assert int(state[0].skipped) == 1 and not jnp.any(updates)
+
+
+def test_a_mask_of_each_example(x64):
+    """Dropout with a key per example is a loss of separate examples."""
+    keys = jax.random.split(jax.random.key(0), B)
+
+    def loss(p, x, keys):
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (D,)))(keys)
+        return jnp.mean(jnp.sum((x * keep) @ p, -1) ** 2)
+
+    w, x = jnp.asarray(W), jnp.asarray(X)
+    found = blr.per_example(loss, w, x, keys)
+    np.testing.assert_allclose(found.grad, jax.grad(loss)(w, x, keys), rtol=1e-10)

@@ -1,5 +1,10 @@
 """How grad_mu E_q[loss] is approximated: where the loss is looked at, and which curvature."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from blr_optax.estimators._curvature import (
     Curvature,
     exact,
@@ -11,15 +16,14 @@ from blr_optax.estimators._curvature import (
 from blr_optax.estimators._discrete import concrete, enumerate
 from blr_optax.estimators._estimator import Estimator
 from blr_optax.estimators._expectation import cubature, delta, gauss_hermite, monte_carlo
-from blr_optax.estimators._explain import explain, per_example_dot
 from blr_optax.estimators._general import least_squares, score_function
 from blr_optax.estimators._natural_gradient import natural_gradient
-from blr_optax.estimators._per_example import PerExample, per_example
 from blr_optax.estimators._terms import Term, conjugate, glm
 
 __all__ = [
     "Curvature",
     "Estimator",
+    "KroneckerFactors",
     "PerExample",
     "Term",
     "concrete",
@@ -42,3 +46,21 @@ __all__ = [
     "score_function",
     "squared_gradient",
 ]
+
+# Imported when first asked for: most programs have no need of the layer taps.
+_HOME = {
+    "KroneckerFactors": "_taps._moments",
+    "PerExample": "_per_example",
+    "explain": "_explain",
+    "per_example": "_per_example",
+    "per_example_dot": "_explain",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the layer taps that is not imported yet."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found

@@ -21,7 +21,6 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of, others
-from blr_optax.estimators._per_example import batch_size, checked, per_example
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -170,6 +169,8 @@ class PerExampleSquares:
 
     def matrix(self, at: Sample) -> Array:
         """Plain per-example gradients: the matrix has no shortcut."""
+        from blr_optax.estimators._separate import batch_size, checked  # with all layer taps
+
         batch = self._batch(at)
         batch_size("per_example_squares", batch)
         checked("per_example_squares", at.mean_loss, at.theta, batch)
@@ -178,6 +179,8 @@ class PerExampleSquares:
         return g.T @ g / g.shape[0]
 
     def diagonal(self, at: Sample) -> Any:
+        from blr_optax.estimators._per_example import batch_size, per_example
+
         batch = self._batch(at)
         size = batch_size("per_example_squares", batch)
         squares = per_example(lambda w, b: at.mean_loss(w, *b), at.theta, batch).sum_squares
@@ -316,7 +319,9 @@ def per_example_squares() -> PerExampleSquares:
     Never negative, so the precision stays positive with the plain step. For a negative
     log-likelihood at the right parameters it estimates the Gauss-Newton (Fisher) matrix without
     bias, whatever the batch size, which squares of the mean gradient do not. The diagonal costs one
-    more matrix product per layer (`per_example`), the matrix a gradient for every example.
+    more matrix product per layer (`per_example`), the matrix a gradient for every example. With
+    weighted or padded rows take `found = per_example(loss, theta, *batch, weights=c)` at the sample
+    theta, and pass `found.grad` and `found.sum_squares / sum(c)` to `update`.
 
     Source: Khan et al. (2018), VOGN; Osawa et al. (2019). Special case of `blr_update` with
     `estimator=monte_carlo(1, curvature=per_example_squares())`: VOGN; with `delta`: OGN.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.estimators._per_example import batch_size, checked
+from blr_optax.estimators._separate import batch_size, checked
 from blr_optax.estimators._taps import _jaxpr, _plan
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ def _refuse_terms(who: str, loss: Any) -> None:
 
 def explain(loss: Callable[..., Array], params: Any, *batch: Any) -> None:
     """Prints how `per_example` treats every parameter, why, and what it adds; nothing is run.
+
+    The way is "places" (statistics where it meets activations; why names their kinds), "copy" (a
+    small parameter is copied for every example), "chunks" (plain gradients of single examples, a
+    few at a time) or "unused" (its gradient is zero). All are exact; they differ in price.
 
     Args:
         loss: `loss(params, *batch)`, a mean over the batch.

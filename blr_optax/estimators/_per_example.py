@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,15 +14,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from blr_optax import _tree
 from blr_optax.estimators._likelihood import EXACT, exact_cotangent, sampled_cotangent
 from blr_optax.estimators._noise import canonical_key
-from blr_optax.estimators._taps import _mesh, _plan
-from blr_optax.estimators._taps._coupling import UNEVEN, coupling
+from blr_optax.estimators._separate import (
+    batch_size,
+    checked,
+    refuse_closed_over,
+    refuse_coupled,
+)
+from blr_optax.estimators._taps import _mesh
 from blr_optax.estimators._taps._moments import KroneckerFactors, Reduced, strided
 from blr_optax.estimators._taps._sums import (
     Sums,
-    Traced,
     Wanted,
     over_pieces,
-    shapes,
     sums,
     traced,
 )
@@ -44,8 +46,10 @@ class PerExample(NamedTuple):
         grad: mean gradient, a tree like params in its dtypes.
         sum_squares: sum_i g_i^2, a tree like params in float32 or wider.
         norms: |g_i| over all parameters, [B], in the order of the examples.
-        kfac: Kronecker factors by the name of the kernel's leaf, for dense layers and convolutions
-            without groups whose kernel is used once; a bias is in the inputs' mean.
+        kfac: Kronecker factors by the name of the kernel's leaf (its key path, "['layer']['w']"),
+            for dense layers and convolutions without groups whose kernel is used once, along a
+            leading axis for layers in a scan; other leaves are absent. A bias is in the inputs'
+            mean; a convolution's inputs are in its kernel's order.
         ggn_diagonal: diagonal of sum_i J_i^T Lambda_i J_i, a tree like params.
     """
 
@@ -55,89 +59,6 @@ class PerExample(NamedTuple):
     norms: Float[Array, " B"] | None
     kfac: dict[str, KroneckerFactors] | None
     ggn_diagonal: Any
-
-
-def batch_size(who: str, batch: tuple) -> int:
-    """The number of examples of a batch.
-
-    Raises:
-        ValueError: without one leading axis that all arrays share.
-    """
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"{who}: every array of the batch needs the same leading axis of examples; found "
-            f"{sorted(sizes)}. Close over what is not one per example (a temperature, a key)."
-        )
-    ((size,),) = sizes
-    return size
-
-
-def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
-    """The traced loss of one example.
-
-    Raises:
-        ValueError: for integer parameters, a result that is no scalar, parameters that are closed
-            over, or a loss that is no mean over separate examples.
-    """
-    _tree.check_float_leaves(params, who)
-    found = traced(loss, params, batch)
-    if [x.shape for x in jax.tree.leaves(found.shape)] != [()]:
-        raise ValueError(
-            f"{who}: loss must return one number, the mean over the batch; on a batch of one it "
-            f"returns {jax.tree.map(lambda x: x.shape, found.shape)}. Take jnp.mean of it (and "
-            "drop auxiliary outputs)."
-        )
-    _refuse_closed_over(f"{who}: loss", params, found)
-    _refuse_coupled(who, _coupling(loss, params, batch))
-    return found
-
-
-def _refuse_closed_over(what: str, params: Any, found: Traced) -> None:
-    """Raises ValueError for a function that does not use its parameters, or other ones instead."""
-    unused = [way.kind == _plan.UNUSED for way in found.ways]
-    closed = [any(leaf is c for c in found.consts) for leaf in jax.tree.leaves(params)]
-    if all(unused) or any(a and b for a, b in zip(unused, closed, strict=True)):
-        raise ValueError(
-            f"{what} uses its parameters other than through its first argument (or not at all), "
-            "so their gradient is lost. Write it as a function of (params, *batch); parameters: "
-            f"{sorted(_tree.paths(params))}."
-        )
-
-
-def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
-    try:
-        return coupling(loss, shapes(params), batch)
-    except Exception as error:
-        error.add_note(
-            "per_example traces the loss at batch sizes 1, 1009 and 1013, to see whether its "
-            "examples are separate: it must take any size, and pass what is one per example in "
-            "the batch."
-        )
-        raise
-
-
-def _refuse_coupled(who: str, kind: Any) -> None:
-    growth = kind.power if kind.tag == "const" or kind.power is None else kind.power + 1
-    if kind == UNEVEN or (growth and kind.tag in ("sum", "const")):
-        how = kind.reason or f"it grows like B^{growth:g}"
-        raise ValueError(
-            f"{who}: the loss is not a mean over the batch ({how}). Return jnp.mean(...), and "
-            "terms without examples undivided, so that value, grad and curvature are per example."
-        )
-    if kind.tag == "mixed":
-        raise ValueError(
-            f"{who}: the loss couples its examples: {kind.reason}. Gradients of single examples "
-            "are defined only for a mean of losses that each see their own example. Put batch "
-            "normalisation into inference mode (or use LayerNorm, GroupNorm), pass masks and "
-            "token counts as weights=, and mix examples before the batch is passed."
-        )
-    if growth is None:
-        reason = kind.reason or "the batch size occurs inside a nonlinear function"
-        warnings.warn(
-            f"{who}: cannot see whether the loss is a mean over separate examples: {reason}.",
-            stacklevel=5,
-        )
 
 
 def per_example(
@@ -165,8 +86,9 @@ def per_example(
     Args:
         loss: `loss(params, *batch)`, a mean over the batch; or a `glm` term. It is evaluated on
             batches of one example, with their leading axis of 1, so batch statistics are refused,
-            and random masks drawn inside are the same for all examples. An L2 term in it is exact,
-            but costs a gradient per example: prefer a prior.
+            and random masks drawn inside are the same for all examples: for dropout pass a key per
+            example in the batch. An L2 term in it is exact, but costs a gradient per example:
+            prefer a prior.
         params: tree of floating-point arrays.
         batch: trees of arrays with one leading axis of examples.
         statistics: which of "sum_squares", "norms", "kfac", "ggn_diagonal".
@@ -175,14 +97,16 @@ def per_example(
         labels: whose gradients make `ggn_diagonal` and `kfac`'s outputs: "exact", the expectation
             over the model's own labels, by as many passes as one example has outputs; "sampled",
             one draw of them, unbiased, in one pass; "true", the batch's, the empirical Fisher
-            (`kfac` only, needs no outputs; its diagonal is `sum_squares`).
+            (`kfac` only, needs no outputs; its diagonal is `sum_squares`). The model's own labels
+            stand for one loss at every position, added up; a loss that is their mean over T
+            positions has true gradients of 1/T of that.
         positions: what `kfac` does where positions share a kernel: "expand" takes each position as
             an example, "reduce" the mean input and the sum of the cotangents.
         microbatch: examples at a time, in bounded memory; example i goes to piece i mod M, so a
             sharded batch axis stays sharded when this is a multiple of the devices.
         weights: how often each example counts, 0 for a padded row (whose loss must still be
-            finite): c_i. Then value and grad are
-            sum_i c_i (...) / sum_i c_i and sums are sum_i c_i g_i^2; norms stay as they are.
+            finite): c_i. Then value and grad are sum_i c_i (...) / sum_i c_i and sums are
+            sum_i c_i g_i^2; norms stay as they are.
         key: typed key or integer seed, for sampled labels.
 
     Returns:
@@ -206,15 +130,19 @@ def per_example(
       [-3.] [20.]
     """
     _check_statistics(statistics, labels, positions)
+    if not (callable(loss) or hasattr(loss, "per_example")):
+        raise ValueError(f"per_example: loss must be a function or a glm term; got {loss!r}.")
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
+    weights = None if weights is None else jnp.asarray(weights)
     size = loss.size(batch) if hasattr(loss, "per_example") else batch_size("per_example", batch)
-    if microbatch is not None and (microbatch < 1 or size % microbatch):
+    whole = microbatch is None or isinstance(microbatch, int)
+    if not whole or (microbatch is not None and (microbatch < 1 or size % microbatch)):
         raise ValueError(f"per_example: microbatch={microbatch} must divide the batch of {size}.")
     if weights is not None and jnp.shape(weights) != (size,):
         raise ValueError(
             f"per_example: weights has shape {jnp.shape(weights)}; give one number per example, "
             f"({size},)."
         )
-    params, batch, weights = jax.tree.map(jnp.asarray, (params, batch, weights))
     if hasattr(loss, "per_example"):
         return _of_glm(loss, params, batch, statistics, weights, labels)
     if {"kfac", "ggn_diagonal"} & {*statistics} and labels != "true":
@@ -304,7 +232,8 @@ def _named(params: Any, factors: list[Any], n: Any) -> dict[str, KroneckerFactor
 
 
 def _check_statistics(statistics: tuple[str, ...], labels: str, positions: str) -> None:
-    if isinstance(statistics, str) or any(name not in STATISTICS for name in statistics):
+    is_tuple = isinstance(statistics, (tuple, list))
+    if not is_tuple or any(name not in STATISTICS for name in statistics):
         raise ValueError(
             f"per_example: statistics={statistics!r}; give a tuple of {', '.join(STATISTICS)}."
         )
@@ -354,16 +283,19 @@ class Model(NamedTuple):
                 f"per_example: outputs must return floating-point [B, ..., k]; got {f.dtype} of "
                 f"shape {jnp.shape(f)}."
             )
+        if self.likelihood == "categorical" and f.shape[-1] < 2:
+            raise ValueError(
+                f"per_example: categorical outputs of shape {f.shape} have one class; a single "
+                'logit is likelihood="bernoulli".'
+            )
 
         def linear(params: Any, cotangent: Array, *batch: Any) -> Array:
             return jnp.sum(cotangent * self.outputs(params, *batch))
 
-        _refuse_coupled(
-            "per_example, outputs",
-            _coupling(lambda p, *b: jnp.mean(self.outputs(p, *b)), params, batch),
-        )
+        mean_output = lambda p, *b: jnp.mean(self.outputs(p, *b))  # noqa: E731
+        refuse_coupled("per_example, outputs", mean_output, params, batch)
         found = traced(linear, params, (f, *batch))
-        _refuse_closed_over("per_example: outputs", params, found)
+        refuse_closed_over("per_example: outputs", params, found)
 
         def one(cotangent: Array) -> Sums:
             result = sums(found, params, (cotangent, *batch), wanted, weights)

@@ -86,10 +86,7 @@ _FILES = {
         "Bernoulli",
         "Rademacher",
     ),
-    "_categorical": (
-        "Categorical",
-        "Multinomial",
-    ),
+    "_categorical": ("Categorical",),
     "_counts": (
         "Binomial",
         "Geometric",
@@ -114,6 +111,7 @@ _FILES = {
     "_low_rank": ("GaussianLowRank",),
     "_matrix_gaussian": ("MatrixGaussian",),
     "_mixture": ("Mixture",),
+    "_multinomial": ("Multinomial",),
     "_normal_gamma": (
         "NormalGamma",
         "NormalInverseGamma",

@@ -2,7 +2,7 @@
 
     lambda_k = log(p_k / p_K)    T = (x_1 .. x_{K-1}), x_k how often k came up
 
-Two members: `categorical` (one label) and `multinomial` (counts of a known number of labels).
+Two members: `categorical` (one label), here, and `multinomial` (counts of a known number of them).
 Everything is computed relative to the likeliest category, whose own deviation from one is the sum
 of the others' probabilities: no logit is too large for entropies, divergences and Fisher products.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
-from blr_optax.families._checks import COUNT, DISTRIBUTION, REAL, checked
+from blr_optax.families._checks import DISTRIBUTION, REAL, checked
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 
@@ -107,7 +107,7 @@ def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
 LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
 
 
-def _linear_from(logits: Array | None, probabilities: Array | None) -> Float[Array, "... K-1"]:
+def linear_from(logits: Array | None, probabilities: Array | None) -> Float[Array, "... K-1"]:
     """lambda from K logits or K probabilities."""
     x = logits if probabilities is None else jnp.log(probabilities)
     return x[..., :-1] - x[..., -1:]
@@ -211,7 +211,7 @@ class Categorical(Simplex):
         self, *, logits: Array | None = None, probabilities: Array | None = None
     ) -> CategoricalNatural:
         """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
-        return CategoricalNatural(_linear_from(logits, probabilities))
+        return CategoricalNatural(linear_from(logits, probabilities))
 
     def log_partition(self, lam: CategoricalNatural) -> Array:
         """A = log(1 + sum_k exp lambda_k)."""
@@ -281,133 +281,3 @@ class Categorical(Simplex):
         logits = full_logits(lam.linear)
         noise = jax.random.gumbel(key, (*shape, *logits.shape), logits.dtype)
         return softmax((logits + noise) / temperature)
-
-
-@parameters
-class MultinomialNatural(NamedTuple):
-    """lambda of counts: log(p_k / p_K), and the known total."""
-
-    linear: Array
-    total: Array
-
-
-@parameters
-class MultinomialExpectation(NamedTuple):
-    """mu of counts: the first K - 1 mean counts, and the total."""
-
-    linear: Array
-    total: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Multinomial(Simplex):
-    """The distribution of the counts of n labels in K categories, n known; the event is K counts.
-
-    log q(theta) = log(n! / prod_k theta_k!) + sum_k theta_k log p_k.
-
-    Standard parameters: `logits` (K, up to a common constant) or `probabilities` (K), and `total`
-    (n, known). T is the first K - 1 counts.
-
-    lambda: linear = log(p_k / p_K) [..., K - 1], total = n. mu: linear = n p_k, total = n.
-
-    Example:
-      >>> import jax.numpy as jnp, blr_optax as blr
-      >>> multinomial = blr.families.get("multinomial")
-      >>> lam = multinomial.natural(probabilities=jnp.array([0.5, 0.25, 0.25]), total=4)
-      >>> print(multinomial.mean(lam), multinomial.entropy(lam).round(4))
-      [2. 1. 1.] 2.3726
-    """
-
-    Natural: ClassVar[type] = MultinomialNatural
-    Expectation: ClassVar[type] = MultinomialExpectation
-    known: ClassVar[tuple[str, ...]] = ("total",)
-    event_ndim: ClassVar[int] = 1
-    enumerable: ClassVar[bool] = True
-    constant_base_measure: ClassVar[bool] = False
-
-    @checked(total=COUNT, **LABEL)
-    def natural(
-        self, *, total: Array, logits: Array | None = None, probabilities: Array | None = None
-    ) -> MultinomialNatural:
-        """lambda from K logits or probabilities, and the known total (a positive integer)."""
-        return MultinomialNatural(_linear_from(logits, probabilities), total)
-
-    def log_partition(self, lam: MultinomialNatural) -> Array:
-        """A = n log(1 + sum_k exp lambda_k)."""
-        return -lam.total * log_softmax(full_logits(lam.linear))[..., -1]
-
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> MultinomialExpectation:
-        return MultinomialExpectation(theta[..., :-1], jnp.zeros_like(theta[..., 0]))
-
-    def log_base_measure(self, lam: MultinomialNatural, theta: Array) -> Array:
-        """log(n! / prod_k theta_k!)."""
-        x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
-        share = jnp.where(x > 0, x / n[..., None], 1.0)
-        parts = jnp.sum(x * jnp.log(share) + lf.log_factorial_excess(x), -1)
-        return jnp.where(_counts_to(x, n), lf.log_factorial_excess(n) - parts, -jnp.inf)
-
-    def _log_factorials(self, lam: MultinomialNatural) -> tuple[Float[Array, "... K"], Array]:
-        """E log x_k! per category, and E log h."""
-        logits, n = full_logits(lam.linear), lam.total
-        each = lf.binomial_log_factorial(softmax(logits), n[..., None])
-        # The likeliest count stays with n!, so that nothing cancels when it is nearly all of n.
-        others = jnp.sum(jnp.where(likeliest(logits), 0.0, each), -1)
-        return each, lf.binomial_log_falling(rest(logits), n) - others
-
-    def expected_log_base_measure(self, lam: MultinomialNatural) -> Array:
-        return self._log_factorials(lam)[1]
-
-    def base_measure_gradient(self, lam: MultinomialNatural) -> MultinomialNatural:
-        logits, n = full_logits(lam.linear), lam.total
-        slope = lf.slope(lambda q: lf.binomial_log_falling(q, n), rest(logits))[..., None]
-        n = n[..., None]
-        slope -= lf.slope(lambda p: lf.binomial_log_factorial(p, n), softmax(logits))
-        slope = jnp.where(likeliest(logits), 0.0, slope) / n
-        return MultinomialNatural(slope[..., :-1] - slope[..., -1:], jnp.zeros_like(lam.total))
-
-    def log_prob(self, lam: MultinomialNatural, theta: Array) -> Array:
-        # Independent Poisson counts, given their sum.
-        x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
-        log_p = log_softmax(full_logits(lam.linear))
-        excess = lf.log_factorial_excess(n) - jnp.sum(lf.log_factorial_excess(x), -1)
-        parts = lf.deviance(x, self.mean(lam), log_p + jnp.log(n)[..., None])
-        mixed = jnp.max(x, -1) < n
-        found = jnp.where(mixed, excess - jnp.sum(parts, -1), jnp.sum(x * log_p, -1))
-        return jnp.where(_counts_to(x, n), found, -jnp.inf)
-
-    def entropy(self, lam: MultinomialNatural) -> Array:
-        logits, n = full_logits(lam.linear), lam.total
-        m, (log_factorials, log_h) = self.mean(lam), self._log_factorials(lam)
-        # E log x_k! - (m log m - m) per category, of the order of log m; their sum is the entropy.
-        many = m > lf.large(m.dtype)
-        few = log_factorials - m * (log_softmax(logits) + jnp.log(n)[..., None] - 1.0)
-        high = jnp.where(many, m, 1e4)
-        part = jnp.where(many, lf.factorial_series(high, 1.0 - high / n[..., None]), few)
-        spread = jnp.sum(part, -1) - lf.log_factorial_excess(n)
-        return jnp.where(n * rest(logits) > 1.0, spread, n * choice_entropy(logits) - log_h)
-
-    def sample(self, key: Array, lam: MultinomialNatural, shape: tuple[int, ...] = ()) -> Array:
-        p = softmax(full_logits(lam.linear))
-        return lf.draw_multinomial(key, lam.total, jnp.broadcast_to(p, (*shape, *p.shape)))
-
-    def support(
-        self, lam: MultinomialNatural, total: int | None = None
-    ) -> Float[Array, "values ... K"]:
-        """All counts with the known total, one and the same for the batch, along a new axis."""
-        n, (*batch, k) = lf.common_total(lam.total, total), lam.linear.shape
-        return lf.spread(jnp.asarray(lf.compositions(n, k + 1), lam.linear.dtype), batch)
-
-    def probabilities(
-        self, mu: MultinomialExpectation, total: int | None = None
-    ) -> Float[Array, "values ..."]:
-        """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
-        n = lf.common_total(mu.total, total)
-        last = n - jnp.sum(mu.linear, -1, keepdims=True)
-        p = jnp.concatenate([mu.linear, last], -1) / n
-        counts = lf.compositions(n, p.shape[-1])
-        return lf.chances(p, counts) * jnp.where(mu.total == n, 1.0, jnp.nan)
-
-
-def _counts_to(x: Float[Array, "... K"], n: Array) -> Bool[Array, ...]:
-    """Whether x is counts whose sum is n."""
-    return jnp.all(lf.is_count(x), -1) & (jnp.sum(x, -1) == n)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from blr_optax.families import _domain
 from blr_optax.families import _log_factorial as lf
@@ -140,17 +139,14 @@ class Binomial(Scalar):
 
     def support(self, lam: BinomialNatural, total: int | None = None) -> Float[Array, "values ..."]:
         """0 .. n along a new leading axis, n one and the same for the batch."""
-        n = lf.common_total(lam.total, total)
-        return lf.spread(jnp.arange(n + 1, dtype=lam.linear.dtype), lam.linear.shape)
+        counts = jnp.arange(lf.common_total(lam.total, total) + 1, dtype=lam.linear.dtype)
+        return lf.spread(counts, lam.linear.shape)
 
-    def probabilities(
-        self, mu: BinomialExpectation, total: int | None = None
-    ) -> Float[Array, "values ..."]:
+    def probabilities(self, mu: BinomialExpectation, total: int | None = None) -> Array:
         """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
         n = lf.common_total(mu.total, total)
-        counts = np.stack([np.arange(n + 1), n - np.arange(n + 1)], -1)
         p = jnp.stack([mu.linear, n - mu.linear], -1) / n
-        return lf.chances(p, counts) * jnp.where(mu.total == n, 1.0, jnp.nan)
+        return lf.chances(p, lf.compositions(n, 2)) * jnp.where(mu.total == n, 1.0, jnp.nan)
 
 
 @parameters
@@ -391,9 +387,8 @@ class NegativeBinomial(Waiting):
         r, m = lam.total, self.mean(lam)
         many = jnp.minimum(r, m) > lf.large(m.dtype)
         v, rho = (jnp.where(many, x, 1e4) for x in (self.variance(lam), r))
-        exact = (
-            -r * lf.log_success(lam.linear) - lam.linear * m - self.expected_log_base_measure(lam)
-        )
+        log_q = r * lf.log_success(lam.linear) + lam.linear * m
+        exact = -log_q - self.expected_log_base_measure(lam)
         return jnp.where(many, lf.entropy_series(v, 1.0 / rho), exact)
 
     def sample(

@@ -84,8 +84,10 @@ def vogn(
         ess: effective sample size, N or N / temperature; may be a schedule.
         prior_precision: total precision of a zero-mean prior, in the units of the posterior; a
             number or prefix tree. 1 by default, 0 when a prior is given.
-        init_precision: total precision of the first posterior, at least the prior's; by default the
-            curvature starts at one per example.
+        init_precision: total precision of the first posterior, a number or prefix tree, at least
+            prior_precision + ess * damping; by default the curvature starts at one per example. A
+            step is lr over this per example: the curvature follows at rate 1 - b2, and small
+            models of well-scaled data often need less.
         b1: decay of the average of gradients, the prior's included; 0 for none. Not debiased.
         b2: decay of the curvature.
         damping: gamma, added to the precision per example.
@@ -122,6 +124,8 @@ def vogn(
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
     check_positive("prior_precision", prior_precision, zero=True)
     check_positive("ess", ess)
+    if init is not None and init_precision is not None:
+        raise ValueError("vogn: give init= or init_precision=, not both: init has a precision.")
 
     def decay(count: Any) -> Any:
         return jax.tree.map(lambda p: p / at(ess, count), prior_precision)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.estimators._per_example import batch_size, per_example
 from blr_optax.estimators._taps._moments import strided
 from blr_optax.rule._protocol import posterior_states, refuse_multi_steps
 from blr_optax.rule._read import covered, draw, noise_of
@@ -144,7 +143,7 @@ def estimate(
             the gradients, and the dominant noise of the reparameterised curvature cancels.
         noise: recorded standard normals instead of fresh ones, a tree like params (or its part with
             a posterior) with a leading axis of samples.
-        has_aux: whether the loss returns `(value, aux)`.
+        has_aux: whether the loss returns `(value, aux)`; not for vogn and ogn.
         microbatch: evaluate the batch in pieces of this size, in bounded memory. Micro-batches are
             strided: example i goes to piece i mod M.
         axis_name: a named axis (shard_map, vmap) to average over; draws then differ between
@@ -207,6 +206,8 @@ def estimate(
         """(loss, gradient), and per-example squares of it where a state asks for these."""
         if not by_example:
             return *jax.value_and_grad(loss, has_aux=has_aux)(weights, *examples), None
+        from blr_optax.estimators._per_example import batch_size, per_example  # with all taps
+
         found = per_example(loss, weights, *examples)
         size = batch_size("estimate", examples)
         return found.value, found.grad, jax.tree.map(lambda x: x / size, found.sum_squares)

@@ -329,7 +329,8 @@ def scale_by_precision(
     ) -> tuple[Any, ScaleByPrecisionState]:
         if params is None:
             raise ValueError(
-                "ivon, soba, scale_by_precision: update needs params, update(grads, state, params)."
+                "scale_by_precision (in ivon, soba, vogn, ogn): update needs params, "
+                "update(grads, state, params)."
             )
         grads = _tree.matching_leaves(updates, state.precision, "grads")
         grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, grads)
@@ -343,6 +344,8 @@ def scale_by_precision(
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
             curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
             finite = squares_finite(grads, curvature)
+            if state.rule.by_example:  # no sum of squares is negative
+                finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
         d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
         pull0 = (

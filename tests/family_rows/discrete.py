@@ -14,8 +14,6 @@ from blr_optax.families._bernoulli import (
 from blr_optax.families._categorical import (
     Categorical,
     CategoricalNatural,
-    Multinomial,
-    MultinomialNatural,
 )
 from blr_optax.families._counts import (
     Binomial,
@@ -27,6 +25,7 @@ from blr_optax.families._counts import (
     Poisson,
     PoissonNatural,
 )
+from blr_optax.families._multinomial import Multinomial, MultinomialNatural
 from family_rows._row import Row
 
 

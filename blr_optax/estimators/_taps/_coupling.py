@@ -101,7 +101,7 @@ def constant(x: Any, twin: Any) -> Kind:
 
 
 def _is_number(x: Any) -> bool:
-    return np.issubdtype(getattr(x, "dtype", np.asarray(x).dtype), np.number)
+    return jax.numpy.issubdtype(jax.numpy.result_type(x), np.number)
 
 
 def joined(kinds: Sequence[Kind]) -> Kind:

@@ -182,7 +182,7 @@ def lookup(eqn: Any) -> Callable[..., Array]:
         dtype = shadow.dtype
         batch = d.shape[0]
         width = [d.shape[i + 1] for i in offset]
-        tokens = a.reshape(batch, -1)
+        tokens = a.reshape(batch, -1).astype(jnp.int32)
         d = jnp.moveaxis(d, [i + 1 for i in offset], range(-len(offset), 0))
         d = d.reshape(batch, tokens.shape[1], -1).astype(dtype)
         # Out of range: clipped like the forward pass, or dropped (a negative index would wrap).

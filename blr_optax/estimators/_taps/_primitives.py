@@ -5,7 +5,7 @@ LINEAR = (
     "broadcast_in_dim", "expand_dims", "stop_gradient", "copy_p", "transpose", "slice",
     "dynamic_slice", "gather", "concatenate", "rev", "split", "pad", "stack", "unstack", "select_n",
     "real", "imag", "conj", "reduce_precision", "add_any", "sharding_constraint", "name",
-    "optimization_barrier", "reshard", "mesh_cast", "pvary", "tile",
+    "optimization_barrier", "reshard", "mesh_cast", "pvary", "tile", "device_put",
 )  # fmt: skip
 # What multiplies the power of a factor.
 POWERS = {"square": 2, "sqrt": 0.5, "rsqrt": -0.5, "abs": 1, "reduce_max": 1, "reduce_min": 1}
