@@ -175,6 +175,9 @@ MEANS = {
         jnp.where(jax.lax.broadcasted_iota(int, (len(x), 3), 1) < 2, x @ p, 0.0)
     ),
     "a prime width": lambda p, x: jnp.mean((x @ p) @ WIDE) / 1013,
+    "half precision": lambda p, x: (
+        (jnp.sum((x @ p).astype(jnp.bfloat16) * 0) / len(x)).astype(x.dtype) + jnp.mean(x @ p)
+    ),
     "a step": lambda p, x: jnp.mean(jnp.maximum(x @ p, 0.0) + jnp.abs(x @ p)),
 }
 

@@ -74,7 +74,7 @@ def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
         return coupling(loss, shapes(params), batch)
     except Exception as error:
         error.add_note(
-            "per_example traces the loss at batch sizes 1, 1009 and 1013, to see whether its "
+            "per_example traces the loss at batch sizes 1, 1009 and 1613, to see whether its "
             "examples are separate: it must take any size, and pass what is one per example in "
             "the batch."
         )
