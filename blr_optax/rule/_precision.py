@@ -167,7 +167,7 @@ def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> An
 
 def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
     """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
+    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
     if prior == ():
         return decay
     return jax.tree.map(
