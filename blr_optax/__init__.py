@@ -19,8 +19,10 @@ from blr_optax.optimizers import (
     rmsprop,
     sgd,
     soba,
+    vadam,
     variational_online_newton,
     vogn,
+    vprop,
 )
 
 # What a posterior is for.
@@ -73,8 +75,10 @@ __all__ = [
     "scale_by_precision",
     "sgd",
     "soba",
+    "vadam",
     "variational_online_newton",
     "vogn",
+    "vprop",
     "with_posterior",
 ]
 

@@ -86,6 +86,8 @@ def _blr(family, **fixed):
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
 _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
+_VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
+_VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
 _SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
 _RULE = {"learning_rate": 0.3, "ess": 20.0}
 
@@ -116,6 +118,8 @@ ROWS = [
         _IVON,
         noisy=True,
     ),
+    Row("vadam", blr.vadam, _VADAM, noisy=True),
+    Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
     Row("ogn", blr.ogn, _VOGN, exempt=BY_EXAMPLE, by_example=True, slow=True),
     Row(

@@ -5,6 +5,7 @@ from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
+from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
     "adam",
@@ -16,6 +17,8 @@ __all__ = [
     "rmsprop",
     "sgd",
     "soba",
+    "vadam",
     "variational_online_newton",
     "vogn",
+    "vprop",
 ]

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 PRIOR_PRECISION = 1.0
 
 
-def _curvature_at_start(init_precision: Any, prior_precision: Any, ess: Any, damping: Any) -> Any:
+def curvature_at_start(
+    init_precision: Any, prior_precision: Any, ess: Any, damping: Any = 0.0
+) -> Any:
     """s_0, from the total precision of the first posterior; 1 per example without one."""
     if init_precision is None:
         return 1.0
@@ -134,7 +136,7 @@ def vogn(
         scale_by_precision(
             ess,
             b2=b2,
-            hess_init=_curvature_at_start(init_precision, prior_precision, ess, damping),
+            hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
             weight_decay=decay if callable(ess) else decay(0),
             prior=prior,
             init=init,

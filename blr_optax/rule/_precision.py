@@ -40,6 +40,8 @@ from blr_optax.rule._protocol import Rule
 from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
 STEPS = ("improved", "improved_old", "plain")
@@ -201,6 +203,7 @@ def scale_by_precision(
     step: str = "improved",
     damping: Any = 0.0,
     prior_in_momentum: bool = False,
+    denominator: Callable[[Array, Any, Array], Array] | None = None,
     generator: str | None = "hash",
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -236,6 +239,8 @@ def scale_by_precision(
         damping: added to the precision per example, in posterior and steps alike, without pulling
             the mean.
         prior_in_momentum: run the momentum on g + d0 (m - m0), as VOGN does, not on g alone.
+        denominator: what divides the direction in place of the precision, a function of the new
+            curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
         generator: "hash" (fast) or "threefry"; None for no noise, the delta method.
         key: typed key or integer seed.
 
@@ -369,6 +374,8 @@ def scale_by_precision(
             new = p + p * u if step == "plain" else _retracted(p, u)
             # The bound is no more than a wall between two divisions, see `_retracted`.
             by = {"improved_old": p, "plain": new}.get(step, jnp.maximum(new, SMALLEST_PRECISION))
+            if denominator is not None:
+                by = denominator(new - jnp.asarray(d + damping, p.dtype), d, state.count + 1)
             return new, (gate * (g + pull) / by).astype(m.dtype)
 
         moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull)
