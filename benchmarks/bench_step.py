@@ -70,6 +70,7 @@ def contestants(problem):
         "ivon sample": sampled(ivon(), problem),
         "ivon estimate 1": estimated(ivon(), problem, 1),
         "ivon estimate 2": estimated(ivon(), problem, 2),
+        "vadam sample": sampled(blr.vadam(1e-3, problem.examples), problem),
         "vogn estimate 1": estimated(blr.vogn(1e-3, problem.examples), problem, 1),
         "ivon sample threefry": sampled(ivon(generator="threefry"), problem),
     }

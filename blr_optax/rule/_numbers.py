@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from blr_optax.families._checks import holds
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 def at(hyper: Any, count: Any) -> Any:
@@ -67,3 +70,14 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
         rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
         checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def near(a: Array, b: Array) -> Array:
+    """Whether a mean and a parameter agree up to the parameter's rounding."""
+    rounding = 10 * jnp.finfo(b.dtype).eps
+    return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
+
+
+def positive(tree: Any) -> Array:
+    """Whether all entries of a tree are positive."""
+    return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])

@@ -24,7 +24,13 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
-from blr_optax.estimators._curvature import Curvature, PerExampleSquares, Sample, from_gradient
+from blr_optax.estimators._curvature import (
+    Curvature,
+    PerExampleSquares,
+    Sample,
+    SquaredGradient,
+    from_gradient,
+)
 from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
 from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
 from blr_optax.families._checks import holds
@@ -34,6 +40,8 @@ from blr_optax.rule._numbers import (
     check_positive,
     check_unit_interval,
     is_zero,
+    near,
+    positive,
     squares_finite,
 )
 from blr_optax.rule._protocol import Rule
@@ -45,6 +53,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
 STEPS = ("improved", "improved_old", "plain")
+SQUARES = (PerExampleSquares, SquaredGradient)
 SMALLEST_PRECISION, LARGEST_PRECISION = 1e-15, 1e15
 
 
@@ -127,17 +136,6 @@ class PrecisionRule(Rule):
         total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
         mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
         return Posterior(family, family.from_mean(mean, total))
-
-
-def near(a: Array, b: Array) -> Array:
-    """Whether a mean and a parameter agree up to the parameter's rounding."""
-    rounding = 10 * jnp.finfo(b.dtype).eps
-    return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
-
-
-def positive(tree: Any) -> Array:
-    """Whether all entries of a tree are positive."""
-    return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])
 
 
 def filled(m: Any, x: Any) -> Array:
@@ -349,7 +347,7 @@ def scale_by_precision(
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
             curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
             finite = squares_finite(grads, curvature)
-            if state.rule.by_example:  # no sum of squares is negative
+            if isinstance(state.rule.kind, SQUARES):  # none is negative
                 finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
         d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
