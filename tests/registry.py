@@ -3,9 +3,12 @@
 `tests/test_contract.py` holds every row to the contract C1 to C19, except for the lines that a row
 is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
 parameters (C7, C10), take no curvature (C11, C13, C14), and have a loss of the plain tree, not of
-an nnx model (C16). Rows whose curvature is that of single examples need it from `estimate`: they
-have no core path either (C15, C16), cannot derive it from a gradient ("derived", C10), which is all
-that `MultiSteps` passes on ("multi"), and take squares, which are not negative (C14).
+an nnx model (C16). Rows whose curvature is that of single examples, or whose second gradient is an
+adversary's, need `estimate`: they have no core path either (C15, C16), cannot derive the curvature
+from a gradient ("derived", C10), which is all that `MultiSteps` passes on ("multi"), and take
+squares or sizes, which are not negative (C14). Of the adversarial ones every micro-batch and every
+replica has its own adversary, which is m-sharpness, not the step of the whole batch (C11,
+"replicas").
 """
 
 import dataclasses
@@ -19,7 +22,8 @@ import optax
 import blr_optax as blr
 
 SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16", "derived"})
-BY_EXAMPLE = frozenset({"C10", "C14", "C15", "C16", "derived", "multi"})
+ESTIMATED = frozenset({"C10", "C14", "C15", "C16", "derived", "multi"})
+ADVERSARIAL = ESTIMATED | {"C11", "replicas"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Row:
         exempt: contract lines that do not apply.
         noisy: whether it looks at samples.
         loss: whether `update` takes the batch and evaluates the loss.
-        by_example: whether its curvature is that of single examples, from `estimate`.
+        estimated: whether its curvature, and its gradient, must come from `estimate`.
         slow: whether its tests are marked slow: a variant of a row that the fast run has.
     """
 
@@ -43,7 +47,7 @@ class Row:
     exempt: frozenset = frozenset()
     noisy: bool = False
     loss: bool = False
-    by_example: bool = False
+    estimated: bool = False
     slow: bool = False
 
     def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
@@ -86,6 +90,10 @@ def _blr(family, **fixed):
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
 _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
+_SIGNS = {"learning_rate": 0.01, "ess": 20.0, "b1": 0.5}
+_STE = {"learning_rate": 0.05, "b1": 0.9, "b2": 0.99}
+_BSAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
+_SAM = {"learning_rate": 0.02, "ess": 50.0}
 _VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
 _VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
 _SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
@@ -120,8 +128,12 @@ ROWS = [
     ),
     Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
-    Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
-    Row("ogn", blr.ogn, _VOGN, exempt=BY_EXAMPLE, by_example=True, slow=True),
+    Row("vogn", blr.vogn, _VOGN, exempt=ESTIMATED, noisy=True, estimated=True),
+    Row("ogn", blr.ogn, _VOGN, exempt=ESTIMATED, estimated=True, slow=True),
+    Row("bayesbinn", blr.bayesbinn, _SIGNS, noisy=True),
+    Row("ste", blr.ste, _STE, slow=True),
+    Row("bsam", blr.bsam, _BSAM, exempt=ADVERSARIAL, noisy=True, estimated=True),
+    Row("sam", blr.sam, _SAM, exempt=ADVERSARIAL, estimated=True, slow=True),
     Row(
         "scale_by_precision",
         lambda learning_rate, **k: optax.chain(
@@ -198,7 +210,7 @@ def evidence(row, params, state, batch):
     """What `update` gets: (gradient at this step's weights, extra arguments)."""
     if row.loss:
         return None, {"batch": batch}
-    if row.by_example:
+    if row.estimated:
         est = blr.estimate(mean_loss, state, params, *batch)
         return est.grad, {"curvature": est.curvature}
     return jax.grad(mean_loss)(blr.sample(state, params), *batch), {}

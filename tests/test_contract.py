@@ -286,7 +286,7 @@ def test_c11_microbatches_and_samples_belong_to_estimate(row):
         "vprop",
     ):  # squares of micro-batch gradients are another statistic
         assert not np.allclose(whole.curvature["w"], small.curvature["w"])
-    elif row.noisy or row.by_example:
+    elif row.noisy or row.estimated:
         assert_same(whole.curvature, small.curvature, rtol=1e-3, atol=1e-4)
     else:
         assert whole.curvature is None
@@ -388,8 +388,8 @@ def test_c15_core_path_needs_no_extras_and_learns(row):
     assert blr.posterior(state, after).proper
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.by_example])
-def test_c15_by_example_rows_learn_and_keep_their_precision_positive(row):
+@pytest.mark.parametrize("row", [row for row in ROWS if row.estimated])
+def test_c15_estimated_rows_learn_and_keep_their_precision_positive(row):
     params, batch = make_params(), make_batch()
     after, state = train(row, row.tx(), params, batch, 150)
     assert mean_loss(after, *batch) < 0.7 * mean_loss(params, *batch)
@@ -512,7 +512,7 @@ def test_c18_meshes_give_the_numbers_and_types_of_one_device(row, kind):
 
     def step(p, s, g):
         weights = blr.sample(s, p)
-        extra = {"curvature": jax.tree.map(jnp.square, g)} if row.by_example else {}
+        extra = {"curvature": jax.tree.map(jnp.square, g)} if row.estimated else {}
         updates, s = tx.update(g, s, p, **extra)
         return optax.apply_updates(p, updates), s, weights
 
@@ -529,7 +529,7 @@ def test_c18_meshes_give_the_numbers_and_types_of_one_device(row, kind):
         assert_same(jax.device_get(found[2]), jax.device_get(expected[2]), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("row", rows("C18"))
+@pytest.mark.parametrize("row", rows("replicas"))
 def test_c18_pmap_replicas_agree_with_one_device(row):
     tx, params = row.tx(), make_params()
     x, y = make_batch(16)

@@ -7,6 +7,7 @@ from typing import Any
 
 from blr_optax.estimators._curvature import (
     Curvature,
+    absolute_gradient,
     exact,
     hutchinson,
     per_example_squares,
@@ -26,6 +27,7 @@ __all__ = [
     "KroneckerFactors",
     "PerExample",
     "Term",
+    "absolute_gradient",
     "concrete",
     "conjugate",
     "cubature",

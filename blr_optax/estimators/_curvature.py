@@ -6,8 +6,8 @@
 Each rule gives a matrix for `gaussian` and a diagonal for elementwise families, per example of
 the mean loss. `reparameterized` and `squared_gradient` need no more than the gradient.
 
-Two of these words name estimators for any family as well, beyond curvature: `exact()` takes a loss
-of mu, and `reparameterized(samples)` differentiates through the family's samples.
+`exact()` and `reparameterized(samples)` are estimators for any family as well: of a loss of mu, and
+through the family's samples.
 """
 
 from __future__ import annotations
@@ -142,6 +142,20 @@ class SquaredGradient:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
+class AbsoluteGradient:
+    """sqrt(p) |g|, p the precision per example; see `absolute_gradient`."""
+
+    needs_loss = False
+
+    def diagonal(self, at: Sample) -> Any:
+        ess = jnp.asarray(1.0 if at.ess is None else at.ess)
+        return jax.tree.map(
+            lambda s, g: jnp.sqrt(s / ess.astype(s.dtype)) * jnp.abs(g), at.precision, at.grad
+        )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Hutchinson:
     """E_v[v (hess l v)] over Rademacher v; see `hutchinson`."""
 
@@ -196,15 +210,16 @@ class PerExampleSquares:
         return at.batch
 
 
-Curvature = Exact | Reparameterized | SquaredGradient | Hutchinson | PerExampleSquares
+Curvature = (
+    Exact | Reparameterized | SquaredGradient | AbsoluteGradient | Hutchinson | PerExampleSquares
+)
 
 
 def exact() -> Exact:
     """The Hessian itself: H = hess l(theta), its diagonal for elementwise families.
 
-    Right for twice differentiable losses; for piecewise linear networks use `reparameterized`
-    (Price's Hessian form fails there). The diagonal costs one Hessian-vector product per
-    coordinate.
+    Right for twice differentiable losses, not for piecewise linear networks. The diagonal costs one
+    Hessian-vector product per coordinate.
 
     As an estimator, `estimator=exact()`, for any family: the loss is a function of mu, the
     expectation parameters, `loss(mu, *batch) = E_q[l]`, and is differentiated there. For
@@ -228,8 +243,8 @@ def exact() -> Exact:
 def reparameterized(samples: int | None = None) -> Reparameterized:
     """Price's first-order form: H = E[S d g^T], unbiased for E_q[hess l] from gradients alone.
 
-    Holds for piecewise linear networks too. Its noise grows like sqrt(S): average samples, or pair
-    them (`antithetic=True`), which cancels the dominant term.
+    Holds for piecewise linear networks too. Its noise grows like sqrt(S); pairs of samples
+    (`antithetic=True`) cancel the dominant term.
 
     As an estimator, `estimator=reparameterized(samples)`, for any family whose samples carry
     gradients, by reparameterisation or implicitly: F^{-1} mean_s grad_lambda l(theta_s), unbiased.
@@ -285,11 +300,33 @@ def squared_gradient(batch_size: int | None = None, *, official: bool = False) -
     return SquaredGradient(batch_size, official)
 
 
+def absolute_gradient() -> AbsoluteGradient:
+    """Sizes of the gradient: H = sqrt(p) |g|, per example, p the posterior's precision per example.
+
+    Never negative; the fixed point is p = (E|g|)^2. Diagonal families only, in `blr_update` at ess
+    = 1, the loss being that of all examples.
+
+    Source: Moellenhoff and Khan (2023), Eq. 13. Special case of `blr_update` with
+    `estimator=monte_carlo(1, curvature=absolute_gradient())`: bSAM without its adversary.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> rule = blr.estimators.natural_gradient(
+      ...     "gaussian_diagonal",
+      ...     lambda w: 3.0 * jnp.sum(w),
+      ...     blr.estimators.delta(blr.estimators.absolute_gradient()),
+      ... )
+      >>> lam = blr.families.get("gaussian_diagonal").natural(mean=jnp.ones(1), precision=4.0)
+      >>> print(rule(None, lam)[1].quadratic)  # sqrt(4) 3 / 2
+      [3.]
+    """
+    return AbsoluteGradient()
+
+
 def hutchinson(samples: int = 1) -> Hutchinson:
     """Hutchinson's estimate of the Hessian diagonal: mean of v (H v) over Rademacher v.
 
-    Unbiased for twice differentiable losses at one Hessian-vector product per sample; for
-    elementwise families only.
+    Unbiased for twice differentiable losses, a Hessian-vector product each; diagonal families only.
 
     Raises:
         ValueError: for samples < 1.
@@ -353,7 +390,7 @@ def from_gradient(curvature: str | Curvature) -> Curvature:
         raise ValueError(
             f"curvature={curvature!r} is unknown; known: 'reparameterized', "
             "squared_gradient(batch_size), squared_gradient(official=True), "
-            "per_example_squares()."
+            "per_example_squares(), absolute_gradient()."
         )
     if rule.needs_loss and not isinstance(rule, PerExampleSquares):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Standard normal noise over a tree of weights, drawn leaf by leaf from a key and the leaf's path.
+"""Standard noise over a tree of weights, drawn leaf by leaf from a key and the leaf's path.
 
 The noise of a step is a pure function of (key, sample index, path), so it is never stored: whoever
 needs it derives it again, and inside one jit XLA merges the derivations.
@@ -10,7 +10,8 @@ cryptographic generator costs more than a training step: every number hashes its
 
 and becomes a normal by Box and Muller, e = sqrt(-2 log u) cos(2 pi t), with u from the high bits
 and t from a further round, so that one 32-bit word buys one normal. Logarithm and cosine are
-polynomials on the ranges that occur here, which vectorises where library calls do not.
+polynomials on the ranges that occur here, which vectorises where library calls do not. A standard
+logistic number is log u - log(1 - u), at most 17.3 in size.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import numpy as np
 from blr_optax import _tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array, Float, UInt32
 
 GENERATORS = ("hash", "threefry")
@@ -90,17 +93,30 @@ def _counters(shape: tuple[int, ...]) -> UInt32[Array, ...]:
     return total
 
 
-def hash_normal(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
-    """Standard normals from two key words by the counter hash, float32."""
+def _hashed(
+    words: UInt32[Array, 2], shape: tuple[int, ...]
+) -> tuple[Float[Array, ...], UInt32[Array, ...]]:
+    """Uniform numbers strictly within (0, 1), and the words whose high bits they are."""
     z = (_counters(shape) ^ words[0]) * _C1
     # A multiplier that is itself part of the key: streams that share counters share nothing else.
     z = (z ^ (z >> 15)) * (words[1] | np.uint32(1))
     z = z ^ (z >> 16)
-    u = ((z >> 8).astype(jnp.float32) + 0.5) * np.float32(2.0**-24)
+    return ((z >> 8).astype(jnp.float32) + 0.5) * np.float32(2.0**-24), z
+
+
+def hash_normal(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
+    """Standard normals from two key words by the counter hash, float32."""
+    u, z = _hashed(words, shape)
     z = z * _C2
     z = z ^ (z >> 15)
     t = z.astype(jnp.int32).astype(jnp.float32) * np.float32(2.0**-32)
     return jnp.sqrt(-2.0 * _log(u)) * _polynomial(t * t, _COS)
+
+
+def hash_logistic(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
+    """Standard logistic numbers from two key words by the counter hash, float32."""
+    u, _ = _hashed(words, shape)
+    return _log(u) - _log(1.0 - u)
 
 
 def standard_normal(key: Array, like: Any, generator: str = "threefry") -> Any:
@@ -111,16 +127,26 @@ def standard_normal(key: Array, like: Any, generator: str = "threefry") -> Any:
         like: tree of arrays; `MaskedNode`s in it are passed over.
         generator: "hash" or "threefry".
     """
+    return _standard(hash_normal, jax.random.normal, key, like, generator)
+
+
+def standard_logistic(key: Array, like: Any, generator: str = "threefry") -> Any:
+    """A tree of standard logistic numbers, as `standard_normal`."""
+    return _standard(hash_logistic, jax.random.logistic, key, like, generator)
+
+
+def _standard(hashed: Callable, threefry: Callable, key: Array, like: Any, generator: str) -> Any:
+    """A tree of noise by one of two generators."""
     if generator == "hash":
         words = jax.random.bits(key, (2,), jnp.uint32)
 
     def leaf(path: Any, x: Any) -> Array:
         dtype, code = _tree.statistics_dtype(x.dtype), _tree.path_hash(path)
         if generator == "threefry":
-            return jax.random.normal(jax.random.fold_in(key, code), x.shape, dtype)
+            return threefry(jax.random.fold_in(key, code), x.shape, dtype)
         # The path enters both words, once mixed, so that leaves share no counter sequence.
         mixed = np.uint32((code * 0x9E3779B1 + 0x7F4A7C15) % 2**32)
-        return hash_normal(words ^ jnp.array([code, mixed], jnp.uint32), x.shape).astype(dtype)
+        return hashed(words ^ jnp.array([code, mixed], jnp.uint32), x.shape).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 

@@ -1,22 +1,29 @@
 """The deep-learning rows of the table, each a short composition of the rule's parts."""
 
 from blr_optax.optimizers.adaptive import adam, rmsprop
+from blr_optax.optimizers.binary import bayesbinn, random_signs, ste
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
+from blr_optax.optimizers.sam import bsam, sam
 from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
     "adam",
+    "bayesbinn",
+    "bsam",
     "gradient_descent",
     "ivon",
     "newton",
     "ogn",
     "online_newton",
+    "random_signs",
     "rmsprop",
+    "sam",
     "sgd",
     "soba",
+    "ste",
     "vadam",
     "variational_online_newton",
     "vogn",

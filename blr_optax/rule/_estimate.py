@@ -45,8 +45,8 @@ class Estimate(NamedTuple):
     aux: Any
 
 
-def _split(batch: tuple, microbatch: int) -> tuple[Callable[[Any], Any], int]:
-    """A function from an index to a strided micro-batch, and how many there are.
+def _split(batch: tuple, count: int | None, microbatch: int | None = None) -> tuple[Callable, int]:
+    """A function from an index to one of `count` strided pieces (of size `microbatch`), and count.
 
     Example i goes to micro-batch i mod M: a sharded batch axis stays sharded within each. Arguments
     without axes (a temperature, a key) go to all.
@@ -54,13 +54,18 @@ def _split(batch: tuple, microbatch: int) -> tuple[Callable[[Any], Any], int]:
     sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf)}
     if len(sizes) != 1:
         raise ValueError(
-            f"estimate: microbatch={microbatch} needs one leading batch axis shared by all arrays "
-            f"of the batch; found sizes {sorted(sizes)}."
+            f"estimate: microbatch={microbatch} and split need one leading batch axis shared by "
+            f"all arrays of the batch; found sizes {sorted(sizes)}."
         )
     (size,) = sizes
-    if microbatch < 1 or size % microbatch:
-        raise ValueError(f"estimate: microbatch={microbatch} must divide the batch size {size}.")
-    count = size // microbatch
+    if microbatch is not None:
+        if microbatch < 1 or size % microbatch:
+            raise ValueError(
+                f"estimate: microbatch={microbatch} must divide the batch size {size}."
+            )
+        count = size // microbatch
+    elif size % count:
+        raise ValueError(f"estimate: split: samples={count} must divide the batch size {size}.")
 
     def piece(index: Array) -> tuple:
         def take(x: Any) -> Any:
@@ -122,6 +127,7 @@ def estimate(
     noise: Any = None,
     has_aux: bool = False,
     microbatch: int | None = None,
+    split: bool = False,
     axis_name: Any = None,
 ) -> Estimate:
     """Value, gradient and curvature of a mean loss at this step's samples of the posterior.
@@ -145,7 +151,9 @@ def estimate(
             a posterior) with a leading axis of samples.
         has_aux: whether the loss returns `(value, aux)`; not for vogn and ogn.
         microbatch: evaluate the batch in pieces of this size, in bounded memory. Micro-batches are
-            strided: example i goes to piece i mod M.
+            strided: example i goes to piece i mod M. For sam and bsam each has its own adversary.
+        split: whether every sample sees its own part of the batch, strided too: the cost of one
+            sample whatever their number, and m-sharpness for `sam` and `bsam`.
         axis_name: a named axis (shard_map, vmap) to average over; draws then differ between
             devices.
 
@@ -155,7 +163,7 @@ def estimate(
     Raises:
         ValueError: for a state without a posterior, of `MultiSteps`, or of `blr_update` (which
             evaluates the loss itself), wrong structure of `noise`, samples < 1, or a microbatch
-            that does not divide the batch; for vogn and ogn as `per_example`.
+            or samples to split by that do not divide the batch; for vogn and ogn as `per_example`.
 
     Source: Shen et al. (2024), Sec. 3.2. For every Gaussian row of `blr_update`.
 
@@ -193,7 +201,7 @@ def estimate(
         ]
     if samples < 1:
         raise ValueError(f"estimate: samples={samples} must be at least 1.")
-    piece, count = (None, 1) if microbatch is None else _split(batch, microbatch)
+    share = _split(batch, samples)[0] if split else lambda index: batch
     device = None if axis_name is None else jax.lax.axis_index(axis_name)
     by_example = any(state.rule.by_example for state in states)
     if by_example and has_aux:
@@ -212,10 +220,23 @@ def estimate(
         size = batch_size("estimate", examples)
         return found.value, found.grad, jax.tree.map(lambda x: x / size, found.sum_squares)
 
+    def second(grad: Any, weights: Any, examples: tuple) -> Any:
+        """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
+        if not any(state.rule.adversarial for state in states):
+            return grad
+        moved = [
+            state.rule.adversary(state, part, _tree.matching_leaves(grad, part, "grads"))
+            for state, part in zip(states, parts, strict=True)
+            if state.rule.adversarial
+        ]
+        found = jax.grad(loss, has_aux=has_aux)(_tree.merge_by_path(weights, *moved), *examples)
+        return found[0] if has_aux else found
+
     def at_weights(noises: list[Any], examples: tuple) -> tuple:
         weights = draw(states, parts, params, noises)
         value, grad, squares = gradient(weights, *examples)
         value, aux = value if has_aux else (value, None)
+        first, grad = grad, second(grad, weights, examples)
         aux = jax.tree.map(jnp.asarray, aux)
         curvature = [
             _tree.matching_leaves(squares, part, "squares")
@@ -224,7 +245,7 @@ def estimate(
                 state,
                 part,
                 _tree.matching_leaves(weights, part, "weights"),
-                _tree.matching_leaves(grad, part, "grads"),
+                _tree.matching_leaves(first, part, "grads"),
             )
             for state, part in zip(states, parts, strict=True)
         ]
@@ -241,12 +262,14 @@ def estimate(
             results = [at_weights(scaled(noises, sign), examples) for sign in signs]
             return functools.reduce(_accumulate, results)
 
-        if piece is None:
-            return at_examples(batch)
+        if microbatch is None:
+            return at_examples(share(index))
+        piece, count = _split(share(index), None, microbatch)
         return _total(lambda index: at_examples(piece(index)), jnp.arange(count), count, 1)
 
     total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
-    evaluations = samples * count * (2 if antithetic else 1)
+    pieces = 1 if microbatch is None else _split(share(0), None, microbatch)[1]
+    evaluations = samples * pieces * (2 if antithetic else 1)
 
     def average(x: Array) -> Array:
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -15,7 +15,6 @@ This is `natural_step` of the mean-field normal with the mean's rate left to the
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -25,13 +24,12 @@ import optax
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._curvature import (
-    Curvature,
+    AbsoluteGradient,
     PerExampleSquares,
-    Sample,
     SquaredGradient,
     from_gradient,
 )
-from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
+from blr_optax.estimators._noise import canonical_key, check_generator, step_key
 from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
 from blr_optax.families._checks import holds
 from blr_optax.families._domain import LARGEST_RELATIVE_STEP
@@ -44,7 +42,8 @@ from blr_optax.rule._numbers import (
     positive,
     squares_finite,
 )
-from blr_optax.rule._protocol import Rule
+from blr_optax.rule._precision_rule import PrecisionRule
+from blr_optax.rule._protocol import refuse_one_gradient
 from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
@@ -52,8 +51,10 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array
 
-STEPS = ("improved", "improved_old", "plain")
-SQUARES = (PerExampleSquares, SquaredGradient)
+    from blr_optax.estimators._curvature import Curvature
+
+STEPS = ("improved", "improved_old", "plain", "plain_old")
+NEVER_NEGATIVE = (PerExampleSquares, SquaredGradient, AbsoluteGradient)
 SMALLEST_PRECISION, LARGEST_PRECISION = 1e-15, 1e15
 
 
@@ -79,63 +80,6 @@ class ScaleByPrecisionState(NamedTuple):
     prior: Any
     momentum: Any
     skipped: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class PrecisionRule(Rule):
-    """How a `ScaleByPrecisionState` is read.
-
-    Attributes:
-        kind: the curvature that a gradient gives.
-        generator: of the noise; None for the delta method, whose weights are the mean.
-    """
-
-    kind: Curvature
-    generator: str | None
-
-    @property
-    def by_example(self) -> bool:
-        return isinstance(self.kind, PerExampleSquares)
-
-    def part(self, state: ScaleByPrecisionState, params: Any) -> Any:
-        return _tree.matching_leaves(params, state.precision, "params")
-
-    def noise(self, state: ScaleByPrecisionState, key: Array) -> Any:
-        if self.generator is None:
-            return None
-        return standard_normal(key, state.precision, self.generator)
-
-    def weights(self, state: ScaleByPrecisionState, params: Any, noise: Any) -> Any:
-        """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype."""
-        if self.generator is None:
-            return params
-
-        def draw(p: Array, eps: Array, m: Array) -> Array:
-            return (m.astype(p.dtype) + eps * jax.lax.rsqrt(state.ess.astype(p.dtype) * p)).astype(
-                m.dtype
-            )
-
-        return jax.tree.map(draw, state.precision, noise, params)
-
-    def curvature(self, state: ScaleByPrecisionState, params: Any, weights: Any, grads: Any) -> Any:
-        """Per-example curvature from the displacement actually made, which matters in bfloat16."""
-
-        def widen(p: Array, x: Array) -> Array:
-            return x.astype(p.dtype)
-
-        wide = [jax.tree.map(widen, state.precision, x) for x in (params, weights, grads)]
-        displacement = jax.tree.map(jnp.subtract, wide[1], wide[0])
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
-        return self.kind.diagonal(
-            Sample(None, wide[1], wide[2], displacement, total, state.ess, None)
-        )
-
-    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Posterior:
-        """N(params, 1 / (ess p))."""
-        family = MeanField(Normal())
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
-        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
-        return Posterior(family, family.from_mean(mean, total))
 
 
 def filled(m: Any, x: Any) -> Array:
@@ -202,6 +146,7 @@ def scale_by_precision(
     damping: Any = 0.0,
     prior_in_momentum: bool = False,
     denominator: Callable[[Array, Any, Array], Array] | None = None,
+    adversary: float | None = None,
     generator: str | None = "hash",
     key: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -232,13 +177,14 @@ def scale_by_precision(
             debias=True)`.
         curvature: "reparameterized" or `squared_gradient(...)`, used when `update` gets no
             `curvature=`.
-        step: "improved", "improved_old" (the old precision preconditions the mean) or "plain" (may
-            leave the domain when the curvature is negative).
+        step: "improved" or "plain" (may leave the domain when the curvature is negative);
+            "improved_old" and "plain_old" precondition the mean by the old precision.
         damping: added to the precision per example, in posterior and steps alike, without pulling
             the mean.
         prior_in_momentum: run the momentum on g + d0 (m - m0), as VOGN does, not on g alone.
         denominator: what divides the direction in place of the precision, a function of the new
             curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
+        adversary: r, for bSAM: `estimate` takes the gradient at m + r g / p, with g at the sample.
         generator: "hash" (fast) or "threefry"; None for no noise, the delta method.
         key: typed key or integer seed.
 
@@ -276,7 +222,7 @@ def scale_by_precision(
         raise ValueError(
             "hess_init=0 and weight_decay=0 leave no first precision; make one positive."
         )
-    rule = PrecisionRule(from_gradient(curvature), generator)
+    rule = PrecisionRule(from_gradient(curvature), generator, adversary)
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
     def init_fn(params: Any) -> ScaleByPrecisionState:
@@ -337,6 +283,7 @@ def scale_by_precision(
             )
         grads = _tree.matching_leaves(updates, state.precision, "grads")
         grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, grads)
+        refuse_one_gradient(state.rule, curvature)
         if curvature is None:
             noise = state.rule.noise(state, step_key(state.key, state.count))
             weights = state.rule.weights(state, params, noise)
@@ -347,7 +294,7 @@ def scale_by_precision(
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
             curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
             finite = squares_finite(grads, curvature)
-            if isinstance(state.rule.kind, SQUARES):  # none is negative
+            if isinstance(state.rule.kind, NEVER_NEGATIVE):  # none is negative
                 finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
         d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
@@ -369,9 +316,11 @@ def scale_by_precision(
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
             target = c + jnp.asarray(d + damping, p.dtype)
             u = rho * (target - p) / p
-            new = p + p * u if step == "plain" else _retracted(p, u)
+            new = p + p * u if step in ("plain", "plain_old") else _retracted(p, u)
             # The bound is no more than a wall between two divisions, see `_retracted`.
-            by = {"improved_old": p, "plain": new}.get(step, jnp.maximum(new, SMALLEST_PRECISION))
+            by = {"improved_old": p, "plain_old": p, "plain": new}.get(
+                step, jnp.maximum(new, SMALLEST_PRECISION)
+            )
             if denominator is not None:
                 by = denominator(new - jnp.asarray(d + damping, p.dtype), d, state.count + 1)
             return new, (gate * (g + pull) / by).astype(m.dtype)
@@ -382,7 +331,7 @@ def scale_by_precision(
         )
         count = optax.safe_increment(state.count)
         ess_next = jnp.array(at(ess, count), state.ess.dtype)
-        if step == "plain" and (callable(ess) or callable(weight_decay)):
+        if step in ("plain", "plain_old") and (callable(ess) or callable(weight_decay)):
             # The average is of the curvature alone: a prior that moves is put in as it now is.
             d1 = prior_precision(weight_decay, state.prior, ess_next, precision, count)
             precision = jax.tree.map(lambda p, old, new: p + (new - old), precision, d0, d1)

@@ -35,6 +35,7 @@ class Rule:
 
     evaluates_loss = False  # whether the transformation evaluates the loss itself
     by_example = False  # whether its curvature is that of single examples, see `per_example`
+    adversarial = False  # whether it takes a second gradient, at `adversary`
 
     def part(self, state: Any, params: Any) -> Any:
         """The leaves of params that the state knows, `MaskedNode` elsewhere."""
@@ -51,6 +52,10 @@ class Rule:
     def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
         """Curvature per example from a gradient at `weights`, or None."""
         return None
+
+    def adversary(self, state: Any, params: Any, grads: Any) -> Any:
+        """The weights of the second gradient, from the gradient at `weights`."""
+        raise NotImplementedError
 
     def posterior(self, state: Any, params: Any) -> Posterior:
         """q, over the leaves that the state knows."""
@@ -73,6 +78,16 @@ def posterior_states(opt_state: Any, who: str) -> list[Any]:
     if not found:
         raise ValueError(NO_POSTERIOR.format(who=who))
     return found
+
+
+def refuse_one_gradient(rule: Rule, curvature: Any) -> None:
+    """Raises ValueError when an update of two gradients gets no sign that there were two."""
+    if rule.adversarial and curvature is None:
+        raise ValueError(
+            "sam, bsam: a step takes two gradients, the second at the adversary of the first. Take "
+            "both from est = blr.estimate(loss, opt_state, params, *batch), then "
+            "tx.update(est.grad, opt_state, params, curvature=est.curvature)."
+        )
 
 
 def refuse_multi_steps(opt_state: Any, who: str) -> None:

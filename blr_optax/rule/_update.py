@@ -19,6 +19,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators import Estimator, natural_gradient
+from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.estimators._noise import canonical_key, standard_normal
 from blr_optax.families import (
@@ -253,6 +254,11 @@ def blr_update(
     else:
         check_step(how, family)
         natural_gradient(family, loss, estimator)  # checks its arguments where they are given
+        whole = isinstance(ess, (int, float)) and ess == 1
+        if isinstance(getattr(estimator, "curvature", None), AbsoluteGradient) and not whole:
+            raise ValueError(
+                f"ess={ess}: absolute_gradient() goes with ess=1 here; multiply the loss instead."
+            )
     point = estimator is not None and isinstance(estimator, Delta)
     generator = getattr(estimator, "generator", "threefry")
 

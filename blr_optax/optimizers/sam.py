@@ -1,0 +1,225 @@
+"""SAM and bSAM: the gradient at the worst point nearby, whose reach is the posterior's.
+
+    theta  =  m + eps / sqrt(ess p)                       bSAM; SAM looks at theta = m
+    g      =  grad l(theta)
+    m_a    =  m + r g / p,   in SAM  m + r g / |g|        the adversary, around the mean
+    u      <-  b1 u + (1 - b1) ( grad l(m_a) + d m )
+    m      <-  m - lr u / p                               with the old p
+    p      <-  b2 p + (1 - b2) ( sqrt(p) |g| + d + gamma )
+    q      =  N( m, 1 / (ess p) ),                        d = prior_precision / ess
+
+Foret et al. (2021); Moellenhoff and Khan (2023), Algorithm 1: the maximum over a neighbourhood is
+the tightest convex lower bound of the expectation E_q[l], which the rule would have there.
+m-sharpness is `estimate(..., samples=M, split=True)`: every sample sees its own part of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax.estimators import absolute_gradient
+from blr_optax.optimizers.gradient import StepSizeRule
+from blr_optax.optimizers.per_example import PRIOR_PRECISION, curvature_at_start
+from blr_optax.rule import scale_by_precision, with_posterior
+from blr_optax.rule._numbers import at, check_positive, check_unit_interval
+from blr_optax.rule._protocol import refuse_one_gradient
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax._posterior import Posterior
+    from blr_optax.rule import WithPosteriorState
+
+
+@dataclasses.dataclass(frozen=True)
+class SamRule(StepSizeRule):
+    """SGD's posterior, and an adversary at distance r.
+
+    Attributes:
+        radius: r.
+    """
+
+    radius: float
+    adversarial = True
+
+    def adversary(self, state: WithPosteriorState, params: Any, grads: Any) -> Any:
+        """m + r g / |g|; m where g = 0."""
+        wide = jax.tree.map(lambda g: g.astype(_tree.statistics_dtype(g.dtype)), grads)
+        norm = optax.tree.norm(wide)
+        scale = self.radius / jnp.where(norm > 0, norm, 1.0)
+        return jax.tree.map(
+            lambda m, g: (m.astype(g.dtype) + scale.astype(g.dtype) * g).astype(m.dtype),
+            params, wide,
+        )  # fmt: skip
+
+    def curvature(self, state: WithPosteriorState, params: Any, weights: Any, grads: Any) -> Any:
+        """|g| of the first gradient: what bSAM would learn from, and the sign that it was taken."""
+        return jax.tree.map(lambda g: jnp.abs(g.astype(_tree.statistics_dtype(g.dtype))), grads)
+
+
+def sam(
+    learning_rate: float | Array | Callable,
+    ess: float | Array | Callable = 1.0,
+    *,
+    rho: float = 0.05,
+    momentum: float | None = 0.9,
+    nesterov: bool = False,
+    weight_decay: Any = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """SAM, sharpness-aware minimisation: SGD with the gradient at the worst point within a ball.
+
+    m_a = m + r g / |g|;  u <- beta u + grad l(m_a) + weight_decay m;  m <- m - lr u;
+    q = N(m, lr / ess).
+
+    Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
+    `update(est.grad, opt_state, params, curvature=est.curvature)`. m-sharpness with M sub-batches:
+    `estimate(..., samples=M, split=True)`.
+
+    Args:
+        learning_rate: lr, a number or schedule.
+        ess: effective sample size; scales the posterior, not the steps.
+        rho: r, the radius of the ball.
+        momentum: beta of `optax.sgd`: heavy ball, without 1 - beta. None for none.
+        nesterov: as in `optax.sgd`.
+        weight_decay: added to the second gradient times the parameters, as `optax` does.
+
+    Raises:
+        ValueError: for arguments out of range, integer parameters, or an update without
+            `curvature=`, whose gradient would be plain SGD's.
+
+    Source: Foret et al. (2021). Special case of `blr_update` with family "gaussian_fixed" of
+    precision ess / lr and `estimator=delta()`, whose E_q[l] is replaced by the maximum of l over a
+    ball (Moellenhoff and Khan 2023, Theorem 1); with rho = 0 it is `sgd`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params, tx = jnp.array([3.0, 4.0]), blr.sam(0.1, rho=0.5, momentum=None)
+      >>> state = tx.init(params)
+      >>> est = blr.estimate(lambda w: 0.5 * w @ w, state, params)
+      >>> print(est.grad)  # at 1.1 m: the gradient has length 5
+      [3.3 4.4]
+    """
+    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("ess", ess)
+    check_positive("rho", rho, zero=True)
+    inner = with_posterior(
+        optax.chain(
+            optax.add_decayed_weights(weight_decay),
+            optax.sgd(learning_rate, momentum, nesterov),
+        ),
+        SamRule(float(rho)),
+        ess=ess,
+        step_size=learning_rate,
+    )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        refuse_one_gradient(state.rule, curvature)
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def bsam(
+    learning_rate: float | Array | Callable,
+    ess: float | Array | Callable,
+    *,
+    rho: float = 0.05,
+    prior_precision: Any = None,
+    init_precision: Any = None,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    damping: Any = 0.1,
+    prior: Posterior | None = None,
+    init: Posterior | None = None,
+    key: Any = 0,
+    generator: str | None = "hash",
+) -> optax.GradientTransformationExtraArgs:
+    """bSAM: SAM whose neighbourhood is a diagonal Gaussian posterior that it learns.
+
+    m_a = m + r g / p;  u <- b1 u + (1 - b1)(grad l(m_a) + d m);  m <- m - lr u / p (old p);
+    p <- b2 p + (1 - b2)( sqrt(p) |g| + d + gamma );  q = N(m, 1 / (ess p)),
+    d = prior_precision / ess.
+
+    Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
+    `update(est.grad, opt_state, params, curvature=est.curvature)`. m-sharpness with M sub-batches:
+    `estimate(..., samples=M, split=True)`.
+
+    Args:
+        learning_rate: lr, a number or schedule.
+        ess: effective sample size, N or N times an augmentation factor; may be a schedule.
+        rho: r, the size of the adversary's step in units of the natural gradient.
+        prior_precision: total precision of a zero-mean prior; a number or prefix tree. 1 by
+            default, 0 when a prior is given.
+        init_precision: total precision of the first posterior, at least prior_precision +
+            ess * damping; by default the curvature starts at one per example.
+        b1: decay of the average of gradients, the prior's included; not debiased.
+        b2: decay of the precision.
+        damping: gamma, added to the precision per example; too small a value makes steps and noise
+            large where gradients vanish.
+        prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
+        init: the first posterior, whose mean must be the parameters.
+        key: typed key or integer seed.
+        generator: "hash" (fast) or "threefry", of the weights' noise; None looks at the mean.
+
+    Raises:
+        ValueError: for arguments out of range, trees of another structure, integer parameters, or
+            an update without `curvature=`.
+
+    Source: Moellenhoff and Khan (2023), SAM as an optimal relaxation of Bayes, Algorithm 1. Special
+    case of `blr_update` with family "gaussian_diagonal", `step="plain"` and
+    `monte_carlo(1, curvature=absolute_gradient())`, with rho = 0, b1 = 0 and damping = 0, where the
+    old precision divides the step and the gradient is that at the mean.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params, loss = jnp.ones(1), lambda w: 2.0 * w @ w
+      >>> tx = blr.bsam(
+      ...     0.5, 10.0, rho=0.1, b1=0.0, b2=0.5, damping=0.0, prior_precision=0.0, generator=None
+      ... )
+      >>> state = tx.init(params)
+      >>> est = blr.estimate(loss, state, params)
+      >>> updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+      >>> print(est.grad, updates, blr.posterior(state, params).variance)  # 1 / (10 * 2.5)
+      [5.6] [-2.8] [0.04]
+    """
+    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("ess", ess)
+    check_positive("rho", rho, zero=True)
+    check_unit_interval("b1", b1)
+    if prior_precision is None:
+        prior_precision = PRIOR_PRECISION if prior is None else 0.0
+    check_positive("prior_precision", prior_precision, zero=True)
+    if init is not None and init_precision is not None:
+        raise ValueError("bsam: give init= or init_precision=, not both: init has a precision.")
+
+    def decay(count: Any) -> Any:
+        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
+
+    return optax.chain(
+        scale_by_precision(
+            ess,
+            b2=b2,
+            hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
+            weight_decay=decay if callable(ess) else decay(0),
+            prior=prior,
+            init=init,
+            momentum=optax.ema(b1, debias=False),
+            curvature=absolute_gradient(),
+            step="plain_old",
+            damping=damping,
+            prior_in_momentum=True,
+            adversary=float(rho),
+            generator=generator,
+            key=key,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )
