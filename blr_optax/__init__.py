@@ -7,6 +7,7 @@ from typing import Any
 
 from blr_optax import estimators, families, metrics, plots, rule
 from blr_optax._posterior import Posterior
+from blr_optax._table import TableRow, table
 
 # The deep-learning rows.
 from blr_optax.optimizers import (
@@ -53,6 +54,7 @@ __all__ = [
     "PerExample",
     "Posterior",
     "Predictive",
+    "TableRow",
     "adam",
     "bayesbinn",
     "binary_link",
@@ -85,6 +87,7 @@ __all__ = [
     "sgd",
     "soba",
     "ste",
+    "table",
     "vadam",
     "variational_online_newton",
     "vogn",

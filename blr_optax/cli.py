@@ -1,4 +1,4 @@
-"""The command line: `blr-optax demo`.
+"""The command line: `blr-optax demo`, `blr-optax table`.
 
 Arguments are checked here and nowhere else; a wrong one ends with exit code 2 and one line.
 """
@@ -113,7 +113,21 @@ def build() -> Parser:
         "--resume", action="store_true", help="go on from the checkpoints in the output folder"
     )
     demo.set_defaults(command=run_demo, parser=demo)
+
+    rows = commands.add_parser(
+        "table",
+        help="the algorithms that the rule yields: family, approximation, function",
+        description="Prints every algorithm of this library as a special case of the rule.",
+    )
+    rows.set_defaults(command=run_table, parser=rows)
     return parser
+
+
+def run_table(arguments: argparse.Namespace) -> None:
+    """`blr-optax table`."""
+    from blr_optax import table
+
+    print(table())
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -208,6 +208,27 @@ def test_expected_gradient_tends_to_the_exact_one(x64):
     np.testing.assert_allclose(est.curvature, exact, atol=0.05)
 
 
+def test_signs_of_a_linear_model_are_found():
+    """The posterior settles on the signs that made the labels, and knows which it cannot see."""
+    truth = jnp.array([1.0, -1.0, -1.0, 1.0, 1.0])
+    x = jax.random.normal(jax.random.key(0), (200, 5)).at[:, 4].set(0.0)
+    y = x @ truth
+    loss = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)  # noqa: E731
+    params = blr.random_signs(jax.random.key(1), truth, 0.5)
+    tx = blr.bayesbinn(0.01, 200.0, b1=0.9)
+
+    def step(carry, _):
+        params, state = carry
+        est = blr.estimate(loss, state, params, x, y)
+        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        return (params + updates, state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), None, 1000)
+    q = blr.posterior(state, params)
+    np.testing.assert_allclose(q.mean[:4], truth[:4], atol=1e-3)
+    assert abs(q.mean[4]) < 1e-3  # the prior's even odds
+
+
 def test_saturated_float32_signs_keep_a_finite_scale():
     """1 - tanh(10)^2 is 8e-9, which float32 rounds to 0 when it subtracts."""
     params = jnp.full(3, 10.0)

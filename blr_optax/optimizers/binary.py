@@ -45,7 +45,8 @@ FAMILY = MeanField(Rademacher())
 
 
 def _wide(params: Any) -> Any:
-    return jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
+    """Copies in float32 or wider: a posterior outlives donated parameters."""
+    return jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
 
 
 def one_minus_tanh2(x: Array) -> Array:
@@ -263,12 +264,15 @@ def bayesbinn(
         if params is None:
             raise ValueError("bayesbinn: update needs params, update(grads, state, params).")
         like = state.momentum.ema
+        grads = _tree.matching_leaves(updates, like, "grads")
         if curvature is None:
-            grads = _tree.matching_leaves(updates, like, "grads")
             noise = rule.noise(state, step_key(state.key, state.count))
             curvature = rule.curvature(state, params, rule.weights(state, params, noise), grads)
-        in_mu = _wide(_tree.matching_leaves(curvature, like, "curvature"))
-        finite = squares_finite(in_mu)
+        in_mu, grads = (
+            jax.tree.map(lambda v, c: c.astype(v.dtype), like, x)
+            for x in (_tree.matching_leaves(curvature, like, "curvature"), grads)
+        )
+        finite = squares_finite(grads, in_mu)
         prior_ = state.prior if jax.tree.leaves(state.prior) else jax.tree.map(lambda _: 0.0, like)
 
         def natural_gradient(g: Array, x: Array, x0: Any) -> Array:
