@@ -30,8 +30,10 @@ from blr_optax.predict import Predictive, binary_link, predict, predict_regressi
 
 # The rule, and reading any optimizer state.
 from blr_optax.rule import (
+    Diagnostics,
     Estimate,
     blr_update,
+    diagnostics,
     estimate,
     natural_step,
     posterior,
@@ -44,6 +46,7 @@ from blr_optax.rule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "Estimate",
     "PerExample",
     "Posterior",
@@ -51,6 +54,7 @@ __all__ = [
     "adam",
     "binary_link",
     "blr_update",
+    "diagnostics",
     "estimate",
     "estimators",
     "explain",
