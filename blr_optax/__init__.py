@@ -10,7 +10,9 @@ from blr_optax._posterior import Posterior
 
 # The deep-learning rows.
 from blr_optax.optimizers import (
+    TorchIvon,
     adam,
+    from_torch_ivon,
     gradient_descent,
     ivon,
     newton,
@@ -19,6 +21,7 @@ from blr_optax.optimizers import (
     rmsprop,
     sgd,
     soba,
+    to_torch_ivon,
     vadam,
     variational_online_newton,
     vogn,
@@ -51,6 +54,7 @@ __all__ = [
     "PerExample",
     "Posterior",
     "Predictive",
+    "TorchIvon",
     "adam",
     "binary_link",
     "blr_update",
@@ -59,6 +63,7 @@ __all__ = [
     "estimators",
     "explain",
     "families",
+    "from_torch_ivon",
     "gradient_descent",
     "ivon",
     "metrics",
@@ -79,6 +84,7 @@ __all__ = [
     "scale_by_precision",
     "sgd",
     "soba",
+    "to_torch_ivon",
     "vadam",
     "variational_online_newton",
     "vogn",
