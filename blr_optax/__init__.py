@@ -11,9 +11,11 @@ from blr_optax._table import TableRow, table
 
 # The deep-learning rows.
 from blr_optax.optimizers import (
+    TorchIvon,
     adam,
     bayesbinn,
     bsam,
+    from_torch_ivon,
     gradient_descent,
     ivon,
     newton,
@@ -25,6 +27,7 @@ from blr_optax.optimizers import (
     sgd,
     soba,
     ste,
+    to_torch_ivon,
     vadam,
     variational_online_newton,
     vogn,
@@ -36,8 +39,10 @@ from blr_optax.predict import Predictive, binary_link, predict, predict_regressi
 
 # The rule, and reading any optimizer state.
 from blr_optax.rule import (
+    Diagnostics,
     Estimate,
     blr_update,
+    diagnostics,
     estimate,
     natural_step,
     posterior,
@@ -50,20 +55,24 @@ from blr_optax.rule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "Estimate",
     "PerExample",
     "Posterior",
     "Predictive",
     "TableRow",
+    "TorchIvon",
     "adam",
     "bayesbinn",
     "binary_link",
     "blr_update",
     "bsam",
+    "diagnostics",
     "estimate",
     "estimators",
     "explain",
     "families",
+    "from_torch_ivon",
     "gradient_descent",
     "ivon",
     "metrics",
@@ -88,6 +97,7 @@ __all__ = [
     "soba",
     "ste",
     "table",
+    "to_torch_ivon",
     "vadam",
     "variational_online_newton",
     "vogn",

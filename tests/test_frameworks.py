@@ -122,6 +122,15 @@ def msgpack(names: dict[str, Any]) -> None:
     assert_same(names["restored"], names["opt_state"])
 
 
+def watched(names: dict[str, Any]) -> None:
+    learnt(names)
+    reports = names["reports"]
+    assert len(reports) == 4 and all(int(report.skipped) == 0 for report in reports)
+    assert all(0.0 <= float(report.correction_of_precision) < 0.2 for report in reports)
+    assert float(reports[-1].signal_to_noise) > 0.5
+    assert names["clipped"][0] > 0.2 and names["clipped"][-1] == 0.0
+
+
 FACTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "Raw JAX": classifies,
     "Linen TrainState": linen,
@@ -133,6 +142,7 @@ FACTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "A posterior over a part of the model with optax.partition": partitioned,
     "Checkpoints with orbax": orbax,
     "Checkpoints with flax msgpack": msgpack,
+    "Diagnostics of a training step": watched,
 }
 SLOW = {title for title in FACTS if title.startswith(("Raw", "Linen", "nnx", "VOGN"))}
 

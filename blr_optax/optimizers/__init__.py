@@ -2,6 +2,7 @@
 
 from blr_optax.optimizers.adaptive import adam, rmsprop
 from blr_optax.optimizers.binary import bayesbinn, random_signs, ste
+from blr_optax.optimizers.checkpoint import TorchIvon, from_torch_ivon, to_torch_ivon
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
@@ -10,9 +11,11 @@ from blr_optax.optimizers.sam import bsam, sam
 from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
+    "TorchIvon",
     "adam",
     "bayesbinn",
     "bsam",
+    "from_torch_ivon",
     "gradient_descent",
     "ivon",
     "newton",
@@ -24,6 +27,7 @@ __all__ = [
     "sgd",
     "soba",
     "ste",
+    "to_torch_ivon",
     "vadam",
     "variational_online_newton",
     "vogn",

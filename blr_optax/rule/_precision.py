@@ -30,7 +30,6 @@ from blr_optax.estimators._curvature import (
     from_gradient,
 )
 from blr_optax.estimators._noise import canonical_key, check_generator, step_key
-from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
 from blr_optax.families._checks import holds
 from blr_optax.families._domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._numbers import (
@@ -43,8 +42,8 @@ from blr_optax.rule._numbers import (
     squares_finite,
 )
 from blr_optax.rule._precision_rule import PrecisionRule
+from blr_optax.rule._prior import EmpiricalPrior, filled, prior_precision, prior_trees
 from blr_optax.rule._protocol import refuse_one_gradient
-from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,45 +81,6 @@ class ScaleByPrecisionState(NamedTuple):
     skipped: Array
 
 
-def filled(m: Any, x: Any) -> Array:
-    """x in the shape and sharding of a parameter, in its statistics dtype."""
-    return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
-
-
-def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
-    """The natural parameters of a mean-field Gaussian as trees like params; () for None.
-
-    One of one number holds for every parameter.
-
-    Raises:
-        ValueError: for another family or another tree structure.
-    """
-    if prior is None:
-        return ()
-    prior = spread(prior, MeanField(Normal()), params)
-    known = (Normal(), MeanField(Normal()), Pinned(MeanField(Normal())))
-    if not isinstance(prior, Posterior) or prior.family not in known:
-        found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
-        raise ValueError(
-            f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
-        )
-    natural = prior.natural.free if isinstance(prior.family, Pinned) else prior.natural
-    fields = [_tree.matching_leaves(field, params, name) for field in natural]
-    return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
-
-
-def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
-    """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
-    if prior == ():
-        return decay
-    return jax.tree.map(
-        lambda w, q: jnp.asarray(w, q.dtype) - 2.0 * q / jnp.asarray(ess, q.dtype),
-        decay,
-        prior.quadratic,
-    )
-
-
 def _retracted(p: Array, u: Array) -> Array:
     """p (1 + u + u^2 / 2) for a relative step u, kept where products with float32 are finite.
 
@@ -145,6 +105,7 @@ def scale_by_precision(
     step: str = "improved",
     damping: Any = 0.0,
     prior_in_momentum: bool = False,
+    prior_in_mean: bool = True,
     denominator: Callable[[Array, Any, Array], Array] | None = None,
     adversary: float | None = None,
     generator: str | None = "hash",
@@ -168,7 +129,8 @@ def scale_by_precision(
         hess_init: first curvature per example; p starts at hess_init + d0. A number or a prefix
             tree.
         weight_decay: precision per example of a zero-mean prior, d0 without `prior` (the prior's
-            total precision is ess * weight_decay). A number, a prefix tree, or a schedule.
+            total precision is ess * weight_decay). A number, a prefix tree, a schedule, or an
+            `EmpiricalPrior`, which follows the posterior.
         prior: a mean-field Gaussian posterior, also an improper one; its precision and linear term
             join d0.
         init: the first posterior; its mean must be the parameters, its precision replaces
@@ -182,6 +144,7 @@ def scale_by_precision(
         damping: added to the precision per example, in posterior and steps alike, without pulling
             the mean.
         prior_in_momentum: run the momentum on g + d0 (m - m0), as VOGN does, not on g alone.
+        prior_in_mean: whether the prior pulls the mean; without, it acts on the precision alone.
         denominator: what divides the direction in place of the precision, a function of the new
             curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
         adversary: r, for bSAM: `estimate` takes the gradient at m + r g / p, with g at the sample.
@@ -222,7 +185,10 @@ def scale_by_precision(
         raise ValueError(
             "hess_init=0 and weight_decay=0 leave no first precision; make one positive."
         )
-    rule = PrecisionRule(from_gradient(curvature), generator, adversary)
+    plain = step in ("plain", "plain_old")
+    if isinstance(weight_decay, EmpiricalPrior) and plain:
+        raise ValueError(f"weight_decay=EmpiricalPrior(...) needs an improved step, not {step!r}.")
+    rule = PrecisionRule(from_gradient(curvature), generator, step, adversary)
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
     def init_fn(params: Any) -> ScaleByPrecisionState:
@@ -297,7 +263,10 @@ def scale_by_precision(
             if isinstance(state.rule.kind, NEVER_NEGATIVE):  # none is negative
                 finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
             grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
-        d0 = prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
+        decay = weight_decay
+        if isinstance(decay, EmpiricalPrior):
+            decay = decay.of(params, state.precision, state.ess)
+        d0 = prior_precision(decay, state.prior, state.ess, state.precision, state.count)
         pull0 = (
             jax.tree.map(lambda x: x / state.ess.astype(x.dtype), state.prior.linear)
             if state.prior
@@ -307,6 +276,8 @@ def scale_by_precision(
             lambda p, d, m, q: jnp.asarray(d, p.dtype) * m.astype(p.dtype) - q,
             state.precision, d0, params, pull0,
         )  # fmt: skip
+        if not prior_in_mean:
+            pull = jax.tree.map(jnp.zeros_like, pull)
         if prior_in_momentum:
             grads, pull = jax.tree.map(jnp.add, grads, pull), jax.tree.map(jnp.zeros_like, pull)
         averaged, momentum_state = inner.update(grads, state.momentum, params, **extra)
@@ -316,7 +287,7 @@ def scale_by_precision(
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
             target = c + jnp.asarray(d + damping, p.dtype)
             u = rho * (target - p) / p
-            new = p + p * u if step in ("plain", "plain_old") else _retracted(p, u)
+            new = p + p * u if plain else _retracted(p, u)
             # The bound is no more than a wall between two divisions, see `_retracted`.
             by = {"improved_old": p, "plain_old": p, "plain": new}.get(
                 step, jnp.maximum(new, SMALLEST_PRECISION)
@@ -331,7 +302,7 @@ def scale_by_precision(
         )
         count = optax.safe_increment(state.count)
         ess_next = jnp.array(at(ess, count), state.ess.dtype)
-        if step in ("plain", "plain_old") and (callable(ess) or callable(weight_decay)):
+        if plain and (callable(ess) or callable(weight_decay)):
             # The average is of the curvature alone: a prior that moves is put in as it now is.
             d1 = prior_precision(weight_decay, state.prior, ess_next, precision, count)
             precision = jax.tree.map(lambda p, old, new: p + (new - old), precision, d0, d1)

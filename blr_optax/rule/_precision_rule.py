@@ -32,11 +32,13 @@ class PrecisionRule(Rule):
     Attributes:
         kind: the curvature that a gradient gives.
         generator: of the noise; None for the delta method, whose weights are the mean.
+        step: how the precision moves, see `scale_by_precision`.
         radius: r, of the adversary; None for no second gradient.
     """
 
     kind: Curvature
     generator: str | None
+    step: str = "improved"
     radius: float | None = None
 
     @property
