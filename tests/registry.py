@@ -20,6 +20,7 @@ import blr_optax as blr
 
 SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16", "derived"})
 BY_EXAMPLE = frozenset({"C10", "C14", "C15", "C16", "derived", "multi"})
+NO_CURVATURE = frozenset({"C10", "C14"})  # noise of a fixed scale: there is none to give
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Row:
         noisy: whether it looks at samples.
         loss: whether `update` takes the batch and evaluates the loss.
         by_example: whether its curvature is that of single examples, from `estimate`.
+        leading: axes of its curvature's leaves in front of the parameters' own.
         slow: whether its tests are marked slow: a variant of a row that the fast run has.
     """
 
@@ -44,6 +46,7 @@ class Row:
     noisy: bool = False
     loss: bool = False
     by_example: bool = False
+    leading: tuple[int, ...] = ()
     slow: bool = False
 
     def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
@@ -89,6 +92,16 @@ _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
 _VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
 _VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
 _SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
+_ADDITIVE = {"learning_rate": 0.1, "noise_scale": 0.05, "momentum": 0.5}
+_AFFINE = {
+    "learning_rate": 0.1,
+    "ess": 50.0,
+    "scale_rate": 0.01,
+    "noise_scale": 0.1,
+    "b1": 0.5,
+    "b2": 0.9,
+}
+_MULTIPLICATIVE = {"learning_rate": 0.1, "ess": 50.0, "momentum": 0.5}
 _RULE = {"learning_rate": 0.3, "ess": 20.0}
 
 ROWS = [
@@ -122,6 +135,16 @@ ROWS = [
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
     Row("ogn", blr.ogn, _VOGN, exempt=BY_EXAMPLE, by_example=True, slow=True),
+    Row("lie_additive", blr.lie_additive, _ADDITIVE, exempt=NO_CURVATURE, noisy=True),
+    Row("lie_affine", blr.lie_affine, _AFFINE, noisy=True),
+    Row(
+        "lie_multiplicative",
+        blr.lie_multiplicative,
+        _MULTIPLICATIVE,
+        noisy=True,
+        leading=(2,),
+        slow=True,
+    ),
     Row(
         "scale_by_precision",
         lambda learning_rate, **k: optax.chain(

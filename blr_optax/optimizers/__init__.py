@@ -3,6 +3,8 @@
 from blr_optax.optimizers.adaptive import adam, rmsprop
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
+from blr_optax.optimizers.lie_group import lie_additive, lie_affine
+from blr_optax.optimizers.lie_multiplicative import lie_multiplicative
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.vadam import vadam, vprop
@@ -11,6 +13,9 @@ __all__ = [
     "adam",
     "gradient_descent",
     "ivon",
+    "lie_additive",
+    "lie_affine",
+    "lie_multiplicative",
     "newton",
     "ogn",
     "online_newton",

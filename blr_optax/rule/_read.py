@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import canonical_key, step_key
-from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned, PinnedNatural
+from blr_optax.families import MeanField, Pinned, PinnedNatural
+from blr_optax.families._noise_law import Moved
 from blr_optax.rule._protocol import map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
@@ -123,17 +124,18 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
     whole = known == _tree.paths(params)
     if len(found) == 1 and whole:
         return found[0]
-    family = MeanField(Normal())
-    if any(q.family != family for q in found):
+    family = found[0].family
+    if not isinstance(family, (MeanField, Moved)) or any(q.family != family for q in found):
         raise ValueError(
-            "posterior: a joint posterior (blr_update) beside other leaves cannot be merged; only "
-            "mean-field ones are, leaf by leaf."
+            "posterior: a joint posterior (blr_update) or one of another family beside other "
+            "leaves cannot be merged; only mean-field ones of one family are, leaf by leaf."
         )
     masked = _tree.mask_to(params, known)
-    natural = GaussianNatural(
+    kind = type(found[0].natural)
+    natural = kind(
         *(
             _tree.merge_by_path(masked, *(getattr(q.natural, name) for q in found))
-            for name in GaussianNatural._fields
+            for name in kind._fields
         )
     )
     if whole:
