@@ -130,7 +130,7 @@ def lie_multiplicative(
 
     The gains are in the state, and the parameters follow them: it stands last in a chain. Take the
     gradient at `sample(opt_state, params)`, or both from `estimate`, whose `curvature` has a first
-    axis of two. `posterior` draws and has moments, but no density.
+    axis of two (its `noise` a second one). `posterior` draws and has moments, but no density.
 
     Args:
         learning_rate: a, a number or schedule; relative, of the order of 1 / |theta grad|.
@@ -176,10 +176,12 @@ def lie_multiplicative(
         offset = _tree.prefix_leaves(init_offset, params, "init_offset")
 
         def gain(sign: float) -> Any:
-            return jax.tree.map(
-                lambda m, x: filled(m, jnp.maximum(sign * filled(m, m), 0.0) / law.mean + x),
-                params, offset,
-            )  # fmt: skip
+            def leaf(m: Any, x: Any) -> Array:
+                # Shapes alone, into which a checkpoint is restored, stand for zeros.
+                m = filled(m, 0.0 if isinstance(m, jax.ShapeDtypeStruct) else m)
+                return filled(m, jnp.maximum(sign * m, 0.0) / law.mean + x)
+
+            return jax.tree.map(leaf, params, offset)
 
         return LieMultiplicativeState(
             count,
