@@ -11,6 +11,7 @@ from blr_optax._posterior import Posterior
 # The deep-learning rows.
 from blr_optax.optimizers import (
     adam,
+    evon,
     gradient_descent,
     ivon,
     newton,
@@ -23,6 +24,7 @@ from blr_optax.optimizers import (
     variational_online_newton,
     vogn,
     vprop,
+    whiten,
 )
 
 # What a posterior is for.
@@ -53,6 +55,7 @@ __all__ = [
     "blr_update",
     "estimate",
     "estimators",
+    "evon",
     "explain",
     "families",
     "gradient_descent",
@@ -79,6 +82,7 @@ __all__ = [
     "variational_online_newton",
     "vogn",
     "vprop",
+    "whiten",
     "with_posterior",
 ]
 

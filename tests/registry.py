@@ -85,6 +85,7 @@ def _blr(family, **fixed):
 
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
+_EVON = {**_IVON, "refresh_every": 2}
 _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
 _VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
 _VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
@@ -117,6 +118,18 @@ ROWS = [
         lambda **k: blr.ivon(curvature=blr.estimators.squared_gradient(8), **k),
         _IVON,
         noisy=True,
+    ),
+    Row("evon", blr.evon, _EVON, noisy=True),
+    Row(
+        "evon_whitened",
+        lambda learning_rate, **k: optax.chain(
+            blr.evon(1.0, **k),
+            blr.whiten(),
+            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        ),
+        _EVON,
+        noisy=True,
+        slow=True,
     ),
     Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),

@@ -73,8 +73,8 @@ def test_c2_map_params_finds_the_parameter_fields(row):
     found = jax.tree.leaves(tagged)
     assert all(found), "a field with the structure of params has leaves of another shape"
     expected = sum(
-        isinstance(x, jax.Array) and x.ndim == 2 for x in jax.tree.leaves(state)
-    )  # only w is a matrix
+        isinstance(x, jax.Array) and x.shape == params["w"].shape for x in jax.tree.leaves(state)
+    )  # nothing else has the shape of w
     assert len(found) == 3 * expected
 
 

@@ -24,8 +24,10 @@ from blr_optax.families._parameters import parameters
 from blr_optax.families._product import Product, ProductExpectation, ProductNatural
 from blr_optax.families._raveled_conditional import RaveledConditional
 from blr_optax.families._registry import REGISTRY, get, names, register
+from blr_optax.families._rotated import Basis, Rotated, RotatedNatural
 
 __all__ = [
+    "Basis",
     "Conditional",
     "Bernoulli",
     "Beta",
@@ -74,6 +76,8 @@ __all__ = [
     "ProductNatural",
     "Raveled",
     "RaveledConditional",
+    "Rotated",
+    "RotatedNatural",
     "get",
     "names",
     "parameters",

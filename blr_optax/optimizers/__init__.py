@@ -1,6 +1,7 @@
 """The deep-learning rows of the table, each a short composition of the rule's parts."""
 
 from blr_optax.optimizers.adaptive import adam, rmsprop
+from blr_optax.optimizers.evon import evon, whiten
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
@@ -9,6 +10,7 @@ from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
     "adam",
+    "evon",
     "gradient_descent",
     "ivon",
     "newton",
@@ -21,4 +23,5 @@ __all__ = [
     "variational_online_newton",
     "vogn",
     "vprop",
+    "whiten",
 ]
