@@ -185,6 +185,22 @@ ROWS = [
         slow=True,
     ),
     Row(
+        "kronecker_newton",
+        lambda **k: blr.kronecker_newton(mean_loss, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        loss=True,
+        slow=True,
+    ),
+    Row(
+        "low_rank_newton",
+        lambda **k: blr.low_rank_newton(mean_loss, rank=2, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        loss=True,
+        slow=True,
+    ),
+    Row(
         "variational_online_newton",
         lambda **k: blr.variational_online_newton(mean_loss, estimator=_TWO, **k),
         _RULE,

@@ -267,7 +267,7 @@ def test_bases_are_the_eigenvectors_in_the_limit(x64):
     for _ in range(100):
         state = update(state)
     (found,) = posterior_states(state, "test")
-    u, s, vt = jnp.linalg.svd(g)
+    u, _, vt = jnp.linalg.svd(g)
     close(jnp.abs(found.bases["['w']"].left.T @ u), jnp.eye(3), atol=1e-8)
     close(jnp.abs(found.bases["['w']"].right.T @ vt.T), jnp.eye(3), atol=1e-8)
 

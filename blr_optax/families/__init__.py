@@ -19,6 +19,7 @@ from blr_optax.families._gaussian import (
     Normal,
 )
 from blr_optax.families._gaussian_fixed import FixedExpectation, FixedNatural, GaussianFixed
+from blr_optax.families._leafwise import Leafwise, LeafwiseNatural
 from blr_optax.families._mean_field import MeanField
 from blr_optax.families._parameters import parameters
 from blr_optax.families._product import Product, ProductExpectation, ProductNatural
@@ -67,6 +68,8 @@ __all__ = [
     "GaussianExpectation",
     "GaussianFixed",
     "GaussianNatural",
+    "Leafwise",
+    "LeafwiseNatural",
     "MeanField",
     "Normal",
     "Pinned",

@@ -6,6 +6,7 @@ from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
+from blr_optax.optimizers.structured import kronecker_newton, low_rank_newton
 from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "evon",
     "gradient_descent",
     "ivon",
+    "kronecker_newton",
+    "low_rank_newton",
     "newton",
     "ogn",
     "online_newton",

@@ -215,7 +215,7 @@ def scale_by_eigenbasis(
         if curvature is None:
             noise = rule.noise(state, step_key(state.key, state.count))
             away = rule.displacement(state, noise)
-            if any(p.dtype != m.dtype for p, m in zip(*map(jax.tree.leaves, (away, params)))):
+            if jax.tree.map(jnp.result_type, away) != jax.tree.map(jnp.result_type, params):
                 weights = rule.weights(state, params, noise)  # rounded to a short dtype
                 curvature = rule.curvature(state, params, weights, raw)
             else:
