@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 from registry import make_batch, make_params, mean_loss
 
 import blr_optax as blr
@@ -452,3 +453,27 @@ def test_errors_name_the_way_out():
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match="steps=0"):
         blr.whiten(0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_bases_of_both_sides_on_a_mesh(kind):
+    """Rows split over eight devices: the numbers of one device, and states that stay placed."""
+    params, grads = ({"w": jax.random.normal(jax.random.key(seed), (8, 2))} for seed in (0, 1))
+    tx = optax.chain(blr.evon(1.0, 50.0, refresh_every=1), blr.whiten(), optax.scale(0.1))
+
+    @jax.jit
+    def step(params, state, grads):
+        weights = blr.sample(state, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, weights
+
+    wanted = step(params, tx.init(params), grads)
+    with jax.set_mesh(jax.make_mesh((8,), ("d",), axis_types=(kind,))) as _:
+        split = jax.tree.map(lambda x: jax.device_put(x, PartitionSpec("d")), (params, grads))
+        state = tx.init(split[0])
+        found = step(split[0], state, split[1])
+        for before, after in zip(*map(jax.tree.leaves, (state, found[1])), strict=True):
+            assert before.sharding.is_equivalent_to(after.sharding, before.ndim)
+        for one, many in zip((wanted[0], wanted[2]), (found[0], found[2]), strict=True):
+            close(jax.device_get(many["w"]), one["w"], rtol=1e-5, atol=1e-6)
+        assert blr.posterior(found[1], found[0]).sample(jax.random.key(0))["w"].shape == (8, 2)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from blr_optax import _tree
 from blr_optax.families._conditional import Conditional
@@ -36,8 +37,30 @@ class Basis(NamedTuple):
     right: Array | None
 
 
+def on_every_device(x: Array) -> Array:
+    """x whole on every device of the mesh that is set; x itself without one."""
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    if kinds == {AxisType.Explicit}:
+        return jax.sharding.reshard(x, PartitionSpec())
+    if kinds == {AxisType.Auto}:
+        return jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return x
+
+
+def is_split(x: Array) -> bool:
+    """Whether the type of x says that it is split over devices, as it does on explicit meshes."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
+def placed_like(x: Array, like: Array) -> Array:
+    """x split over devices as `like` is, where types say so."""
+    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if is_split(like) else x
+
+
 def _both_sides(x: Array, left: Array | None, right: Array | None) -> Array:
     """left X right; leading sample axes stay."""
+    if is_split(x):
+        return placed_like(_both_sides(on_every_device(x), left, right), x)
     shape = x.shape
     if left is not None:
         rows, columns = left.shape[-1], shape[-1]

@@ -34,6 +34,8 @@ from blr_optax.families._rotated import (
     Basis,
     Rotated,
     from_basis,
+    is_split,
+    on_every_device,
     over,
     overlap,
     squared,
@@ -102,8 +104,9 @@ class EigenbasisRule(PrecisionRule):
     def posterior(self, state: ScaleByEigenbasisState, params: Any) -> Posterior:
         """N(params, 1 / (ess p)) along the axes of the basis."""
         total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
-        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
-        bases = jax.tree.map(jnp.copy, state.bases)  # the state may be donated
+        # Copies: the state and the parameters may be donated.
+        mean = jax.tree.map(lambda p, m: jnp.array(m, p.dtype), state.precision, params)
+        bases = jax.tree.map(jnp.copy, state.bases)
         return Posterior(Rotated(), Rotated().natural(mean=mean, precision=total, bases=bases))
 
 
@@ -130,7 +133,7 @@ def _first_bases(params: Any, max_size: int) -> Any:
 
 def _gram(g: Array, basis: Basis) -> Basis:
     """G G^T and G^T G of the sides that have a basis."""
-    g = g.reshape(-1, g.shape[-1])
+    g = (on_every_device(g) if is_split(g) else g).reshape(-1, g.shape[-1])
     return Basis(None if basis.left is None else g @ g.T, None if basis.right is None else g.T @ g)
 
 
@@ -248,6 +251,7 @@ def scale_by_eigenbasis(
             jax.lax.stop_gradient(factors),
             moving,
         )
+        bases, factors = jax.tree.map(on_every_device, (bases, factors))
         after = after._replace(precision=precision, momentum=after.momentum._replace(ema=ema))
         return out, ScaleByEigenbasisState(*after, bases=bases, factors=factors)
 

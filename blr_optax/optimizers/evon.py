@@ -23,6 +23,7 @@ import optax.contrib
 
 from blr_optax import _tree
 from blr_optax.estimators._curvature import PerExampleSquares
+from blr_optax.families._rotated import is_split, on_every_device, placed_like
 from blr_optax.optimizers._eigenbasis import scale_by_eigenbasis
 from blr_optax.optimizers.ivon import _rescale
 from blr_optax.rule._numbers import check_positive, check_unit_interval, is_zero
@@ -184,9 +185,14 @@ def whiten(steps: int = 5) -> optax.GradientTransformationExtraArgs:
 
     def orthogonal(updates: Any, params: Any = None) -> Any:
         del params
-        wide = jax.tree.map(lambda u: u.astype(_tree.statistics_dtype(u.dtype)), updates)
+
+        def widened(u: Array) -> Array:
+            u = u.astype(_tree.statistics_dtype(u.dtype))
+            return on_every_device(u) if is_split(u) else u
+
+        wide = jax.tree.map(widened, updates)
         out, _ = muon.update(wide, muon.init(wide))  # beta = 0: it keeps nothing between steps
-        return jax.tree.map(lambda x, u: x.astype(u.dtype), out, updates)
+        return jax.tree.map(lambda x, u: placed_like(x.astype(u.dtype), u), out, updates)
 
     def matrices(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.ndim(x) >= 2, tree)
