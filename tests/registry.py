@@ -25,6 +25,7 @@ import blr_optax as blr
 SELF = frozenset({"C7", "C10", "C11", "C13", "C14", "C15", "C16", "derived"})
 ESTIMATED = frozenset({"C10", "C14", "C15", "C16", "derived", "multi"})
 ADVERSARIAL = ESTIMATED | {"C11", "replicas"}
+NO_CURVATURE = frozenset({"C10", "C14"})  # noise of a fixed scale: there is none to give
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Row:
         noisy: whether it looks at samples.
         loss: whether `update` takes the batch and evaluates the loss.
         estimated: whether its curvature, and its gradient, must come from `estimate`.
+        leading: axes of its curvature's leaves in front of the parameters' own.
         slow: whether its tests are marked slow: a variant of a row that the fast run has.
     """
 
@@ -49,6 +51,7 @@ class Row:
     noisy: bool = False
     loss: bool = False
     estimated: bool = False
+    leading: tuple[int, ...] = ()
     slow: bool = False
 
     def tx(self, **more: Any) -> optax.GradientTransformationExtraArgs:
@@ -98,6 +101,16 @@ _SAM = {"learning_rate": 0.02, "ess": 50.0}
 _VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
 _VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
 _SOBA = {"learning_rate": 0.05, "ess": 50.0, "hess_init": 0.5, "b2": 0.95}
+_ADDITIVE = {"learning_rate": 0.1, "noise_scale": 0.05, "momentum": 0.5}
+_AFFINE = {
+    "learning_rate": 0.1,
+    "ess": 50.0,
+    "scale_rate": 0.01,
+    "noise_scale": 0.1,
+    "b1": 0.5,
+    "b2": 0.9,
+}
+_MULTIPLICATIVE = {"learning_rate": 0.1, "ess": 50.0, "momentum": 0.5}
 _RULE = {"learning_rate": 0.3, "ess": 20.0}
 
 ROWS = [
@@ -127,14 +140,43 @@ ROWS = [
         _IVON,
         noisy=True,
     ),
-    Row("vadam", blr.vadam, _VADAM, noisy=True),
+    # The gradient in w is nearly of rank one, so of its rows' eigenvectors two are rounding alone,
+    # and two ways to compile a step draw along different ones: w's columns have a basis.
+    Row(
+        "evon",
+        lambda **k: blr.evon(refresh_every=2, max_size=2, **k),
+        _IVON,
+        noisy=True,
+    ),
+    Row(
+        "evon_whitened",
+        lambda learning_rate, **k: optax.chain(
+            blr.evon(1.0, refresh_every=2, max_size=2, **k),
+            blr.whiten(),
+            optax.scale_by_learning_rate(learning_rate, flip_sign=False),
+        ),
+        _IVON,
+        noisy=True,
+        slow=True,
+    ),
+    Row("vadam", blr.vadam, _VADAM, noisy=True, slow=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=ESTIMATED, noisy=True, estimated=True),
     Row("ogn", blr.ogn, _VOGN, exempt=ESTIMATED, estimated=True, slow=True),
     Row("bayesbinn", blr.bayesbinn, _SIGNS, exempt=frozenset({"C15"}), noisy=True),
     Row("ste", blr.ste, _STE, slow=True),
-    Row("bsam", blr.bsam, _BSAM, exempt=ADVERSARIAL, noisy=True, estimated=True),
+    Row("bsam", blr.bsam, _BSAM, exempt=ADVERSARIAL, noisy=True, estimated=True, slow=True),
     Row("sam", blr.sam, _SAM, exempt=ADVERSARIAL, estimated=True, slow=True),
+    Row("lie_additive", blr.lie_additive, _ADDITIVE, exempt=NO_CURVATURE, noisy=True, slow=True),
+    Row("lie_affine", blr.lie_affine, _AFFINE, noisy=True, slow=True),
+    Row(
+        "lie_multiplicative",
+        blr.lie_multiplicative,
+        _MULTIPLICATIVE,
+        noisy=True,
+        leading=(2,),
+        slow=True,
+    ),
     Row(
         "scale_by_precision",
         lambda learning_rate, **k: optax.chain(
@@ -180,6 +222,22 @@ ROWS = [
         "newton",
         lambda **k: blr.newton(mean_loss, **k),
         {"ess": 20.0},
+        exempt=SELF | {"C2"},
+        loss=True,
+        slow=True,
+    ),
+    Row(
+        "kronecker_newton",
+        lambda **k: blr.kronecker_newton(mean_loss, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        loss=True,
+        slow=True,
+    ),
+    Row(
+        "low_rank_newton",
+        lambda **k: blr.low_rank_newton(mean_loss, rank=2, **k),
+        _RULE,
         exempt=SELF | {"C2"},
         loss=True,
         slow=True,

@@ -73,8 +73,8 @@ def test_c2_map_params_finds_the_parameter_fields(row):
     found = jax.tree.leaves(tagged)
     assert all(found), "a field with the structure of params has leaves of another shape"
     expected = sum(
-        isinstance(x, jax.Array) and x.ndim == 2 for x in jax.tree.leaves(state)
-    )  # only w is a matrix
+        isinstance(x, jax.Array) and x.shape == params["w"].shape for x in jax.tree.leaves(state)
+    )  # nothing else has the shape of w
     assert len(found) == 3 * expected
 
 
@@ -98,7 +98,7 @@ def test_c3_float32_parameters_stay_float32_under_x64(row):
         _, after = jax.jit(lambda p, s: one_step(row, tx, p, s, batch))(params, state)
         assert types(after) == types(state)
         if row.noisy and not row.loss:
-            wide = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float64), params)
+            wide = jax.tree.map(lambda p: jnp.ones(row.leading + p.shape, jnp.float64), params)
             _, after = tx.update(params, state, params, curvature=wide)
             assert types(after) == types(state)
 
@@ -333,6 +333,8 @@ def test_c13_non_finite_statistics_skip_the_step_and_are_counted(row, poison, ba
     params, state = train(row, tx, params, batch, 2)
     est = blr.estimate(mean_loss, state, params, *batch)
     grad, curvature = est.grad, est.curvature
+    if curvature is None and poison == "curvature":
+        return
     if poison == "grad":
         grad = {**grad, "b": grad["b"].at[0].set(bad)}
     else:
@@ -371,7 +373,9 @@ def test_c14_precision_stays_in_its_domain(row, size):
     grads = jax.tree.map(jnp.ones_like, params)
     for sign in (1.0, -1.0, -1.0, 1.0):
         before = optax.tree.get(state, "precision")
-        curvature = jax.tree.map(lambda p, s=sign: jnp.full(p.shape, s * size), params)
+        curvature = jax.tree.map(
+            lambda p, s=sign: jnp.full(row.leading + p.shape, s * size), params
+        )
         _, state = tx.update(grads, state, params, curvature=curvature)
         after = optax.tree.get(state, "precision")
         for p, q in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):

@@ -19,13 +19,16 @@ from blr_optax.families._gaussian import (
     Normal,
 )
 from blr_optax.families._gaussian_fixed import FixedExpectation, FixedNatural, GaussianFixed
+from blr_optax.families._leafwise import Leafwise, LeafwiseNatural
 from blr_optax.families._mean_field import MeanField
 from blr_optax.families._parameters import parameters
 from blr_optax.families._product import Product, ProductExpectation, ProductNatural
 from blr_optax.families._raveled_conditional import RaveledConditional
 from blr_optax.families._registry import REGISTRY, get, names, register
+from blr_optax.families._rotated import Basis, Rotated, RotatedNatural
 
 __all__ = [
+    "Basis",
     "Bernoulli",
     "Beta",
     "Binomial",
@@ -48,6 +51,8 @@ __all__ = [
     "InverseGaussian",
     "InverseWishart",
     "Laplace",
+    "Leafwise",
+    "LeafwiseNatural",
     "LogNormal",
     "MatrixGaussian",
     "MeanField",
@@ -69,6 +74,8 @@ __all__ = [
     "Rademacher",
     "Raveled",
     "RaveledConditional",
+    "Rotated",
+    "RotatedNatural",
     "SkewGaussian",
     "StudentT",
     "VonMisesFisher",

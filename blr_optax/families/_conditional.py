@@ -92,6 +92,10 @@ class Conditional:
         """Whether lambda is a proper member, per batch element."""
         raise NotImplementedError
 
+    def natural_at(self, location: Any, like: Any = None) -> Any:
+        """A lambda centred at `location`, with the shape of `like` (else one): `location`."""
+        raise ValueError(f"{type(self).__name__} has no location: pass init=.")
+
     def entropy(self, lam: Any) -> Float[Array, ...]:
         """H(q), where it is known."""
         raise ValueError(

@@ -124,6 +124,7 @@ class MatrixGaussian(Conditional):
     event_ndim: ClassVar[int] = 2
     hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
     at_means: ClassVar[bool] = True
+    location: ClassVar[bool] = True
 
     @checked(
         mean=REAL.over("n p"),
@@ -135,6 +136,13 @@ class MatrixGaussian(Conditional):
     ) -> MatrixGaussianNatural:
         """The parameters, checked and broadcast."""
         return MatrixGaussianNatural(mean, row_precision, column_precision)
+
+    def natural_at(self, location: Array, like: Any = None) -> MatrixGaussianNatural:
+        """The member centred at a matrix, with the precisions of `like` (else one)."""
+        if like is not None:
+            return like._replace(mean=location)
+        eyes = (jnp.eye(size, dtype=location.dtype) for size in location.shape[-2:])
+        return MatrixGaussianNatural(location, *eyes)
 
     def standard(self, lam: MatrixGaussianNatural) -> dict[str, Array]:
         return dict(lam._asdict())

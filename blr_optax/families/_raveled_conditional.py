@@ -48,7 +48,7 @@ class RaveledConditional(Conditional):
         if family.event_ndim != 1:
             raise ValueError(
                 f"{type(family).__name__} is over one array with {family.event_ndim} axes, not "
-                "over a tree; give every leaf its own with optax.partition."
+                "over a tree; Leafwise gives every leaf a member of its own."
             )
         raveled = Raveled.like(family, theta)
         return cls(family, raveled.treedef, raveled.shapes)

@@ -194,7 +194,7 @@ def estimate(
             raise ValueError(f"noise: it has {recorded} samples, but samples={samples}.")
         samples = recorded
         noise = [
-            _tree.matching_leaves(noise, part, "noise", leading=1)
+            _tree.matching_leaves(noise, part, "noise", leading=1 + state.rule.noise_axes)
             if hasattr(state, "key")
             else None
             for state, part in zip(states, parts, strict=True)
@@ -241,13 +241,14 @@ def estimate(
         curvature = [
             _tree.matching_leaves(squares, part, "squares")
             if state.rule.by_example
-            else state.rule.curvature(
+            else state.rule.statistic(
                 state,
                 part,
                 _tree.matching_leaves(weights, part, "weights"),
                 _tree.matching_leaves(first, part, "grads"),
+                drawn,
             )
-            for state, part in zip(states, parts, strict=True)
+            for state, part, drawn in zip(states, parts, noises, strict=True)
         ]
         return value, grad, curvature, aux
 

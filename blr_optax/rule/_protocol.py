@@ -36,6 +36,7 @@ class Rule:
     evaluates_loss = False  # whether the transformation evaluates the loss itself
     by_example = False  # whether its curvature is that of single examples, see `per_example`
     adversarial = False  # whether it takes a second gradient, at `adversary`
+    noise_axes = 0  # leading axes of noise and statistic, for more than one draw per weight
 
     def part(self, state: Any, params: Any) -> Any:
         """The leaves of params that the state knows, `MaskedNode` elsewhere."""
@@ -56,6 +57,10 @@ class Rule:
     def adversary(self, state: Any, params: Any, grads: Any) -> Any:
         """The weights of the second gradient, from the gradient at `weights`."""
         raise NotImplementedError
+
+    def statistic(self, state: Any, params: Any, weights: Any, grads: Any, noise: Any) -> Any:
+        """What `estimate` averages for `update`: the curvature, but where it needs the noise."""
+        return self.curvature(state, params, weights, grads)
 
     def posterior(self, state: Any, params: Any) -> Posterior:
         """q, over the leaves that the state knows."""

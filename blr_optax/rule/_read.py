@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import canonical_key, step_key
-from blr_optax.families import MeanField, Pinned, PinnedNatural
+from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated
+from blr_optax.families._noise_law import Moved
 from blr_optax.rule._protocol import map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
@@ -123,23 +124,39 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
     whole = known == _tree.paths(params)
     if len(found) == 1 and whole:
         return found[0]
-    family = found[0].family
-    if not isinstance(family, MeanField) or any(q.family != family for q in found):
+    families, alike = {q.family for q in found}, {MeanField(Normal()), Rotated()}
+    family = Rotated() if families == alike else found[0].family
+    if families not in ({family}, alike) or not isinstance(family, (MeanField, Moved, Rotated)):
         raise ValueError(
-            "posterior: a joint posterior (blr_update) beside other leaves, or one of another "
-            "family, cannot be merged; only mean-field ones of one family are, leaf by leaf."
+            "posterior: a joint posterior (blr_update) or one of another family beside other "
+            "leaves cannot be merged; only mean-field ones of one family are, leaf by leaf."
         )
     masked = _tree.mask_to(params, known)
-    natural = family.Natural(
-        *(
-            _tree.merge_by_path(masked, *(getattr(q.natural, name) for q in found))
-            for name in family.Natural._fields
-        )
-    )
+    natural = _joined(family, masked, found)
     if whole:
         return Posterior(family, natural)
     points = _tree.mask_to(params, _tree.paths(params) - known)
     return Posterior(Pinned(family), PinnedNatural(natural, points))
+
+
+def _joined(family: Any, masked: Any, found: list[Posterior]) -> Any:
+    """lambda over the leaves of `masked` from posteriors over disjoint parts of them."""
+    naturals = [q.natural for q in found]
+    if family == Rotated():
+        naturals = [
+            q.natural
+            if q.family == family
+            else family.natural(mean=q.mean, precision=q.family.precision(q.natural), bases={})
+            for q in found
+        ]
+        bases = {path: basis for lam in naturals for path, basis in lam.bases.items()}
+    kind = type(naturals[0])
+    fields = {
+        name: _tree.merge_by_path(masked, *(getattr(lam, name) for lam in naturals))
+        for name in kind._fields
+        if name != "bases"
+    }
+    return kind(**fields, **({"bases": bases} if family == Rotated() else {}))
 
 
 def reseed(opt_state: Any, key: Array) -> Any:

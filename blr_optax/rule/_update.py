@@ -25,6 +25,7 @@ from blr_optax.estimators._noise import canonical_key, standard_normal
 from blr_optax.families import (
     Conditional,
     Family,
+    Leafwise,
     MeanField,
     Product,
     Raveled,
@@ -101,13 +102,19 @@ class BlrRule(Rule):
 def family_over(family: str | Family | Conditional, params: Any) -> Family | Conditional:
     """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
 
+    Matrix families are one per leaf.
+
     Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
     """
     family = get(family)
-    if isinstance(family, (MeanField, Raveled, RaveledConditional, Product)):
+    if isinstance(family, (MeanField, Raveled, RaveledConditional, Leafwise, Product)):
         return family
     if isinstance(family, Conditional):
-        one = jax.tree_util.all_leaves([params]) or not jax.tree.leaves(params)
+        leaves = jax.tree.leaves(params)
+        one = jax.tree_util.all_leaves([params]) or not leaves
+        if family.event_ndim == 2 and leaves:
+            is_matrix = one and jnp.ndim(params) == 2
+            return family if is_matrix else Leafwise.like(family, params)
         return family if one else RaveledConditional.like(family, params)
     if family.elementwise:
         return MeanField(family)
