@@ -85,6 +85,7 @@ def _blr(family, **fixed):
 
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
+_LORA = {"learning_rate": 0.1, "examples": 50.0, "gamma": 7.0, "hess_init": 0.5, "b2": 0.95}
 _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
 _VADAM = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95, "init_precision": 10.0}
 _VPROP = {"learning_rate": 0.05, "ess": 50.0, "b2": 0.95, "init_precision": 10.0}
@@ -118,6 +119,7 @@ ROWS = [
         _IVON,
         noisy=True,
     ),
+    Row("ivon_lora", blr.ivon_lora, _LORA, noisy=True, slow=True),
     Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
