@@ -93,6 +93,7 @@ def _blr(family, **fixed):
 
 
 _IVON = {"learning_rate": 0.1, "ess": 50.0, "hess_init": 0.5, "b1": 0.9, "b2": 0.95}
+_LORA = {"learning_rate": 0.1, "examples": 50.0, "gamma": 7.0, "hess_init": 0.5, "b2": 0.95}
 _VOGN = {"learning_rate": 0.05, "ess": 50.0, "b1": 0.5, "b2": 0.95}
 _SIGNS = {"learning_rate": 0.01, "ess": 20.0, "b1": 0.5}
 _STE = {"learning_rate": 0.05, "b1": 0.9, "b2": 0.99}
@@ -160,6 +161,8 @@ ROWS = [
         slow=True,
     ),
     Row("vadam", blr.vadam, _VADAM, noisy=True, slow=True),
+    Row("ivon_lora", blr.ivon_lora, _LORA, noisy=True, slow=True),
+    Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=ESTIMATED, noisy=True, estimated=True),
     Row("ogn", blr.ogn, _VOGN, exempt=ESTIMATED, estimated=True, slow=True),

@@ -8,6 +8,7 @@ from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.lie_group import lie_additive, lie_affine
 from blr_optax.optimizers.lie_multiplicative import lie_multiplicative
+from blr_optax.optimizers.lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.sam import bsam, sam
@@ -23,6 +24,7 @@ __all__ = [
     "from_torch_ivon",
     "gradient_descent",
     "ivon",
+    "ivon_lora",
     "kronecker_newton",
     "lie_additive",
     "lie_affine",
@@ -35,6 +37,7 @@ __all__ = [
     "rmsprop",
     "sam",
     "sgd",
+    "signal_to_noise",
     "soba",
     "ste",
     "to_torch_ivon",
