@@ -3,6 +3,7 @@
 from blr_optax.optimizers.adaptive import adam, rmsprop
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
+from blr_optax.optimizers.mixture_ivon import mixture_ivon
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.vadam import vadam, vprop
@@ -11,6 +12,7 @@ __all__ = [
     "adam",
     "gradient_descent",
     "ivon",
+    "mixture_ivon",
     "newton",
     "ogn",
     "online_newton",
