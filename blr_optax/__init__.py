@@ -11,6 +11,7 @@ from blr_optax._posterior import Posterior
 # The deep-learning rows.
 from blr_optax.optimizers import (
     adam,
+    dropout,
     gradient_descent,
     ivon,
     mixture_ivon,
@@ -52,6 +53,7 @@ __all__ = [
     "adam",
     "binary_link",
     "blr_update",
+    "dropout",
     "estimate",
     "estimators",
     "explain",

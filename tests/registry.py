@@ -120,6 +120,17 @@ ROWS = [
     ),
     Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
+    # Skips nothing by itself, as the optimizers of optax inside it; no precision that it keeps.
+    # A mixture for every unit does not merge with other leaves (C7).
+    Row(
+        "dropout",
+        lambda learning_rate, keep_rate, ess: blr.dropout(
+            blr.sgd(learning_rate, ess=ess), keep_rate
+        ),
+        {"learning_rate": 0.1, "keep_rate": 0.7, "ess": 20.0},
+        exempt=frozenset({"C7", "C13", "C14", "derived"}),
+        noisy=True,
+    ),
     Row("vogn", blr.vogn, _VOGN, exempt=BY_EXAMPLE, noisy=True, by_example=True),
     Row("ogn", blr.ogn, _VOGN, exempt=BY_EXAMPLE, by_example=True, slow=True),
     Row(

@@ -1,6 +1,7 @@
 """The deep-learning rows of the table, each a short composition of the rule's parts."""
 
 from blr_optax.optimizers.adaptive import adam, rmsprop
+from blr_optax.optimizers.dropout import dropout
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
@@ -10,6 +11,7 @@ from blr_optax.optimizers.vadam import vadam, vprop
 
 __all__ = [
     "adam",
+    "dropout",
     "gradient_descent",
     "ivon",
     "mixture_ivon",
