@@ -162,7 +162,6 @@ ROWS = [
     ),
     Row("vadam", blr.vadam, _VADAM, noisy=True, slow=True),
     Row("ivon_lora", blr.ivon_lora, _LORA, noisy=True, slow=True),
-    Row("vadam", blr.vadam, _VADAM, noisy=True),
     Row("vprop", blr.vprop, _VPROP, noisy=True, slow=True),
     Row("vogn", blr.vogn, _VOGN, exempt=ESTIMATED, noisy=True, estimated=True),
     Row("ogn", blr.ogn, _VOGN, exempt=ESTIMATED, estimated=True, slow=True),
@@ -179,6 +178,17 @@ ROWS = [
         noisy=True,
         leading=(2,),
         slow=True,
+    ),
+    # Skips nothing by itself, as the optimizers of optax inside it; no precision that it keeps.
+    # A mixture for every unit does not merge with other leaves (C7).
+    Row(
+        "dropout",
+        lambda learning_rate, keep_rate, ess: blr.dropout(
+            blr.sgd(learning_rate, ess=ess), keep_rate
+        ),
+        {"learning_rate": 0.1, "keep_rate": 0.7, "ess": 20.0},
+        exempt=frozenset({"C7", "C13", "C14", "derived"}),
+        noisy=True,
     ),
     Row(
         "scale_by_precision",

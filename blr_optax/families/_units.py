@@ -1,0 +1,132 @@
+"""Dropout's posterior: every unit of a network is kept, or dropped to zero, as a whole.
+
+    q(theta_j) = pi N(m_j, v_j) + (1 - pi) N(0, v_0)    for the weights theta_j of unit j
+    E[theta_j] = pi m_j,   Var[theta_j] = pi (v_j + (1 - pi) m_j^2) + (1 - pi) v_0
+
+Units are independent of each other; weights that belong to none are N(m, v). Variances may be zero,
+which is the delta method: weights drawn are then the network with units dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax.families._conditional import Conditional
+from blr_optax.families._parameters import parameters
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+@parameters
+class UnitMixtureNatural(NamedTuple):
+    """Trees of means and variances of the kept weights; the keep rate and the dropped's variance.
+
+    Nothing learns in these coordinates: they are standard parameters.
+    """
+
+    mean: Any
+    variance: Any
+    keep: Array
+    dropped_variance: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitMixture(Conditional):
+    """A mixture of kept and dropped for every unit, over a tree of weights.
+
+    q(theta_j) = pi N(m_j, v_j) + (1 - pi) N(0, v_0).
+
+    Attributes:
+        units: for every leaf by its path, the shape of its units with ones for the axes that they
+            span; None for leaves without units.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from blr_optax.families._units import UnitMixture
+      >>> family = UnitMixture((("['w']", (3, 1)), ("['b']", None)))
+      >>> tree = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> lam = family.natural(mean=tree, keep=0.5)
+      >>> print(family.mean(lam)["w"][0], family.variance(lam)["w"][0], family.variance(lam)["b"])
+      [0.5 0.5] [0.25 0.25] [0. 0.]
+    """
+
+    units: tuple[tuple[str, tuple[int, ...] | None], ...]
+
+    Natural: ClassVar[type] = UnitMixtureNatural
+
+    def _map(self, fun: Callable, *trees: Any) -> Any:
+        """fun(shape of the units or None, *leaves) at every leaf."""
+        shapes = dict(self.units)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, *leaves: fun(shapes[_tree.leaf_name(path)], *leaves), *trees
+        )
+
+    def natural(
+        self, *, mean: Any, variance: Any = None, keep: Any, dropped_variance: Any = 0.0
+    ) -> UnitMixtureNatural:
+        """From trees of means and variances (zero by default), and the rate at which units stay."""
+        variance = jax.tree.map(jnp.zeros_like, mean) if variance is None else variance
+        return UnitMixtureNatural(mean, variance, jnp.asarray(keep), jnp.asarray(dropped_variance))
+
+    def standard(self, lam: UnitMixtureNatural) -> dict[str, Any]:
+        return {name: getattr(lam, name) for name in lam._fields}
+
+    def in_domain(self, lam: UnitMixtureNatural) -> Bool[Array, ""]:
+        inside = [jnp.all((v >= 0) & jnp.isfinite(v)) for v in jax.tree.leaves(lam.variance)]
+        inside += [jnp.all(jnp.isfinite(m)) for m in jax.tree.leaves(lam.mean)]
+        inside += [jnp.all((lam.keep > 0) & (lam.keep <= 1)), jnp.all(lam.dropped_variance >= 0)]
+        return jnp.all(jnp.array(inside))
+
+    def mean(self, lam: UnitMixtureNatural) -> Any:
+        return self._map(lambda shape, m: m if shape is None else lam.keep.astype(m.dtype) * m,
+                         lam.mean)  # fmt: skip
+
+    def variance(self, lam: UnitMixtureNatural) -> Any:
+        def leaf(shape: Any, m: Array, v: Array) -> Array:
+            if shape is None:
+                return v
+            keep, dropped = lam.keep.astype(m.dtype), lam.dropped_variance.astype(m.dtype)
+            return keep * (v + (1 - keep) * m * m) + (1 - keep) * dropped
+
+        return self._map(leaf, lam.mean, lam.variance)
+
+    def sample(self, key: Array, lam: UnitMixtureNatural, shape: tuple[int, ...] = ()) -> Any:
+        index = iter(range(2 * len(self.units)))
+
+        def leaf(units: Any, m: Array, v: Array) -> Array:
+            noise, stay = (jax.random.fold_in(key, next(index)) for _ in range(2))
+            eps = jax.random.normal(noise, shape + m.shape, m.dtype)
+            kept = m + jnp.sqrt(v) * eps
+            if units is None:
+                return kept
+            z = jax.random.bernoulli(stay, lam.keep, shape + units)
+            return jnp.where(z, kept, jnp.sqrt(lam.dropped_variance).astype(m.dtype) * eps)
+
+        return self._map(leaf, lam.mean, lam.variance)
+
+    def log_prob(self, lam: UnitMixtureNatural, theta: Any) -> Float[Array, ...]:
+        """log q(theta); the variances must be positive."""
+
+        def leaf(units: Any, m: Array, v: Array, x: Array) -> Array:
+            lead = x.ndim - m.ndim
+
+            def log_normal(mean: Any, var: Any, span: tuple[int, ...]) -> Array:
+                each = -0.5 * ((x - mean) ** 2 / var + jnp.log(2 * jnp.pi * var))
+                return jnp.sum(each, axis=tuple(lead + i for i in span))
+
+            if units is None:
+                return log_normal(m, v, tuple(range(m.ndim)))
+            span = tuple(i for i, n in enumerate(units) if n != m.shape[i])
+            kept = jnp.log(lam.keep) + log_normal(m, v, span)
+            dropped = jnp.log1p(-lam.keep) + log_normal(0.0, lam.dropped_variance, span)
+            both = jnp.logaddexp(kept, dropped)
+            return jnp.sum(both, axis=tuple(range(lead, both.ndim)))
+
+        return sum(jax.tree.leaves(self._map(leaf, lam.mean, lam.variance, theta)))

@@ -1,0 +1,298 @@
+"""Dropout: a mixture posterior for every unit, kept or dropped, inside any optimizer.
+
+    q(theta_j)  =  pi N(m_j, S_j^{-1}) + (1 - pi) N(0, 1 / s_0)     for every unit j
+    theta_j  ~  z_j m_j,   z_j ~ Bernoulli(pi)                       delta method: the means
+    S_j  <-  (1 - rho) S_j + rho (z_j / pi) hess_j l(z o m)
+    m_j  <-  m_j - rho S_j^{-1} (z_j / pi) grad_j l(z o m)
+
+The rule needs E[grad_j l | z_j = 1], of which (z_j / pi) grad_j l(z o m) is an unbiased draw; the
+responsibility of the kept component at its own mean is taken to be one, so that log q adds nothing
+but -S_j (Khan and Rue 2023, Sec. 4.3). What the inner optimizer makes of that gradient is its own
+row of the table: S_j fixed for SGD, a root of squares for Adam.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax._posterior import Posterior
+from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
+from blr_optax.families._checks import holds
+from blr_optax.families._units import UnitMixture
+from blr_optax.rule import posterior
+from blr_optax.rule._numbers import at, check_positive
+from blr_optax.rule._protocol import Rule, carries_posterior
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+@jax.tree_util.register_static
+class Units:
+    """For every leaf by its path, the shape of its units' masks; None where there are none.
+
+    Equal to one without leaves, which is what optax's empty placeholder gives.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...] | None]) -> None:
+        self.shapes = shapes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Units) and (
+            not self.shapes or not other.shapes or self.shapes == other.shapes
+        )
+
+    def __hash__(self) -> int:
+        return hash(Units)
+
+
+class UnitNoise(NamedTuple):
+    """Standard normals of the units, by the path of their leaf."""
+
+    by_path: dict[str, Array]
+
+
+class DropoutState(NamedTuple):
+    """State of `dropout`.
+
+    Attributes:
+        count: steps made (int32).
+        key: typed key, constant; the masks of step t are a function of (key, t, path).
+        rule: static, how the masks are drawn.
+        units: static, the units of every leaf.
+        keep: the keep rate of the coming step.
+        dropped_variance: 1 / s_0.
+        inner: state of the inner optimizer.
+    """
+
+    count: Array
+    key: Array
+    rule: DropoutRule
+    units: Units
+    keep: Array
+    dropped_variance: Array
+    inner: Any
+
+
+class DropoutRule(Rule):
+    """Weights are the parameters with units dropped; the posterior is the mixture of both."""
+
+    def part(self, state: DropoutState, params: Any) -> Any:
+        """The leaves that the state was made for."""
+        return _tree.mask_to(params, set(state.units.shapes))
+
+    def noise(self, state: DropoutState, key: Array) -> UnitNoise:
+        """A normal per unit, kept when it is below the quantile: its mirror image is antithetic."""
+        return UnitNoise(
+            {
+                path: standard_normal(
+                    jax.random.fold_in(key, zlib.crc32(path.encode())),
+                    jnp.zeros(shape, jnp.float32),
+                )
+                for path, shape in state.units.shapes.items()
+                if shape is not None
+            }
+        )
+
+    def weights(self, state: DropoutState, params: Any, noise: Any) -> Any:
+        """z o m."""
+        if isinstance(noise, UnitNoise):
+            normals = noise.by_path
+        else:  # a recording, shaped like params: the first of every unit's numbers counts
+            normals = {
+                _tree.leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(noise)
+            }
+        below = jax.scipy.special.ndtri(state.keep)
+
+        def leaf(shape: Any, path: str, m: Array) -> Array:
+            if shape is None:
+                return m
+            u = normals[path][tuple(slice(n) for n in shape)]
+            return jnp.where(u < below.astype(u.dtype), m, jnp.zeros_like(m))
+
+        return _over_units(leaf, state, params)
+
+    def curvature(self, state: DropoutState, params: Any, weights: Any, grads: Any) -> Any:
+        """(z / pi) g, the gradient given that the unit is kept; see `dropout`.
+
+        A unit whose weights are all zero looks the same kept and dropped: it counts with one, which
+        is what z / pi is on average.
+        """
+
+        def leaf(shape: Any, path: str, m: Array, w: Array, g: Array) -> Array:
+            g = g.astype(_tree.statistics_dtype(m.dtype))
+            if shape is None:
+                return g
+            span = tuple(i for i, n in enumerate(shape) if n != m.shape[i])
+            nothing = jnp.all(m == 0, axis=span, keepdims=True)
+            kept = jnp.any(w != 0, axis=span, keepdims=True)
+            share = jnp.where(kept, 1.0 / state.keep, 0.0).astype(g.dtype)
+            return jnp.where(nothing, g, jnp.where(kept, share * g, 0))
+
+        return _over_units(leaf, state, params, weights, grads)
+
+    def posterior(self, state: DropoutState, params: Any) -> Posterior:
+        """pi N(m, v) + (1 - pi) N(0, 1 / s_0) per unit; v of the inner optimizer, else zero."""
+        # A copy: the parameters may be donated, the posterior is a value to keep.
+        mean = jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
+        inner = jax.tree.leaves(state.inner, is_leaf=carries_posterior)
+        known = any(map(carries_posterior, inner))
+        family = UnitMixture(tuple(state.units.shapes.items()))
+        return Posterior(
+            family,
+            family.natural(
+                mean=mean,
+                variance=posterior(state.inner, mean).variance if known else None,
+                keep=jnp.copy(state.keep),
+                dropped_variance=jnp.copy(state.dropped_variance),
+            ),
+        )
+
+
+def _over_units(fun: Callable, state: DropoutState, *trees: Any) -> Any:
+    """fun(shape of the units or None, path, *leaves) at every leaf."""
+
+    def leaf(path: Any, *leaves: Array) -> Array:
+        name = _tree.leaf_name(path)
+        return fun(state.units.shapes[name], name, *leaves)
+
+    return jax.tree_util.tree_map_with_path(leaf, *trees)
+
+
+def _units_of(params: Any, mask: Any, unit_axis: int) -> Units:
+    """Where the units are."""
+    wanted = _tree.prefix_leaves(mask(params) if callable(mask) else mask, params, "mask")
+    shapes = {}
+    for (path, leaf), drop in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True
+    ):
+        ndim = jnp.ndim(leaf)
+        shape = None
+        if drop and ndim >= 2:
+            if not -ndim <= unit_axis < ndim:
+                raise ValueError(
+                    f"dropout: unit_axis={unit_axis} is no axis of {_tree.leaf_name(path)} with "
+                    f"shape {jnp.shape(leaf)}; leave the leaf out with mask=."
+                )
+            axis = unit_axis % ndim
+            shape = tuple(n if i == axis else 1 for i, n in enumerate(jnp.shape(leaf)))
+        shapes[_tree.leaf_name(path)] = shape
+    return Units(shapes)
+
+
+def dropout(
+    inner: optax.GradientTransformation,
+    keep_rate: float | Array | Callable,
+    *,
+    mask: Any = True,
+    unit_axis: int = -2,
+    dropped_variance: float = 0.0,
+    key: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Dropout inside any optimizer, as the mixture posterior that it is.
+
+    theta_j = z_j m_j, z_j ~ Bernoulli(pi);  m <- inner( (z_j / pi) grad_j l(z o m) );
+    q(theta_j) = pi N(m_j, v_j) + (1 - pi) N(0, 1 / s_0).
+
+    The network needs no dropout layers: take its gradient at `sample(opt_state, params)`, which has
+    units dropped. A unit is everything that one input of a layer is multiplied with: a row of a
+    kernel [in, out], an input channel of [..., in, out], so that dropping it is dropping that
+    input. Biases and other vectors are always kept. By default the inputs of the network are units
+    as well; leave their kernel out with `mask`.
+
+    The parameters m are those of kept units, and predict nothing by themselves: at test time use
+    `posterior(opt_state, params).mean`, which is pi m, or `predict` with the posterior, which is
+    Monte Carlo dropout. Inverted dropout, as layers do it, is the same with m' = pi m: the gradient
+    that reaches `inner` is exactly that of its loss in m'.
+
+    Args:
+        inner: the optimizer, of optax or of this library (`blr.sgd(0.1, ess=N)`), whose posterior
+            is then that of kept weights. Its own weights must be the parameters (no `ivon`).
+        keep_rate: pi in (0, 1], a number, array or schedule. Other rates for other leaves: one
+            `dropout` each, in `optax.partition`.
+        mask: which leaves have units: True, a prefix tree of booleans, or a function from params to
+            one. Leaves with less than two axes have none.
+        unit_axis: the axis that counts the units of a leaf.
+        dropped_variance: 1 / s_0 of the posterior, zero for the limit of dropping.
+        key: typed key or integer seed.
+
+    Returns:
+        A transformation. `update(grads, state, params, curvature=None)` takes the gradient at
+        `sample(opt_state, params)`; with several draws, or `noise=`, pass on what `estimate`
+        returns as curvature, which here is the average of (z / pi) g.
+
+    Raises:
+        ValueError: for arguments out of range, an inner optimizer that samples, missing params,
+            integer parameters.
+
+    Source: Khan and Rue (2023), Sec. 4.3. Special case of `blr_update` with family "mixture" for
+    every unit, its zero component fixed, `estimator=delta()` given the other units' masks,
+    responsibilities of one, and the inner optimizer's row for the kept component.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, blr_optax as blr
+      >>> params = {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}
+      >>> tx = blr.dropout(optax.sgd(0.1), keep_rate=0.5)
+      >>> state = tx.init(params)
+      >>> print(blr.sample(state, params)["w"][:, 0], blr.posterior(state, params).mean["w"][:, 0])
+      [1. 0. 1. 0.] [0.5 0.5 0.5 0.5]
+    """
+    check_positive("keep_rate", keep_rate)
+    check_positive("dropped_variance", dropped_variance, zero=True)
+    if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
+        raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
+    inner = optax.with_extra_args_support(inner)
+    rule = DropoutRule()
+
+    def rate(count: Array) -> Array:
+        return jnp.array(at(keep_rate, count), jnp.result_type(float))
+
+    def init_fn(params: Any) -> DropoutState:
+        _tree.check_float_leaves(params, "dropout")
+        state = inner.init(params)
+        nodes = jax.tree.leaves(state, is_leaf=carries_posterior)
+        if any(carries_posterior(x) and hasattr(x, "key") for x in nodes):
+            raise ValueError(
+                "dropout: the inner optimizer samples its weights itself; give one that looks at "
+                "its parameters, such as blr.sgd, blr.adam or one of optax."
+            )
+        count = jnp.zeros((), jnp.int32)
+        return DropoutState(
+            count,
+            canonical_key(key),
+            rule,
+            _units_of(params, mask, unit_axis),
+            rate(count),
+            jnp.array(dropped_variance, jnp.result_type(float)),
+            state,
+        )
+
+    def update_fn(
+        updates: Any,
+        state: DropoutState,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, DropoutState]:
+        if params is None:
+            raise ValueError("dropout: update needs params, update(grads, state, params).")
+        if curvature is None:
+            noise = rule.noise(state, step_key(state.key, state.count))
+            weights = rule.weights(state, params, noise)
+            curvature = rule.curvature(state, params, weights, updates)
+        else:
+            curvature = _tree.matching_leaves(curvature, params, "curvature")
+        grads = jax.tree.map(lambda g, c: c.astype(g.dtype), updates, curvature)
+        out, inner_state = inner.update(grads, state.inner, params, **extra)
+        count = optax.safe_increment(state.count)
+        return out, state._replace(count=count, keep=rate(count), inner=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
