@@ -183,6 +183,23 @@ ROWS = [
         slow=True,
     ),
     Row(
+        "mixture_newton",
+        lambda **k: blr.mixture_newton(mean_loss, components=2, covariance="diagonal", **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        loss=True,
+        slow=True,
+    ),
+    Row(
+        "multimodal",
+        lambda **k: blr.multimodal(mean_loss, components=2, samples=2, scale=0.3, **k),
+        _RULE,
+        exempt=SELF | {"C2"},
+        noisy=True,
+        loss=True,
+        slow=True,
+    ),
+    Row(
         "variational_online_newton",
         lambda **k: blr.variational_online_newton(mean_loss, estimator=_TWO, **k),
         _RULE,

@@ -5,6 +5,7 @@ from blr_optax.optimizers.dropout import dropout
 from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
+from blr_optax.optimizers.multimodal import mixture_newton, multimodal
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.vadam import vadam, vprop
@@ -15,6 +16,8 @@ __all__ = [
     "gradient_descent",
     "ivon",
     "mixture_ivon",
+    "mixture_newton",
+    "multimodal",
     "newton",
     "ogn",
     "online_newton",
