@@ -102,5 +102,17 @@ class RaveledConditional(Conditional):
 
         return self.family.natural_gradient_at(lam, flat, noise, weights, hessian)
 
-    def move(self, lam: Any, gradient: Any, learning_rate: Any, form: str = "auto") -> Any:
-        return self.family.move(lam, gradient, learning_rate, form)
+    def natural_gradient_from(
+        self, lam: Any, loss: Callable, theta: Any, hessian: str = "exact"
+    ) -> tuple[Array, Any]:
+        """As a mixture's, from draws that are trees."""
+
+        def flat(theta: Array) -> Array:
+            return loss(self.unravel(theta))
+
+        return self.family.natural_gradient_from(lam, flat, self.ravel(theta), hessian)
+
+    def move(
+        self, lam: Any, gradient: Any, learning_rate: Any, form: str = "auto", **rates: Any
+    ) -> Any:
+        return self.family.move(lam, gradient, learning_rate, form, **rates)

@@ -11,6 +11,7 @@ from blr_optax.optimizers.lie_group import lie_additive, lie_affine
 from blr_optax.optimizers.lie_multiplicative import lie_multiplicative
 from blr_optax.optimizers.lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
+from blr_optax.optimizers.multimodal import mixture_newton, multimodal
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.sam import bsam, sam
@@ -34,6 +35,8 @@ __all__ = [
     "lie_multiplicative",
     "low_rank_newton",
     "mixture_ivon",
+    "mixture_newton",
+    "multimodal",
     "newton",
     "ogn",
     "online_newton",

@@ -9,6 +9,7 @@ steps keep their names (Lin, Khan and Schmidt 2019; Khan and Rue 2023, Sec. 3.2 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from blr_optax.estimators._curvature import Exact, Reparameterized
 from blr_optax.estimators._expectation import Delta, MonteCarlo
 from blr_optax.estimators._terms import Term
 from blr_optax.families import Conditional
+from blr_optax.rule._numbers import at
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -27,6 +29,42 @@ if TYPE_CHECKING:
 
 STEPS = ("auto", "improved", "improved_old")
 HESSIANS = {Exact: "exact", Reparameterized: "reparameterized"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureDraws:
+    """An estimator for mixtures: draws of the mixture itself, each counted for every component.
+
+    Attributes:
+        samples: how many; `update(..., points=)` replaces them by recorded ones.
+        hessian: "exact" or "reparameterized".
+    """
+
+    samples: int
+    hessian: str = "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureStep:
+    """A step for mixtures whose weights have their own rate.
+
+    Attributes:
+        form: "auto", "improved" or "improved_old", as for other conditional families.
+        weight_rate: of the weights, relative to the components', a number or schedule.
+    """
+
+    form: str
+    weight_rate: Any
+
+
+def conditional_move(
+    family: Conditional, lam: Any, gradient: Any, rho: Array, step: Any, count: Array
+) -> Any:
+    """The new lambda; `step` is the name of a form or a `MixtureStep`."""
+    if not isinstance(step, MixtureStep):
+        return family.move(lam, gradient, rho, step)
+    rate = rho * jnp.asarray(at(step.weight_rate, count), rho.dtype)
+    return family.move(lam, gradient, rho, step.form, weight_learning_rate=rate)
 
 
 def conditional_options(estimator: Estimator | None) -> dict[str, Any]:
@@ -64,8 +102,12 @@ def check_conditional(family: Conditional, loss: Any, step: str, estimator: Any)
             f"{type(family).__name__} is no exponential family: its loss must be one plain "
             "function loss(theta, *batch)."
         )
+    if isinstance(step, MixtureStep):
+        step = step.form
     if step not in STEPS:
         raise ValueError(f"step={step!r}: {type(family).__name__} knows {', '.join(STEPS)}.")
+    if isinstance(estimator, MixtureDraws):
+        return
     if conditional_options(estimator).get("delta") and not family.at_means:
         raise ValueError(
             f"estimator={delta()!r}: the delta method never looks away from the mean, which says "
@@ -82,12 +124,18 @@ def conditional_gradient(
     batch: tuple,
     ess: Any,
     prior: Posterior | None,
+    points: Any = None,
 ) -> tuple[Array, Any]:
-    """(E_q[E] / ess, the natural gradient of E_q[E] - H(q))."""
+    """(E_q[E] / ess, the natural gradient of E_q[E] - H(q)), at recorded `points` where given."""
 
     def potential(theta: Array) -> Array:
         total = ess * loss(theta, *batch)
         return total if prior is None else total - jnp.sum(prior.log_prob(theta))
 
+    if isinstance(estimator, MixtureDraws):
+        if points is None:
+            points = family.sample(key, lam, (estimator.samples,))
+        value, gradient = family.natural_gradient_from(lam, potential, points, estimator.hessian)
+        return value / ess, gradient
     value, gradient = family.natural_gradient(key, lam, potential, **conditional_options(estimator))
     return value / ess, gradient

@@ -32,7 +32,7 @@ from blr_optax.families import (
     RaveledConditional,
     get,
 )
-from blr_optax.rule._conditional import check_conditional, conditional_gradient
+from blr_optax.rule._conditional import check_conditional, conditional_gradient, conditional_move
 from blr_optax.rule._numbers import all_finite, at, check_positive
 from blr_optax.rule._protocol import Rule
 from blr_optax.rule._step import check_step, direction, move, spread
@@ -291,7 +291,13 @@ def blr_update(
         )
 
     def update_fn(
-        updates: Any, state: BlrUpdateState, params: Any = None, *, batch: Any = (), **unused: Any
+        updates: Any,
+        state: BlrUpdateState,
+        params: Any = None,
+        *,
+        batch: Any = (),
+        points: Any = None,
+        **unused: Any,
     ) -> tuple[Any, BlrUpdateState]:
         del updates, unused
         if params is None:
@@ -307,7 +313,7 @@ def blr_update(
         draw = jax.random.fold_in(state.key, state.count)
         if conditional:
             terms = (over, loss, estimator, draw, lam, batch, scale, prior)
-            value, d = conditional_gradient(*terms)
+            value, d = conditional_gradient(*terms, points)
         else:
             value, grad_mu = natural_gradient(over, loss, estimator)(draw, lam, *batch)
             d = direction(over, lam, grad_mu, prior, scale)
@@ -315,7 +321,8 @@ def blr_update(
         gate = finite.astype(dtype)
         d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), d)
         if conditional:
-            new, retracted = over.move(lam, d, rho * gate, how), jnp.zeros((), jnp.int32)
+            new = conditional_move(over, lam, d, rho * gate, how, state.count)
+            retracted = jnp.zeros((), jnp.int32)
         else:
             new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
