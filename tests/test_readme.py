@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     names = {}
     for block in blocks:
         exec(block, names)
@@ -23,6 +23,9 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert jnp.all(jnp.abs(q.mean - exact) < 2 * deviation)
     wanted = 1 / jnp.sqrt(jnp.diag(names["x"].T @ names["x"]))
     assert jnp.all(jnp.abs(deviation / wanted - 1) < 0.2)
+    assert jnp.all(jnp.abs(names["worst"].mean - exact) < 0.2)
+    assert jnp.all(jnp.sign(names["signs"].mean) == jnp.array([1.0, -1.0, 1.0]))
+    assert names["est"].grad.shape == names["est"].curvature.shape == (2, 3)
     printed = capsys.readouterr().out
     assert "(3, 3)" in printed
     assert "Array(15., " in printed and "Array(4., " in printed  # the gamma after its counts

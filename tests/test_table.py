@@ -27,7 +27,9 @@ def test_rows_name_what_exists(row):
 
 def test_every_optimizer_has_a_row():
     """A new optimizer is one more row."""
-    helpers = {"random_signs", "TorchIvon", "from_torch_ivon", "to_torch_ivon", "whiten"}
+    helpers = {
+        "TorchIvon", "from_torch_ivon", "random_signs", "signal_to_noise", "to_torch_ivon", "whiten"
+    }  # fmt: skip
     assert set(blr.optimizers.__all__) - helpers <= {row.function for row in blr.table()}
 
 
@@ -45,3 +47,10 @@ def test_the_command_prints_it(capsys):
         "[deep learning]",
         "[approximate inference]",
     ]
+
+
+def test_the_readme_shows_every_function():
+    root = HERE.parent
+    readme = (root / "README.md").read_text()
+    for row in blr.table():
+        assert f"`{row.function}`" in readme or f"`blr.{row.function}`" in readme, row.function
