@@ -71,6 +71,9 @@ def contestants(problem):
         "ivon estimate 1": estimated(ivon(), problem, 1),
         "ivon estimate 2": estimated(ivon(), problem, 2),
         "vadam sample": sampled(blr.vadam(1e-3, problem.examples), problem),
+        "bsam estimate 1": estimated(blr.bsam(1e-3, problem.examples), problem, 1),
+        "bayesbinn sample": sampled(blr.bayesbinn(1e-3, problem.examples), problem),
+        "evon sample, refresh 10": sampled(blr.evon(1e-3, problem.examples), problem),
         "vogn estimate 1": estimated(blr.vogn(1e-3, problem.examples), problem, 1),
         "ivon sample threefry": sampled(ivon(generator="threefry"), problem),
     }

@@ -68,6 +68,8 @@ def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, fl
         table[name] = {
             "median_s": statistics.median(values),
             "ratio": statistics.median(values) / reference,
+            # Of what happens in some steps only, such as a refresh, the median knows nothing.
+            "ratio_of_means": statistics.fmean(values) / statistics.fmean(seconds[base]),
             "ratio_quartiles": [per_round[quarter], per_round[-1 - quarter]],
         }
     return table
