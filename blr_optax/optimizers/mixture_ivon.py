@@ -34,7 +34,6 @@ from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import step_key
 from blr_optax.families import GaussianNatural, MeanField, Pinned, RaveledConditional, get
-from blr_optax.families._mixture import MixtureNatural
 from blr_optax.optimizers.ivon import WEIGHT_DECAY, _rescale
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval, is_zero
@@ -74,7 +73,7 @@ class MixtureRule(PrecisionRule):
             get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params)
         )
         components = GaussianNatural(*map(family.ravel, stacked))
-        return Posterior(family, MixtureNatural(components, jnp.copy(state.log_odds)))
+        return Posterior(family, family.Natural(components, jnp.copy(state.log_odds)))
 
 
 def components_of(params: Any) -> int:

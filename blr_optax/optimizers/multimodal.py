@@ -29,7 +29,7 @@ from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators import delta, exact, monte_carlo, reparameterized
 from blr_optax.estimators._noise import canonical_key
-from blr_optax.families import Mixture, RaveledConditional, get
+from blr_optax.families import RaveledConditional, get
 from blr_optax.rule import blr_update
 from blr_optax.rule._conditional import MixtureDraws, MixtureStep
 from blr_optax.rule._numbers import at, check_positive
@@ -93,7 +93,7 @@ def _mixture(
         )
     given = getattr(init, "family", None)
     flat = given.family if isinstance(given, RaveledConditional) else given
-    if init is not None and not isinstance(flat, Mixture):
+    if init is not None and not isinstance(flat, type(family)):
         raise ValueError(
             f"init must be a Posterior of the mixture family, families.get('mixture'); got {given}."
         )
