@@ -51,7 +51,7 @@ test_x, test_y = jnp.asarray(points[200:]), jnp.asarray(labels[200:])
 # number of inputs, so that weights of size one are natural, and signs can be weights too.
 
 # %%
-WIDTH, STEPS = 32, 3000
+WIDTH, STEPS = 32, 2000
 SHAPES = {
     "w0": (2, WIDTH), "b0": (WIDTH,), "w1": (WIDTH, WIDTH), "b1": (WIDTH,), "w2": (WIDTH, 1),
     "b2": (1,),
@@ -138,7 +138,9 @@ def boundaries(models: dict[str, Callable]) -> dict[str, float]:
     accuracies = {}
     for ax, (name, model) in zip(axes, models.items(), strict=True):
         p, _ = model(grid.reshape(-1, 2))
-        shown = ax.contourf(*grid.T, p.reshape(61, 61).T, np.linspace(0, 1, 21), cmap="RdBu_r")
+        shown = ax.contourf(
+            *grid.T, p.reshape(61, 61).T, np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.7
+        )
         ax.contour(*grid.T, p.reshape(61, 61).T, [0.5], colors="k")
         ax.scatter(*test_x.T, c=test_y, cmap="RdBu_r", s=8, edgecolors="k", linewidths=0.3)
         p = model(test_x)[0]
