@@ -115,7 +115,7 @@ _MULTIPLICATIVE = {"learning_rate": 0.1, "ess": 50.0, "momentum": 0.5}
 _RULE = {"learning_rate": 0.3, "ess": 20.0}
 
 ROWS = [
-    Row("gradient_descent", blr.gradient_descent, {"learning_rate": 0.1, "ess": 20.0}),
+    Row("gradient_descent", blr.gradient_descent, {"learning_rate": 0.1, "ess": 20.0}, slow=True),
     Row("sgd", blr.sgd, {"learning_rate": 0.1, "ess": 20.0}),
     Row(
         "sgd_nesterov",
@@ -123,7 +123,12 @@ ROWS = [
         {"learning_rate": 0.05, "ess": 20.0},
         slow=True,
     ),
-    Row("rmsprop", blr.rmsprop, {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0}),
+    Row(
+        "rmsprop",
+        blr.rmsprop,
+        {"learning_rate": 0.02, "decay": 0.9, "ess": 20.0},
+        slow=True,
+    ),
     Row(
         "rmsprop_centered",
         lambda **k: blr.rmsprop(centered=True, momentum=0.5, eps=1e-3, **k),
@@ -131,15 +136,16 @@ ROWS = [
         slow=True,
     ),
     Row("adam", blr.adam, {"learning_rate": 0.05, "b1": 0.9, "b2": 0.99, "ess": 20.0}),
-    Row("soba", blr.soba, _SOBA, noisy=True),
+    Row("soba", blr.soba, _SOBA, noisy=True, slow=True),
     Row("ivon", blr.ivon, _IVON, noisy=True),
     Row("ivon_clip", lambda **k: blr.ivon(clip_radius=0.5, **k), _IVON, noisy=True, slow=True),
-    Row("ivon_prior", lambda **k: blr.ivon(prior=_prior(2.0), **k), _IVON, noisy=True),
+    Row("ivon_prior", lambda **k: blr.ivon(prior=_prior(2.0), **k), _IVON, noisy=True, slow=True),
     Row(
         "ivon_squared",
         lambda **k: blr.ivon(curvature=blr.estimators.squared_gradient(8), **k),
         _IVON,
         noisy=True,
+        slow=True,
     ),
     # The gradient in w is nearly of rank one, so of its rows' eigenvectors two are rounding alone,
     # and two ways to compile a step draw along different ones: w's columns have a basis.
@@ -148,6 +154,7 @@ ROWS = [
         lambda **k: blr.evon(refresh_every=2, max_size=2, **k),
         _IVON,
         noisy=True,
+        slow=True,
     ),
     Row(
         "evon_whitened",
