@@ -31,7 +31,7 @@ from blr_optax.estimators._noise import (
     standard_logistic,
     step_key,
 )
-from blr_optax.families import MeanField, Rademacher
+from blr_optax.families import MeanField, Pinned, Rademacher
 from blr_optax.rule import PointRule, Rule, with_posterior
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval, squares_finite
 from blr_optax.rule._step import spread
@@ -104,23 +104,28 @@ class BinaryRule(Rule):
 
     def weights(self, state: BayesBinnState, params: Any, noise: Any) -> Any:
         """tanh((lambda + e) / tau), in the parameters' dtype."""
-        if noise is None:
+        if self.generator is None:
             return jax.tree.map(lambda m, x: jnp.tanh(x).astype(m.dtype), params, _wide(params))
         return jax.tree.map(
             lambda m, x, e: jnp.tanh((x + e) / self.temperature).astype(m.dtype),
             params, _wide(params), noise,
         )  # fmt: skip
 
-    def curvature(self, state: BayesBinnState, params: Any, weights: Any, grads: Any) -> Any:
-        """s grad l(w), the gradient in mu per example, from the signs actually used."""
+    def statistic(
+        self, state: BayesBinnState, params: Any, weights: Any, grads: Any, noise: Any
+    ) -> Any:
+        """s grad l(w), the gradient in mu per example.
+
+        From the noise, not from w: signs are rounded to 1 where 1 - w^2 still counts.
+        """
         if self.generator is None:
             return _wide(grads)
 
-        def leaf(x: Array, w: Array, g: Array) -> Array:
-            relaxed = (1.0 - w) * (1.0 + w) + self.floor
+        def leaf(x: Array, e: Array, g: Array) -> Array:
+            relaxed = one_minus_tanh2((x + e) / self.temperature) + self.floor
             return relaxed / (self.temperature * (one_minus_tanh2(x) + self.floor)) * g
 
-        return jax.tree.map(leaf, _wide(params), _wide(weights), _wide(grads))
+        return jax.tree.map(leaf, _wide(params), noise, _wide(grads))
 
     def posterior(self, state: Any, params: Any) -> Posterior:
         """Independent signs of natural parameters lambda = params."""
@@ -133,7 +138,7 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
     A sign of scale 10 is as good as certain; near 0 every step would see another network.
 
     Args:
-        key: typed key.
+        key: typed key or integer seed.
         params: a tree of arrays (of a full-precision network) whose shapes and dtypes to follow.
         scale: |lambda|, positive.
 
@@ -144,6 +149,7 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
     """
     check_positive("scale", scale)
     _tree.check_float_leaves(params, "random_signs")
+    key = canonical_key(key)
 
     def leaf(path: Any, x: Array) -> Array:
         draw = jax.random.rademacher(jax.random.fold_in(key, _tree.path_hash(path)), x.shape)
@@ -157,6 +163,8 @@ def _prior_signs(prior: Posterior | None, params: Any) -> Any:
     if prior is None:
         return ()
     prior = spread(prior, FAMILY, params)
+    if isinstance(prior, Posterior) and prior.family == Pinned(FAMILY):
+        prior = Posterior(FAMILY, prior.natural.free)
     if not isinstance(prior, Posterior) or prior.family != FAMILY:
         found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
         raise ValueError(
@@ -230,7 +238,10 @@ def bayesbinn(
     check_positive("kl_weight", kl_weight, zero=True)
     for name, number in (("temperature", temperature), ("floor", floor)):
         if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
-            raise ValueError(f"{name}={number!r} must be a finite number, not negative.")
+            raise ValueError(
+                f"{name}={number!r} must be a plain finite number, not negative; with "
+                f'inject_hyperparams name it in static_args=("temperature", "floor").'
+            )
     if temperature == 0:
         raise ValueError("temperature=0 has no gradient; use `ste`, or a small one such as 1e-10.")
     if generator is not None:
@@ -267,7 +278,7 @@ def bayesbinn(
         grads = _tree.matching_leaves(updates, like, "grads")
         if curvature is None:
             noise = rule.noise(state, step_key(state.key, state.count))
-            curvature = rule.curvature(state, params, rule.weights(state, params, noise), grads)
+            curvature = rule.statistic(state, params, None, grads, noise)
         in_mu, grads = (
             jax.tree.map(lambda v, c: c.astype(v.dtype), like, x)
             for x in (_tree.matching_leaves(curvature, like, "curvature"), grads)
@@ -312,6 +323,9 @@ def _keep_within(radius: float) -> optax.GradientTransformation:
     """Shortens updates so that the parameters stay in [-radius, radius]."""
 
     def update(updates: Any, params: Any) -> Any:
+        if params is None:
+            raise ValueError("ste: update needs params, update(grads, state, params).")
+
         def leaf(u: Array, m: Array) -> Array:
             return (jnp.clip(m + u.astype(m.dtype), -radius, radius) - m).astype(u.dtype)
 
@@ -361,6 +375,9 @@ def ste(
       [1. 1.]
     """
     check_positive("learning_rate", learning_rate, zero=True)
+    check_unit_interval("b1", b1)
+    check_unit_interval("b2", b2)
+    check_positive("eps", eps, zero=True)
     if clip is not None:
         check_positive("clip", clip)
     parts = [optax.adam(learning_rate, b1, b2, eps) if inner is None else inner]

@@ -107,7 +107,7 @@ def _check_order(who: str, order: Sequence[str], params: Any) -> dict[str, Any]:
     known = {_name(path): leaf for path, leaf in paths}
     if sorted(order) != sorted(known):
         raise ValueError(
-            f"{who}: order= must name every parameter once, in the order of model.parameters(). "
+            f"{who}: order= must name every parameter once, in the optimizer's order. "
             f"Known: {sorted(known)}; missing: {sorted(set(known) - set(order))}; unknown or "
             f"twice: {sorted(x for x in order if x not in known or list(order).count(x) > 1)}."
         )
@@ -151,12 +151,14 @@ def from_torch_ivon(
     there, up to the noise, and `posterior(opt_state, params)` is its posterior.
 
         order = ["Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel", "Dense_1/bias"]
-        found = blr.from_torch_ivon(optimizer.state_dict(), list(model.parameters()),
-                                    flax_params, order=order, step=optimizer.current_step)
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        found = blr.from_torch_ivon(optimizer.state_dict(), weights, flax_params, order=order,
+                                    step=optimizer.current_step)
 
     Args:
         optimizer_state: `optimizer.state_dict()`, of tensors or arrays.
-        weights: `list(model.parameters())`, tensors or arrays; the mean, not a sample.
+        weights: tensors or arrays in the optimizer's order, group by group, as above (with one
+            group that is `list(model.parameters())`); the mean, not a sample.
         params: a tree of parameters or shapes to fill.
         order: for each of the weights, where it belongs in params: names joined by "/".
         step: steps that were made. The checkpoint does not say (`optimizer.current_step` does, when
@@ -201,6 +203,19 @@ def from_torch_ivon(
     if step < 0:
         raise ValueError(f"from_torch_ivon: step={step} must be at least 0.")
     groups, precision, momentum, label = optimizer_state["param_groups"], {}, {}, {}
+    needed = (*ARGUMENTS, "params", "hess", "momentum")
+    missing = {key for group in groups for key in needed if key not in group}
+    if missing:
+        raise ValueError(
+            f"from_torch_ivon: the parameter groups have no {sorted(missing)}; is this the "
+            "state_dict() of IVON's optimizer after a step?"
+        )
+    ids = [index for group in groups for index in group["params"]]
+    if ids != list(range(len(order))):
+        raise ValueError(
+            f"from_torch_ivon: the groups hold {len(ids)} parameters, order= names {len(order)}; "
+            "they must be those of the optimizer, group by group."
+        )
     for number, group in enumerate(groups):
         names = [order[index] for index in group["params"]]
         sizes = [math.prod(known[name].shape) for name in names]
@@ -255,10 +270,17 @@ def _filler(precision: Any, momentum: Any) -> Callable[[Any], Any]:
 
 def _average(state: Any, who: str) -> optax.EmaState:
     """The momentum of a state of `ivon`."""
-    if not isinstance(state, ScaleByPrecisionState) or not isinstance(
-        state.momentum, optax.EmaState
+    if (
+        not isinstance(state, ScaleByPrecisionState)
+        or not isinstance(state.momentum, optax.EmaState)
+        or not isinstance(state.rule.kind, (Reparameterized, SquaredGradient))
+        or state.rule.step != "improved"
+        or jax.tree.leaves(state.prior)
     ):
-        raise ValueError(f"{who}: needs the state of ivon, whose momentum is an average.")
+        raise ValueError(
+            f"{who}: needs the state of ivon without a prior=, which PyTorch's has not; its "
+            "precision is hess + weight_decay and its momentum an average."
+        )
     return state.momentum
 
 
@@ -279,7 +301,7 @@ def to_torch_ivon(
     Args:
         opt_state: any optimizer state with one or more states of `ivon` inside.
         params: the parameters.
-        order: names of the parameters in the order of `model.parameters()`, joined by "/".
+        order: names of the parameters in the optimizer's order, group by group, joined by "/".
         groups: torch's parameter groups, each a mapping with "lr" and, where they are not the
             defaults of ivon-opt, "weight_decay", "hess_init", "beta1", "beta2", "clip_radius",
             "mc_samples". With several groups, "params" lists the names of each. ess is the state's.
@@ -314,9 +336,15 @@ def to_torch_ivon(
         for path, p in jax.tree_util.tree_leaves_with_path(state.precision):
             precision[_name(path)], sizes[_name(path)] = p, float(state.ess)
         momentum |= {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(ema)}
-    saved = []
-    for group in groups:
-        names = list(order) if len(groups) == 1 else list(group["params"])
+    saved, last = [], 0
+    lists = [list(order)] if len(groups) == 1 else [list(group["params"]) for group in groups]
+    if [name for names in lists for name in names] != list(order):
+        raise ValueError(
+            "to_torch_ivon: the groups' params must be order=, cut into pieces; they are "
+            f"{lists}, and order= is {list(order)}."
+        )
+    for names, group in zip(lists, groups, strict=True):
+        first, last = last, last + len(names)
         ess = {sizes.get(name) for name in names}
         if "lr" not in group or len(ess) != 1 or None in ess:
             raise ValueError(
@@ -331,7 +359,7 @@ def to_torch_ivon(
                 "numel": sum(leaves[name].size for name in names),
                 "momentum": _flat(names, momentum, transpose),
                 "hess": _flat(names, {n: precision[n] - decay for n in names}, transpose),
-                "params": [list(order).index(name) for name in names],
+                "params": list(range(first, last)),
             }
         )
     state = {"count": 0, "avg_grad": None, "avg_nxg": None, "avg_gsq": None}

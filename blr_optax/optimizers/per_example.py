@@ -57,6 +57,17 @@ def curvature_at_start(
     return start
 
 
+def check_one_start(who: str, init: Any, init_precision: Any, prior: Any) -> None:
+    """Raises ValueError when the first precision would be given twice, or with a prior's inside."""
+    if init is not None and init_precision is not None:
+        raise ValueError(f"{who}: give init= or init_precision=, not both: init has a precision.")
+    if prior is not None and init_precision is not None:
+        raise ValueError(
+            f"{who}: init_precision= goes with prior_precision=; beside prior= give the first "
+            "posterior, init=."
+        )
+
+
 def vogn(
     learning_rate: float | Array | Callable,
     ess: float | Array | Callable,
@@ -126,8 +137,7 @@ def vogn(
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
     check_positive("prior_precision", prior_precision, zero=True)
     check_positive("ess", ess)
-    if init is not None and init_precision is not None:
-        raise ValueError("vogn: give init= or init_precision=, not both: init has a precision.")
+    check_one_start("vogn", init, init_precision, prior)
 
     def decay(count: Any) -> Any:
         return jax.tree.map(lambda p: p / at(ess, count), prior_precision)

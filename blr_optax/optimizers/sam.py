@@ -26,7 +26,11 @@ import optax
 from blr_optax import _tree
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers.gradient import StepSizeRule
-from blr_optax.optimizers.per_example import PRIOR_PRECISION, curvature_at_start
+from blr_optax.optimizers.per_example import (
+    PRIOR_PRECISION,
+    check_one_start,
+    curvature_at_start,
+)
 from blr_optax.rule import scale_by_precision, with_posterior
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval
 from blr_optax.rule._protocol import refuse_one_gradient
@@ -52,6 +56,8 @@ class SamRule(StepSizeRule):
     def adversary(self, state: WithPosteriorState, params: Any, grads: Any) -> Any:
         """m + r g / |g|; m where g = 0."""
         wide = jax.tree.map(lambda g: g.astype(_tree.statistics_dtype(g.dtype)), grads)
+        size = optax.tree.norm(wide, ord=jnp.inf)  # first, so that no square leaves float range
+        wide = jax.tree.map(lambda g: g / jnp.where(size > 0, size, 1.0).astype(g.dtype), wide)
         norm = optax.tree.norm(wide)
         scale = self.radius / jnp.where(norm > 0, norm, 1.0)
         return jax.tree.map(
@@ -62,6 +68,15 @@ class SamRule(StepSizeRule):
     def curvature(self, state: WithPosteriorState, params: Any, weights: Any, grads: Any) -> Any:
         """|g| of the first gradient: what bSAM would learn from, and the sign that it was taken."""
         return jax.tree.map(lambda g: jnp.abs(g.astype(_tree.statistics_dtype(g.dtype))), grads)
+
+
+def _check_rho(rho: Any) -> None:
+    """Raises ValueError unless rho is a plain number, at least zero."""
+    if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
+        raise ValueError(
+            f"rho={rho!r} must be a plain finite number, at least zero; with inject_hyperparams "
+            'name it in static_args=("rho",).'
+        )
 
 
 def sam(
@@ -85,7 +100,8 @@ def sam(
     Args:
         learning_rate: lr, a number or schedule.
         ess: effective sample size; scales the posterior, not the steps.
-        rho: r, the radius of the ball.
+        rho: r, the radius of the ball: a plain number. In bfloat16 a move of r / sqrt(P) per weight
+            is rounded away where weights are larger than 256 times that; keep weights in float32.
         momentum: beta of `optax.sgd`: heavy ball, without 1 - beta. None for none.
         nesterov: as in `optax.sgd`.
         weight_decay: added to the second gradient times the parameters, as `optax` does.
@@ -108,7 +124,10 @@ def sam(
     """
     check_positive("learning_rate", learning_rate, zero=True)
     check_positive("ess", ess)
-    check_positive("rho", rho, zero=True)
+    _check_rho(rho)
+    if momentum is not None:
+        check_unit_interval("momentum", momentum)
+    check_positive("weight_decay", weight_decay, zero=True)
     inner = with_posterior(
         optax.chain(
             optax.add_decayed_weights(weight_decay),
@@ -156,7 +175,7 @@ def bsam(
     Args:
         learning_rate: lr, a number or schedule.
         ess: effective sample size, N or N times an augmentation factor; may be a schedule.
-        rho: r, the size of the adversary's step in units of the natural gradient.
+        rho: r, the size of the adversary's step in units of the natural gradient: a plain number.
         prior_precision: total precision of a zero-mean prior; a number or prefix tree. 1 by
             default, 0 when a prior is given.
         init_precision: total precision of the first posterior, at least prior_precision +
@@ -193,13 +212,12 @@ def bsam(
     """
     check_positive("learning_rate", learning_rate, zero=True)
     check_positive("ess", ess)
-    check_positive("rho", rho, zero=True)
+    _check_rho(rho)
     check_unit_interval("b1", b1)
     if prior_precision is None:
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
     check_positive("prior_precision", prior_precision, zero=True)
-    if init is not None and init_precision is not None:
-        raise ValueError("bsam: give init= or init_precision=, not both: init has a precision.")
+    check_one_start("bsam", init, init_precision, prior)
 
     def decay(count: Any) -> Any:
         return jax.tree.map(lambda p: p / at(ess, count), prior_precision)

@@ -33,6 +33,14 @@ class Rule:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
 
+    def __eq__(self, other: object) -> bool:
+        """Rules without choices of their own are equal by type; those with are dataclasses."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        """Of the type."""
+        return hash(type(self))
+
     evaluates_loss = False  # whether the transformation evaluates the loss itself
     by_example = False  # whether its curvature is that of single examples, see `per_example`
     adversarial = False  # whether it takes a second gradient, at `adversary`
