@@ -477,6 +477,8 @@ def test_c18_jit_vmap_scan_and_grad(row, x64):
     first, _ = one_step(row, tx, params, tx.init(params), batch)
     assert_same(jax.tree.map(lambda x: x[0], both), first, **close)
 
+    if "derivative" in row.exempt:
+        return
     # The derivative of a step in its data, against a difference quotient.
     x, y = batch
 

@@ -116,6 +116,10 @@ def low_rank_newton(
 
     S = diag(u) + X X^T <- (1 - rho) S + rho ess E[hess l];  m <- m - rho S^{-1} ess E[grad l].
 
+    X finds its directions by one power iteration in a step. Until it has them S is too small along
+    them, by up to the number of weights: start with a small rate, or a large init_precision. A step
+    has no derivative in its data (singular values of zero have none).
+
     Args:
         loss: `loss(theta, *batch)`, a mean loss.
         learning_rate: rho, a number or schedule.

@@ -124,7 +124,8 @@ def family_over(family: str | Family | Conditional, params: Any) -> Family | Con
 
 def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
     """The first lambda: `init`, else centred at params, else the prior."""
-    params = jax.tree.map(lambda p: jnp.asarray(p, _tree.statistics_dtype(p.dtype)), params)
+    # Copies: a state that held the parameters themselves would be donated with them.
+    params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
     if init is not None:
         return jax.tree.map(jnp.array, init.natural)
     if family.location:
