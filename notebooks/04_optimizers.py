@@ -158,18 +158,22 @@ assert accuracies["bSAM, 64 samples"] > 0.9
 assert min(accuracies.values()) > 0.8
 
 # %% [markdown]
-# All weights of the two binary networks are signs, yet BayesBiNN's average has soft boundaries: it
-# knows which signs the data leave open. Far from the data bSAM's average stays less sure than one
-# network is; STE's single network is sure of itself almost everywhere.
+# All weights of a binary network are signs, yet BayesBiNN's average has soft boundaries: it knows
+# which signs the data leave open. Far from the data it is less sure of itself than STE's single
+# network, and bSAM's average is less sure than bSAM's mean.
 
 # %%
 far = jnp.array([[3.0, -3.0], [-3.0, 3.0], [3.0, 3.0], [-3.0, -3.0]])
 confidence = {
-    name: float(jnp.mean(jnp.maximum(p := model(far)[0], 1 - p))) for name, model in models.items()
+    name: float(jnp.mean(jnp.maximum(p := model(far)[0], 1 - p)))
+    for name, model in (models | {"bSAM, its mean": single(bsam)}).items()
 }
 for name, value in confidence.items():
     print(f"{name:30} mean confidence at the corners {value:.3f}")
 assert all(np.all(np.abs(w) == 1) for w in jax.tree.leaves(blr.sample(latent_state, latent)))
+signs = blr.posterior(binary_state, binary).sample(jax.random.key(6), (2,))
+assert all(np.all(np.abs(w) == 1) for w in jax.tree.leaves(signs))
+assert confidence["bSAM, 64 samples"] < confidence["bSAM, its mean"]
 assert confidence["BayesBiNN, 64 binary networks"] < confidence["STE, one binary network"]
 
 # %% [markdown]
@@ -263,6 +267,7 @@ for ax, (count, q) in zip(axes[1:], found.items(), strict=True):
 plt.show()
 print({count: round(gap, 3) for count, gap in gaps.items()})
 assert gaps[4] < 0.5 * gaps[1]
+assert np.ptp(found[8].standard()["weights"]) > 0.02  # they started equal
 assert gaps[8] < 0.2
 nearest = jnp.linalg.norm(found[8].standard()["mean"][:, None] - centres, axis=-1).min(0)
 assert float(nearest.max()) < 1.0, "every mode has a component"
@@ -359,5 +364,6 @@ assert share[0] == 0.0
 assert share[-1] == 1.0
 
 # %% [markdown]
-# SGD's posterior has the variance step size over `ess`: a larger step is a wider posterior, which
-# cannot rest in a minimum that is narrower than itself.
+# The posterior that the rule assigns to SGD has the variance step size over `ess`: a larger step
+# goes with a wider posterior. (What drives SGD out here is the step itself, too large for the
+# curvature of the sharp minimum, helped by the noise of its gradients.)

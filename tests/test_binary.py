@@ -11,6 +11,7 @@ from conftest import load_golden
 from test_golden_ivon import close, flatten, problem_loss, unflatten
 
 import blr_optax as blr
+from blr_optax.estimators._noise import standard_logistic
 
 FILES = ("bayesbinn_ste_logreg", "bayesbinn_ste_mlp")
 CASES = [
@@ -229,14 +230,65 @@ def test_signs_of_a_linear_model_are_found():
     assert abs(q.mean[4]) < 1e-3  # the prior's even odds
 
 
-def test_saturated_float32_signs_keep_a_finite_scale():
-    """1 - tanh(10)^2 is 8e-9, which float32 rounds to 0 when it subtracts."""
-    params = jnp.full(3, 10.0)
-    tx = blr.bayesbinn(1e-4, 20.0, temperature=1e-10)
-    state = tx.init(params)
-    assert state[0].rule.curvature(state[0], params, jnp.ones(3), jnp.ones(3))[0] == pytest.approx(
-        1e-10 / (1e-10 * (4 * np.exp(-20) + 1e-10)), rel=1e-3
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 1e-10])
+def test_saturated_signs_keep_their_scale(dtype, temperature):
+    """1 - tanh(10)^2 is 8e-9, which rounding loses in 1 - w^2 and in 1 - mu^2 alike."""
+    params, e = jnp.full(5, 10.0, dtype), jnp.array([[-9.0, -2.0, 0.0, 1.0, 3.0]])
+    state = blr.bayesbinn(1e-4, 1.0, temperature=temperature).init(params)
+    found = blr.estimate(lambda w: jnp.sum(w.astype(jnp.float32)), state, params, noise=e)
+
+    def spread(x):
+        return 1 / np.cosh(np.minimum(np.abs(x), 300.0)) ** 2 + 1e-10
+
+    x = (10.0 + np.asarray(e[0], float)) / temperature
+    np.testing.assert_allclose(found.curvature, spread(x) / (temperature * spread(10.0)), rtol=2e-3)
+
+
+def test_logistic_noise_has_the_quantiles_of_its_law_and_no_outlier():
+    drawn = np.sort(
+        np.asarray(standard_logistic(jax.random.key(0), jnp.zeros(2**20), "hash"), float)
     )
+    assert np.abs(drawn).max() < 16.7
+    levels = np.array([1e-4, 0.01, 0.1, 0.5, 0.9, 0.99, 1 - 1e-4])
+    found = drawn[(levels * len(drawn)).astype(int)]
+    np.testing.assert_allclose(1 / (1 + np.exp(-found)), levels, atol=2e-3, rtol=0.1)
+    bits = np.uint32(2**32 - 1)
+    u = (np.float32(bits >> 9) + np.float32(0.5)) * np.float32(2.0**-23)
+    assert 0.0 < u < 1.0  # the largest word
+
+
+@pytest.mark.parametrize("name", ["bayesbinn", "sam", "bsam", "evon"])
+def test_injected_hyperparameters_leave_static_ones_alone(name):
+    static = {
+        "bayesbinn": ("temperature", "floor"),
+        "sam": ("rho",),
+        "bsam": ("rho",),
+        "evon": ("refresh_every", "max_size"),
+    }[name]
+    make, params = getattr(blr, name), jnp.ones(2)
+    numbers = {"learning_rate": 0.1} | ({} if name == "sam" else {"ess": 10.0})
+    tx = optax.inject_hyperparams(make, static_args=static)(**numbers)
+    state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(params, state, params, curvature=params)
+    assert np.all(np.isfinite(updates))
+    with pytest.raises(ValueError, match="static_args"):
+        optax.inject_hyperparams(make)(**numbers).init(params)
+
+
+def test_a_posterior_beside_points_is_the_next_prior():
+    params = {"w": jnp.array([0.5, -2.0]), "b": jnp.array([1.0])}
+    tx = optax.partition(
+        {"signs": blr.bayesbinn(0.1, 10.0), "sgd": optax.sgd(0.1)}, {"w": "signs", "b": "sgd"}
+    )
+    q = blr.posterior(tx.init(params), params)
+    np.testing.assert_allclose(q.mean["w"], np.tanh(params["w"]), rtol=1e-6)
+    again = optax.partition(
+        {"signs": blr.bayesbinn(0.1, 10.0, prior=q), "sgd": optax.sgd(0.1)},
+        {"w": "signs", "b": "sgd"},
+    )
+    prior = optax.tree.get(again.init(params), "prior")
+    np.testing.assert_array_equal(prior["w"], params["w"])
 
 
 def test_posterior_of_signs_serves_as_the_next_prior(x64):
@@ -261,7 +313,7 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
     ("call", "message"),
     [
         (lambda: blr.bayesbinn(0.1, 10.0, temperature=0.0), "temperature=0 has no gradient"),
-        (lambda: blr.bayesbinn(0.1, 10.0, floor=-1.0), "floor=-1.0 must be a finite number"),
+        (lambda: blr.bayesbinn(0.1, 10.0, floor=-1.0), "floor=-1.0 must be a plain finite number"),
         (lambda: blr.bayesbinn(0.1, 10.0, b1=1.0), "b1=1.0 must be in"),
         (lambda: blr.bayesbinn(0.1, 10.0, generator="x"), "generator='x' is unknown"),
         (lambda: blr.bayesbinn(0.1, 0.0), "ess=0.0 must be positive"),
@@ -272,6 +324,8 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
             "prior must be a mean-field Posterior of rademacher signs",
         ),
         (lambda: blr.ste(0.1, clip=0.0), "clip=0.0 must be positive"),
+        (lambda: blr.ste(0.1, b1=2.0), "b1=2.0 must be in"),
+        (lambda: blr.bayesbinn(0.1, 10.0, temperature=jnp.ones(())), "must be a plain finite"),
         (lambda: blr.random_signs(jax.random.key(0), jnp.ones(2), 0.0), "scale=0.0 must be"),
         (lambda: blr.random_signs(jax.random.key(0), jnp.ones(2, int)), "random_signs"),
     ],

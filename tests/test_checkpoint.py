@@ -222,8 +222,14 @@ def test_kernels_of_convolutions_and_a_transpose_of_ones_own():
 def test_what_does_not_fit_is_said():
     checkpoint, params = REAL["checkpoint"], flax(REAL["checkpoint"]["parameters"])
     give = lambda **k: blr.from_torch_ivon(  # noqa: E731
-        checkpoint["optimizer"],
-        **{"weights": checkpoint["parameters"], "params": params, "order": ORDER, "step": 2, **k},
+        **{
+            "optimizer_state": checkpoint["optimizer"],
+            "weights": checkpoint["parameters"],
+            "params": params,
+            "order": ORDER,
+            "step": 2,
+            **k,
+        },
     )
     with pytest.raises(ValueError, match=r"missing.*Dense_2/bias"):
         give(order=ORDER[:-1])
@@ -244,3 +250,50 @@ def test_what_does_not_fit_is_said():
         blr.to_torch_ivon(
             blr.adam(0.1, ess=1.0).init(params), params, order=ORDER, groups=[{"lr": 0.1}]
         )
+    with pytest.raises(ValueError, match=r"needs the state of ivon without a prior="):
+        q = blr.posterior(state, params)
+        blr.to_torch_ivon(
+            blr.ivon(0.1, 10.0, prior=q).init(params), params, order=ORDER, groups=[{"lr": 0.1}]
+        )
+    with pytest.raises(ValueError, match=r"needs the state of ivon"):
+        blr.to_torch_ivon(
+            blr.bsam(0.1, 10.0).init(params), params, order=ORDER, groups=[{"lr": 0.1}]
+        )
+    with pytest.raises(ValueError, match="must be order=, cut into pieces"):
+        twice = [{"lr": 0.1, "params": ORDER[:1]}, {"lr": 0.1, "params": ORDER[:1]}]
+        blr.to_torch_ivon(state, params, order=ORDER, groups=twice)
+    foreign = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    with pytest.raises(ValueError, match=r"have no .*'hess'"):
+        give(optimizer_state=foreign, **{})
+
+
+def test_groups_in_another_order_than_the_model():
+    """PyTorch numbers parameters through the groups, not through the model."""
+    params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    numbers = {"lr": 0.1, "ess": 9.0, "hess_init": 1.0, "beta1": 0.9, "beta2": 0.99}
+    numbers |= {"weight_decay": 0.0, "clip_radius": float("inf")}
+    groups = [
+        {**numbers, "params": [0], "momentum": np.zeros(2), "hess": np.full(2, 100.0)},  # of b
+        {**numbers, "params": [1], "momentum": np.zeros(2), "hess": np.full(2, 1.0)},  # of a
+    ]
+    found = blr.from_torch_ivon(
+        {"state": {}, "param_groups": groups},
+        [np.array([3.0, 4.0]), np.array([1.0, 2.0])],
+        params,
+        order=["b", "a"],
+        step=10,
+    )
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    variance = blr.posterior(found.opt_state, found.params).variance
+    np.testing.assert_allclose(variance["a"], 1 / 9, rtol=1e-6)
+    np.testing.assert_allclose(variance["b"], 1 / 900, rtol=1e-6)
+    names = [
+        {**numbers, "params": ["b"]},
+        {**numbers, "params": ["a"]},
+    ]
+    saved, weights = blr.to_torch_ivon(
+        found.opt_state, found.params, order=["b", "a"], groups=names
+    )
+    assert [group["params"] for group in saved["param_groups"]] == [[0], [1]]
+    np.testing.assert_allclose(saved["param_groups"][0]["hess"], 100.0, rtol=1e-6)
+    np.testing.assert_array_equal(weights[0], [3.0, 4.0])

@@ -220,3 +220,23 @@ def test_states_of_two_makes_are_refused():
         blr.diagnostics(a, b, params)
     with pytest.raises(ValueError, match="carries no posterior"):
         blr.diagnostics(optax.adam(0.1).init(params), a, params)
+
+
+def test_a_prior_counts_when_folds_are_told(x64):
+    """u = rho (c + d0 - p) / p: a strong prior keeps a step from folding."""
+    params = jnp.ones(1)
+    family = blr.families.get("gaussian_diagonal")
+    prior = blr.Posterior(family, family.natural(mean=jnp.zeros(1), precision=jnp.full(1, 50.0)))
+    for more, given in (
+        ({"weight_decay": 5.0}, {"weight_decay": 5.0}),
+        ({"prior": prior, "weight_decay": 0.0}, {}),
+    ):
+        tx = blr.soba(0.1, ess=10.0, b2=0.0, hess_init=1.0, **more)
+        before, curvature = tx.init(params), jnp.array([-3.0])
+        _, after = tx.update(params, before, params, curvature=curvature)
+        (found,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0, **given)
+        u = -2.0 / 3.0  # (-3 + 5 - 6) / 6
+        np.testing.assert_allclose(found.correction_of_move, u**2 / 2 / (-u + u**2 / 2), rtol=1e-9)
+        np.testing.assert_allclose(found.correction_of_precision, u**2 / 2, rtol=1e-9)
+    with pytest.raises(ValueError, match="curvature= needs b2="):
+        blr.diagnostics(before, after, params, curvature=curvature)

@@ -159,7 +159,7 @@ def test_one_gradient_is_refused():
     for tx in (blr.sam(0.1), blr.bsam(0.1, 10.0)):
         with pytest.raises(ValueError, match="a step takes two gradients"):
             tx.update(params, tx.init(params), params)
-    with pytest.raises(ValueError, match="rho=-1 must be at least zero"):
+    with pytest.raises(ValueError, match="rho=-1 must be a plain finite number, at least zero"):
         blr.sam(0.1, rho=-1)
     with pytest.raises(ValueError, match="bsam: give init= or init_precision="):
         q = blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
@@ -172,6 +172,23 @@ def test_one_gradient_is_refused():
             ess=2.0,
             estimator=blr.estimators.delta(blr.estimators.absolute_gradient()),
         )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-23, 1.0, 1e20, 1e30])
+def test_the_radius_holds_for_gradients_of_any_size(size):
+    params = jnp.zeros(2)
+    state = blr.sam(0.1, rho=0.5).init(params)
+    moved = state.rule.adversary(state, params, size * jnp.array([3.0, -4.0]))
+    np.testing.assert_allclose(moved, [0.3, -0.4], rtol=1e-6)
+    np.testing.assert_array_equal(state.rule.adversary(state, params, params), params)
+
+
+def test_a_first_precision_beside_a_prior_is_refused():
+    params = jnp.ones(2)
+    q = blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
+    for make in (blr.bsam, blr.vogn):
+        with pytest.raises(ValueError, match="beside prior= give the first posterior"):
+            make(0.1, 10.0, prior=q, init_precision=50.0)
 
 
 def test_auxiliary_output_and_other_groups_beside_sam():

@@ -259,5 +259,5 @@ def test_errors_name_the_way_out():
         blr.kronecker_newton(mean_loss, 0.1, step="plain")
     matrix = families.get("matrix_gaussian")
     init = blr.Posterior(matrix, matrix.natural_at(jnp.zeros((2, 2))))
-    with pytest.raises(ValueError, match="init"):
+    with pytest.raises(ValueError, match="init is a member of MatrixGaussian"):
         blr.kronecker_newton(mean_loss, 0.1, init=init).init(make_params())

@@ -125,8 +125,11 @@ class UnitMixture(Conditional):
                 return log_normal(m, v, tuple(range(m.ndim)))
             span = tuple(i for i, n in enumerate(units) if n != m.shape[i])
             kept = jnp.log(lam.keep) + log_normal(m, v, span)
-            dropped = jnp.log1p(-lam.keep) + log_normal(0.0, lam.dropped_variance, span)
-            both = jnp.logaddexp(kept, dropped)
+            # Nothing is dropped at a keep rate of one, whatever the density of being dropped.
+            some = lam.keep < 1
+            spread = jnp.where(some, lam.dropped_variance, 1.0)
+            odds = jnp.where(some, jnp.log1p(-jnp.where(some, lam.keep, 0.0)), -jnp.inf)
+            both = jnp.logaddexp(kept, odds + log_normal(0.0, spread, span))
             return jnp.sum(both, axis=tuple(range(lead, both.ndim)))
 
         return sum(jax.tree.leaves(self._map(leaf, lam.mean, lam.variance, theta)))

@@ -154,6 +154,8 @@ def evidence(
     axes = state.rule.noise_axes
     if needed and curvature is not None:
         curvature = wide(like, _tree.matching_leaves(curvature, like, "curvature", leading=axes))
+        if axes:
+            jax.tree.map(lambda c: check_pair("curvature", c), curvature)
     else:
         curvature = None
     finite = squares_finite(grads, curvature)
@@ -163,6 +165,15 @@ def evidence(
         weights = state.rule.weights(state, params, noise)
         curvature = state.rule.statistic(state, params, weights, grads, noise)
     return finite, grads, curvature
+
+
+def check_pair(name: str, leaf: Array) -> None:
+    """Raises ValueError unless the first axis has one entry for g+ and one for g-."""
+    if leaf.shape[0] != 2:
+        raise ValueError(
+            f"lie_multiplicative: {name} needs a first axis of two, for g+ and g-, after any of "
+            f"samples; a leaf has shape {leaf.shape}."
+        )
 
 
 def start(who: str, params: Any, key: Any) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 
 from blr_optax import _tree
+from blr_optax.estimators._curvature import Reparameterized, SquaredGradient
 from blr_optax.optimizers.ivon import ivon
 from blr_optax.rule import ScaleByPrecisionState
 from blr_optax.rule._protocol import map_posterior_states, posterior_states

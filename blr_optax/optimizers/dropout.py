@@ -210,13 +210,15 @@ def dropout(
     The parameters m are those of kept units, and predict nothing by themselves: at test time use
     `posterior(opt_state, params).mean`, which is pi m, or `predict` with the posterior, which is
     Monte Carlo dropout. Inverted dropout, as layers do it, is the same with m' = pi m: the gradient
-    that reaches `inner` is exactly that of its loss in m'.
+    that reaches `inner` is exactly that of its loss in m'. An inner Adam squares (z / pi) g: its
+    second moments, and the posterior's precision, are 1 / pi above the rule's. Gradients that are
+    not finite reach `inner`: wrap in `optax.apply_if_finite` where they can occur.
 
     Args:
         inner: the optimizer, of optax or of this library (`blr.sgd(0.1, ess=N)`), whose posterior
             is then that of kept weights. Its own weights must be the parameters (no `ivon`).
-        keep_rate: pi in (0, 1], a number, array or schedule. Other rates for other leaves: one
-            `dropout` each, in `optax.partition`.
+        keep_rate: pi in (0, 1], one number or schedule. Other rates for other leaves: one
+            `dropout` each, in `optax.partition`, where `posterior` cannot join them.
         mask: which leaves have units: True, a prefix tree of booleans, or a function from params to
             one. Leaves with less than two axes have none.
         unit_axis: the axis that counts the units of a leaf.
@@ -245,6 +247,12 @@ def dropout(
       [1. 0. 1. 0.] [0.5 0.5 0.5 0.5]
     """
     check_positive("keep_rate", keep_rate)
+    for name, hyper in (("keep_rate", keep_rate), ("dropped_variance", dropped_variance)):
+        if jnp.ndim(0.0 if callable(hyper) else hyper):
+            raise ValueError(f"{name} must be one number for all units; got {jnp.shape(hyper)}.")
+    if callable(dropped_variance):
+        raise ValueError("dropped_variance must be a number, not a schedule.")
+    canonical_key(key)
     check_positive("dropped_variance", dropped_variance, zero=True)
     if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")

@@ -198,6 +198,10 @@ def lie_affine(
     check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
     check_positive("ess", ess)
     check_positive("scale_rate", scale_rate, zero=True)
+    if callable(noise_scale):
+        raise ValueError(
+            "noise_scale is the first one and no schedule: the rule moves it from there."
+        )
     check_positive("noise_scale", noise_scale)
     rule = AffineRule(as_law(noise), generator)
 
@@ -243,7 +247,7 @@ def lie_affine(
 
         def move(a: Array, u: Array, v: Array, m: Array) -> Array:
             alpha = jnp.asarray(rate, a.dtype)
-            x = jnp.clip(-alpha * u, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+            x = jnp.minimum(-alpha * u, LARGEST_EXPONENT)
             small = jnp.abs(x) < 1e-6
             slope = jnp.where(small, 1.0 + 0.5 * x, jnp.expm1(x) / jnp.where(small, 1.0, x))
             return (-finite.astype(a.dtype) * alpha * slope * a * v).astype(m.dtype)

@@ -26,6 +26,7 @@ from blr_optax.families._noise_law import Law, SignedScale, as_law
 from blr_optax.optimizers._lie_rules import (
     average_of,
     check,
+    check_pair,
     evidence,
     moved,
     number,
@@ -89,6 +90,7 @@ class MultiplicativeRule(Rule):
         """Of the state alone: the parameters are its rounded mean."""
 
         def draw(plus: Array, minus: Array, z: Array, m: Array) -> Array:
+            check_pair("noise", z)
             n = self.law.of_normal(z)
             return (plus * n[0] - minus * n[1]).astype(m.dtype)
 

@@ -170,6 +170,11 @@ def _scale_by_mixture(
 
     plain = inner(None)
 
+    # A rate of zero may come as an array, from inject_hyperparams; then the losses decide.
+    learns = callable(weight_rate) or (
+        isinstance(weight_rate, (int, float)) and not is_zero(weight_rate)
+    )
+
     def init_fn(params: Any) -> MixtureIvonState:
         count = components_of(params)
         given = prior
@@ -193,11 +198,17 @@ def _scale_by_mixture(
     ) -> tuple[Any, MixtureIvonState]:
         if params is None:
             raise ValueError("mixture_ivon: update needs params, update(grads, state, params).")
-        if losses is None and not is_zero(weight_rate):
+        members = state.log_odds.shape[0] + 1
+        if losses is None and learns:
             raise ValueError(
                 "mixture_ivon: weight_rate needs the mean loss of every component: "
                 "update(..., losses=losses), which estimate returns as aux of a loss that returns "
                 "(sum, losses)."
+            )
+        if losses is not None and jnp.shape(losses) != (members,):
+            raise ValueError(
+                f"mixture_ivon: losses has shape {jnp.shape(losses)}; give the mean loss of each "
+                f"of the {members} components, shape ({members},)."
             )
         rule, p = state.rule, state.precision
 
@@ -230,9 +241,10 @@ def _scale_by_mixture(
             **extra,
         )
         log_odds = state.log_odds
-        if not is_zero(weight_rate):
+        if losses is not None and not is_zero(weight_rate):
             d0 = prior_precision(weight_decay, state.prior, state.ess, p, state.count)
-            cost = state.ess * losses + apart + _expected_cost(state, mean, d0)
+            apart = at(strength, state.count) * apart
+            cost = state.ess * jnp.asarray(losses) + apart + _expected_cost(state, mean, d0)
             step = at(weight_rate, state.count) * (cost[:-1] - cost[-1]).astype(log_odds.dtype)
             moves = (new.skipped == state.skipped) & jnp.all(jnp.isfinite(step))
             log_odds = jnp.where(moves, log_odds - step, log_odds).astype(log_odds.dtype)

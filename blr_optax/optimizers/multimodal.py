@@ -84,6 +84,8 @@ def _mixture(
     check_positive("temperature", temperature)
     check_positive("weight_rate", weight_rate, zero=True)
     check_positive("scale", scale)
+    if callable(scale):
+        raise ValueError("scale is that of the first components and no schedule.")
     family = _family(covariance)
     if (components is None) == (init is None):
         raise ValueError(

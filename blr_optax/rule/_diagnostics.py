@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.rule._precision import PrecisionRule
+from blr_optax.rule._precision_rule import PrecisionRule
+from blr_optax.rule._prior import prior_precision
 from blr_optax.rule._protocol import posterior_states
 from blr_optax.rule._read import covered
 
@@ -77,7 +78,7 @@ def _relative_step(before: Array, after: Array) -> Array:
 
 
 def _correction(
-    before: Any, after: Any, b2: Any, curvature: Any
+    before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
 ) -> tuple[Array | None, Array | None]:
     """Shares of the second-order term in the move and in the precision."""
     if not isinstance(after.rule, PrecisionRule):
@@ -87,9 +88,10 @@ def _correction(
     u = jax.tree.map(_relative_step, before.precision, after.precision)
     if curvature is not None and b2 is not None:
         given = _tree.matching_leaves(curvature, before.precision, "curvature")
+        d0 = prior_precision(weight_decay, before.prior, before.ess, before.precision, before.count)
         u = jax.tree.map(
-            lambda u, p, c: jnp.where((1.0 - b2) * (c - p) < -p, -2.0 - u, u),
-            u, before.precision, given,
+            lambda u, p, c, d: jnp.where((1.0 - b2) * (c + d - p) < -p, -2.0 - u, u),
+            u, before.precision, given, d0,
         )  # fmt: skip
     first = _total(lambda p, u: jnp.sum(p * jnp.abs(u)), before.precision, u)
     second = _total(lambda p, u: jnp.sum(0.5 * p * u * u), before.precision, u)
@@ -142,6 +144,7 @@ def diagnostics(
     b2: Any = None,
     bound: Any = None,
     draws: Any = None,
+    weight_decay: Any = 0.0,
 ) -> tuple[Diagnostics, ...]:
     """How healthy a step was: scalars per posterior, from the states before and after it.
 
@@ -157,7 +160,7 @@ def diagnostics(
         after: the one that it returned.
         params: the parameters, before or after.
         updates: what `update` returned beside it, for `clipped`.
-        curvature: what `update` got, to tell folded steps; needs `b2`.
+        curvature: what `update` got, to tell folded steps; needs `b2` and `weight_decay`.
         b2: the decay of the precision, for `correction_of_precision`.
         bound: the largest update that clipping lets through, learning_rate * (hess_init +
             weight_decay) * clip_radius for `ivon`; a number or a prefix tree. (In a chain of your
@@ -166,6 +169,8 @@ def diagnostics(
         draws: the curvature of two or more separate draws on one batch, a tree like params
             with the draws in front, for `signal_to_noise`: one estimate, also of many draws, does
             not know its own noise. Of S draws in one estimate it is sqrt(S) times better.
+        weight_decay: the optimizer's, with its damping (a `prior` is in the state); a number,
+            prefix tree or schedule.
 
     Returns:
         A tuple of `Diagnostics`, one per posterior in the state (one but for `optax.partition`).
@@ -186,13 +191,17 @@ def diagnostics(
       >>> print(found.correction_of_move, found.smallest_precision)  # u = 1: a half of 1 + 1/2
       0.33333334 25.0
     """
+    if curvature is not None and b2 is None:
+        raise ValueError(
+            "diagnostics: curvature= needs b2=, the decay of the precision, beside it."
+        )
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
     if [state.rule for state in states[0]] != [state.rule for state in states[1]]:
         raise ValueError(
             "diagnostics: before and after hold different posteriors; pass the states that one "
             "update got and returned."
         )
-    numbers = curvature, b2, bound, draws
+    numbers = curvature, b2, bound, draws, weight_decay
     parts = covered(states[1], params, "diagnostics")
     return tuple(
         _one(old, new, part, updates, *numbers)
@@ -201,7 +210,15 @@ def diagnostics(
 
 
 def _one(
-    old: Any, new: Any, part: Any, updates: Any, curvature: Any, b2: Any, bound: Any, draws: Any
+    old: Any,
+    new: Any,
+    part: Any,
+    updates: Any,
+    curvature: Any,
+    b2: Any,
+    bound: Any,
+    draws: Any,
+    weight_decay: Any,
 ) -> Diagnostics:
     """The diagnostics of one posterior state."""
     q = new.rule.posterior(new, part)
@@ -210,7 +227,7 @@ def _one(
     smallest = functools.reduce(jnp.minimum, [jnp.min(1.0 / v) for v in variances])
     ess = getattr(new, "ess", None)
     return Diagnostics(
-        *_correction(old, new, b2, curvature),
+        *_correction(old, new, b2, curvature, weight_decay),
         clipped=_clipped(part, updates, bound),
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),

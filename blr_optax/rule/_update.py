@@ -32,7 +32,12 @@ from blr_optax.families import (
     RaveledConditional,
     get,
 )
-from blr_optax.rule._conditional import check_conditional, conditional_gradient, conditional_move
+from blr_optax.rule._conditional import (
+    MixtureDraws,
+    check_conditional,
+    conditional_gradient,
+    conditional_move,
+)
 from blr_optax.rule._numbers import all_finite, at, check_positive
 from blr_optax.rule._protocol import Rule
 from blr_optax.rule._step import check_step, direction, move, spread
@@ -312,6 +317,8 @@ def blr_update(
         batch = batch if isinstance(batch, tuple) else (batch,)
 
         draw = jax.random.fold_in(state.key, state.count)
+        if points is not None and not isinstance(estimator, MixtureDraws):
+            raise ValueError('update: points= are draws for multimodal(draws="mixture") alone.')
         if conditional:
             terms = (over, loss, estimator, draw, lam, batch, scale, prior)
             value, d = conditional_gradient(*terms, points)
