@@ -104,8 +104,8 @@ ROWS: dict[str, Row] = {
         lambda lr, n: blr.sam(lr, n, rho=0.05, weight_decay=1.0 / n), PLAIN, sampled=False
     ),
     "bsam": Row(lambda lr, n: blr.bsam(lr, n, b2=0.99), PLAIN),
-    "vprop": Row(lambda lr, n: blr.vprop(lr, n, init_precision=float(n)), ADAPTIVE),
-    "vadam": Row(lambda lr, n: blr.vadam(lr, n, init_precision=float(n)), ADAPTIVE),
+    "vprop": Row(lambda lr, n: blr.vprop(lr, n, init_precision=float(n)), PLAIN),
+    "vadam": Row(lambda lr, n: blr.vadam(lr, n, init_precision=float(n)), PLAIN),
     "ogn": Row(lambda lr, n: blr.ogn(lr, n, b2=0.99, damping=0.01), SECOND, sampled=False),
     "vogn": Row(lambda lr, n: blr.vogn(lr, n, b2=0.99, damping=0.01), SECOND),
     "soba": Row(
@@ -142,6 +142,7 @@ ROWS: dict[str, Row] = {
             )
         ),
         ADAPTIVE,
+        point=lambda p: {**p, "w2": 0.8 * p["w2"]},
     ),
     "ste": Row(
         lambda lr, n: blr.ste(lr), ADAPTIVE, sampled=False,
