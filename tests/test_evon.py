@@ -436,7 +436,7 @@ def test_posteriors_beside_other_leaves_are_merged():
 
 def test_errors_name_the_way_out():
     for change, message in (
-        ({"refresh_every": 0}, "refresh_every=0 must be at least 1"),
+        ({"refresh_every": 0}, "refresh_every=0 must be a plain integer, at least 1"),
         ({"max_size": 0}, "max_size=0"),
         ({"shampoo_beta": 1.0}, "shampoo_beta=1.0"),
         ({"clip_curvature": -1.0}, "clip_curvature=-1.0"),
