@@ -149,12 +149,13 @@ def from_torch_ivon(
     """A checkpoint of PyTorch's IVON as params, optimizer state and transformation.
 
     m = weights, p = hess + weight_decay, momentum = momentum: the training goes on as it would have
-    there, up to the noise, and `posterior(opt_state, params)` is its posterior.
+    there, up to the noise, and `posterior(opt_state, params)` is its posterior::
 
         order = ["Dense_0/kernel", "Dense_0/bias", "Dense_1/kernel", "Dense_1/bias"]
         weights = [w for group in optimizer.param_groups for w in group["params"]]
-        found = blr.from_torch_ivon(optimizer.state_dict(), weights, flax_params, order=order,
-                                    step=optimizer.current_step)
+        found = blr.from_torch_ivon(
+            optimizer.state_dict(), weights, flax_params, order=order, step=optimizer.current_step
+        )
 
     Args:
         optimizer_state: `optimizer.state_dict()`, of tensors or arrays.

@@ -287,8 +287,9 @@ def mixture_ivon(
     start from different initialisations, and expect the repulsion to act where they meet.
 
     Args:
-        learning_rate, hess_init, b1, b2, weight_decay, clip_radius, rescale_lr, debias, key,
-            generator: as in `ivon`, over the stacked parameters.
+        learning_rate, hess_init, b1, b2, weight_decay, clip_radius: as in `ivon`, over the stacked
+            parameters.
+        rescale_lr, debias, key, generator: as in `ivon`.
         ess: effective sample size, as in `ivon`; may be a schedule.
         weight_rate: rho of the mixing weights, a number or schedule; 0 keeps them equal. Above 0,
             `update` needs `losses=`, the mean loss of every component, [K]: `est.aux` of a loss

@@ -215,8 +215,8 @@ def multimodal(
     f = ess l + tau (log q - log prior).
 
     Args:
-        loss, learning_rate, components, ess, prior, init, covariance, scale, temperature,
-            weight_rate, step: as in `mixture_newton`.
+        loss, learning_rate, components, ess, prior, init, covariance: as in `mixture_newton`.
+        scale, temperature, weight_rate, step: as in `mixture_newton`.
         samples: draws of every component, or of the mixture.
         antithetic: with the mirror images of the draws; of components only.
         draws: "components", each its own; or "mixture": draws of q, which count for component k
