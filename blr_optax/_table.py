@@ -144,7 +144,8 @@ def table() -> Table:
     """The table of Khan and Rue, as far as this library goes: all rows, and what proves each.
 
     Returns:
-        `TableRow` entries: group, algorithm, family, approximation, function, test. Printing shows them.
+        `TableRow` entries: group, algorithm, family, approximation, function, test; printing shows
+        them.
 
     Source: Khan and Rue (2023), Table 1, with the rows that came after it.
 
