@@ -5,6 +5,7 @@ MLP of 2.2 M weights, a small convnet, and a transformer of GPT-2's shape (accel
 Results go to benchmarks/results/ as JSON with a stamp of the environment.
 
     python -m benchmarks --rounds 40 --models mlp convnet
+    python -m benchmarks --rounds 12 --models mlp_4096 --steps "evon sample, refresh 10"
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ def contestants(problem):
     }
 
 
-def bench(name: str, rounds: int) -> dict:
-    """All contestants on one model."""
+def bench(name: str, rounds: int, only: list[str] | None = None) -> dict:
+    """All contestants, or AdamW and some, on one model."""
     problem = PROBLEMS[name]()
     steps, carries, table = {}, {}, {}
     for label, (tx, step) in contestants(problem).items():
+        if only and label not in (*only, "optax.adamw"):
+            continue
         carry = (jax.tree.map(jnp.copy, problem.params), tx.init(problem.params))
         steps[label], table[label] = compile_step(step, *carry, *problem.batch)
         carries[label] = carry
@@ -99,19 +102,24 @@ def bench(name: str, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs, prints one table per model and writes the JSON."""
+    """Runs, prints one table per model and writes the JSON, keeping its other models."""
     parser = argparse.ArgumentParser(description="Step time of IVON against AdamW and SGD.")
-    parser.add_argument("--models", nargs="+", choices=sorted(PROBLEMS), default=sorted(PROBLEMS))
+    usual = ["convnet", "mlp", "transformer"]
+    parser.add_argument("--models", nargs="+", choices=sorted(PROBLEMS), default=usual)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", nargs="+", help="only these, beside optax.adamw")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     args = parser.parse_args(argv)
     on_cpu = jax.default_backend() == "cpu"
-    result = {"environment": environment(), "models": {}}
+    default = RESULTS / f"bench_step_{jax.default_backend()}.json"
+    out = default if args.out is None else args.out
+    result = json.loads(out.read_text()) if out.exists() else {"models": {}}
+    result["environment"] = environment()
     for name in args.models:
         if on_cpu and name == "transformer":
             print("transformer: skipped, it needs an accelerator")
             continue
-        result["models"][name] = found = bench(name, args.rounds)
+        result["models"][name] = found = bench(name, args.rounds, args.steps)
         print(f"\n{name}: {found['parameters']:,} parameters, medians of {args.rounds} rounds")
         print(f"{'step':24}{'x adamw':>9}{'quartiles':>16}{'compile':>9}{'peak + params':>15}")
         for label, row in found["steps"].items():
@@ -120,8 +128,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"{label:24}{row['ratio']:9.2f}{low:10.2f}-{high:.2f}"
                 f"{row['compile_ratio']:9.2f}{row['peak_over_adamw_in_parameters']:15.2f}"
             )
-    default = RESULTS / f"bench_step_{jax.default_backend()}.json"
-    out = default if args.out is None else args.out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
 

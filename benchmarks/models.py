@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ def _dense(key, n_in, n_out):
     }
 
 
-def mlp() -> Problem:
-    """An MLP of 2.2 M weights, 784-1024-1024-330-10, batch 128."""
+def mlp(batch: int = 128) -> Problem:
+    """An MLP of 2.2 M weights, 784-1024-1024-330-10."""
     sizes = (784, 1024, 1024, 330, 10)
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
     params = [_dense(k, a, b) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
@@ -49,8 +50,8 @@ def mlp() -> Problem:
         logits = x @ params[-1]["w"] + params[-1]["b"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    x = jax.random.normal(keys[-1], (128, sizes[0]))
-    y = jax.random.randint(keys[-2], (128,), 0, sizes[-1])
+    x = jax.random.normal(keys[-1], (batch, sizes[0]))
+    y = jax.random.randint(keys[-2], (batch,), 0, sizes[-1])
     return Problem(params, loss, (x, y), 60_000)
 
 
@@ -135,4 +136,9 @@ def transformer() -> Problem:
     return Problem(params, loss, (tokens,), 10_000_000, on_cpu=False)
 
 
-PROBLEMS = {"mlp": mlp, "convnet": convnet, "transformer": transformer}
+PROBLEMS = {
+    "mlp": mlp,
+    "mlp_4096": functools.partial(mlp, 4096),
+    "convnet": convnet,
+    "transformer": transformer,
+}

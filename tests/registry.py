@@ -187,14 +187,13 @@ ROWS = [
         slow=True,
     ),
     # Skips nothing by itself, as the optimizers of optax inside it; no precision that it keeps.
-    # A mixture for every unit does not merge with other leaves (C7).
     Row(
         "dropout",
         lambda learning_rate, keep_rate, ess: blr.dropout(
             blr.sgd(learning_rate, ess=ess), keep_rate
         ),
         {"learning_rate": 0.1, "keep_rate": 0.7, "ess": 20.0},
-        exempt=frozenset({"C7", "C13", "C14", "derived"}),
+        exempt=frozenset({"C14"}),
         noisy=True,
         slow=True,
     ),

@@ -197,13 +197,13 @@ def test_several_draws_average_the_weighted_gradient(x64):
     jax.tree.map(np.testing.assert_array_equal, given, derived)
 
 
-def test_a_unit_of_zeros_counts_with_one(x64):
-    """Kept or dropped it looks the same, so its mask cannot be told from its weights."""
-    params = {**small(), "b": jnp.zeros((2, 2))}
+def test_a_unit_of_zeros_is_kept_as_often_as_others(x64):
+    """Kept or dropped it looks the same: the mask comes from the noise, not from the weights."""
+    params = {"w": jnp.zeros((4000, 2))}
     tx = blr.dropout(optax.sgd(1.0), PI)
-    state = tx.init(params)
-    g = jax.tree.map(jnp.ones_like, params)
-    close(tx.update(g, state, params)[0]["b"], -1.0)
+    step = tx.update({"w": jnp.ones((4000, 2))}, tx.init(params), params)[0]["w"]
+    assert set(np.unique(step)) == {-1 / PI, 0.0} and jnp.all(step[:, 0] == step[:, 1])
+    close(step.mean(), -1.0, atol=0.1)
 
 
 def test_the_posterior_has_the_moments_of_its_draws():
@@ -254,6 +254,16 @@ def test_other_rates_for_other_leaves():
     assert not jnp.any(theta["a"]) and jnp.all(theta["b"] == params["b"])
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
     assert not jnp.any(updates["a"]) and jnp.all(updates["b"] < 0)
+    q = blr.posterior(state, params)  # joined, each leaf by its own rate
+    close(q.mean["a"], 1e-6 * params["a"], rtol=1e-6)
+    close(q.mean["b"], params["b"], rtol=1e-5)
+    drawn = q.sample(jax.random.key(0), (5,))
+    assert not jnp.any(drawn["a"]) and jnp.all(drawn["b"] == params["b"])
+    part = optax.masked(blr.dropout(optax.sgd(0.1), 0.5), {"a": True, "b": False, "c": False})
+    q = blr.posterior(part.init(params), params)
+    close(q.mean["a"], 0.5 * params["a"], rtol=1e-6)
+    close(q.mean["b"], params["b"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, q.sample(jax.random.key(0))["c"], params["c"])
 
 
 def test_units_of_convolutions_are_input_channels():

@@ -441,7 +441,7 @@ def test_errors_name_the_way_out():
         ({"shampoo_beta": 1.0}, "shampoo_beta=1.0"),
         ({"clip_curvature": -1.0}, "clip_curvature=-1.0"),
         ({"curvature": blr.estimators.per_example_squares()}, "along the weights' own axes"),
-        ({"hess_init": 0.0, "weight_decay": 0.0}, "rescale_lr"),
+        ({"hess_init": 0.0, "weight_decay": 0.0}, "leave no first precision"),
     ):
         with pytest.raises(ValueError, match=message):
             blr.evon(0.1, 50.0, **change)

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 @parameters
 class UnitMixtureNatural(NamedTuple):
-    """Trees of means and variances of the kept weights; the keep rate and the dropped's variance.
+    """Trees of means and variances of the kept weights; of keep rates and the dropped's variances.
 
     Nothing learns in these coordinates: they are standard parameters.
     """
 
     mean: Any
     variance: Any
-    keep: Array
-    dropped_variance: Array
+    keep: Any
+    dropped_variance: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,50 +71,53 @@ class UnitMixture(Conditional):
     def natural(
         self, *, mean: Any, variance: Any = None, keep: Any, dropped_variance: Any = 0.0
     ) -> UnitMixtureNatural:
-        """From trees of means and variances (zero by default), and the rate at which units stay."""
+        """From trees of means and variances (zero by default), and the rate at which units stay.
+
+        The rate and the dropped's variance are numbers, the same for every leaf.
+        """
         variance = jax.tree.map(jnp.zeros_like, mean) if variance is None else variance
-        return UnitMixtureNatural(mean, variance, jnp.asarray(keep), jnp.asarray(dropped_variance))
+
+        def everywhere(number: Any) -> Any:
+            return jax.tree.map(lambda m: jnp.array(number, m.dtype), mean)
+
+        return UnitMixtureNatural(mean, variance, everywhere(keep), everywhere(dropped_variance))
 
     def standard(self, lam: UnitMixtureNatural) -> dict[str, Any]:
         return {name: getattr(lam, name) for name in lam._fields}
 
     def in_domain(self, lam: UnitMixtureNatural) -> Bool[Array, ""]:
-        inside = [jnp.all((v >= 0) & jnp.isfinite(v)) for v in jax.tree.leaves(lam.variance)]
-        inside += [jnp.all(jnp.isfinite(m)) for m in jax.tree.leaves(lam.mean)]
-        inside += [jnp.all((lam.keep > 0) & (lam.keep <= 1)), jnp.all(lam.dropped_variance >= 0)]
+        inside = [
+            jnp.all(jnp.isfinite(m) & (v >= 0) & jnp.isfinite(v) & (k > 0) & (k <= 1) & (d >= 0))
+            for m, v, k, d in zip(*map(jax.tree.leaves, lam), strict=True)
+        ]
         return jnp.all(jnp.array(inside))
 
     def mean(self, lam: UnitMixtureNatural) -> Any:
-        return self._map(lambda shape, m: m if shape is None else lam.keep.astype(m.dtype) * m,
-                         lam.mean)  # fmt: skip
+        return self._map(lambda units, m, v, k, d: m if units is None else k * m, *lam)
 
     def variance(self, lam: UnitMixtureNatural) -> Any:
-        def leaf(shape: Any, m: Array, v: Array) -> Array:
-            if shape is None:
-                return v
-            keep, dropped = lam.keep.astype(m.dtype), lam.dropped_variance.astype(m.dtype)
-            return keep * (v + (1 - keep) * m * m) + (1 - keep) * dropped
+        def leaf(units: Any, m: Array, v: Array, k: Array, d: Array) -> Array:
+            return v if units is None else k * (v + (1 - k) * m * m) + (1 - k) * d
 
-        return self._map(leaf, lam.mean, lam.variance)
+        return self._map(leaf, *lam)
 
     def sample(self, key: Array, lam: UnitMixtureNatural, shape: tuple[int, ...] = ()) -> Any:
-        index = iter(range(2 * len(self.units)))
+        shapes = dict(self.units)
 
-        def leaf(units: Any, m: Array, v: Array) -> Array:
-            noise, stay = (jax.random.fold_in(key, next(index)) for _ in range(2))
+        def leaf(path: Any, m: Array, v: Array, k: Array, d: Array) -> Array:
+            noise, stay = jax.random.split(jax.random.fold_in(key, _tree.path_hash(path)))
             eps = jax.random.normal(noise, shape + m.shape, m.dtype)
-            kept = m + jnp.sqrt(v) * eps
+            kept, units = m + jnp.sqrt(v) * eps, shapes[_tree.leaf_name(path)]
             if units is None:
                 return kept
-            z = jax.random.bernoulli(stay, lam.keep, shape + units)
-            return jnp.where(z, kept, jnp.sqrt(lam.dropped_variance).astype(m.dtype) * eps)
+            return jnp.where(jax.random.bernoulli(stay, k, shape + units), kept, jnp.sqrt(d) * eps)
 
-        return self._map(leaf, lam.mean, lam.variance)
+        return jax.tree_util.tree_map_with_path(leaf, *lam)
 
     def log_prob(self, lam: UnitMixtureNatural, theta: Any) -> Float[Array, ...]:
         """log q(theta); the variances must be positive."""
 
-        def leaf(units: Any, m: Array, v: Array, x: Array) -> Array:
+        def leaf(units: Any, m: Array, v: Array, k: Array, d: Array, x: Array) -> Array:
             lead = x.ndim - m.ndim
 
             def log_normal(mean: Any, var: Any, span: tuple[int, ...]) -> Array:
@@ -124,12 +127,12 @@ class UnitMixture(Conditional):
             if units is None:
                 return log_normal(m, v, tuple(range(m.ndim)))
             span = tuple(i for i, n in enumerate(units) if n != m.shape[i])
-            kept = jnp.log(lam.keep) + log_normal(m, v, span)
+            kept = jnp.log(k) + log_normal(m, v, span)
             # Nothing is dropped at a keep rate of one, whatever the density of being dropped.
-            some = lam.keep < 1
-            spread = jnp.where(some, lam.dropped_variance, 1.0)
-            odds = jnp.where(some, jnp.log1p(-jnp.where(some, lam.keep, 0.0)), -jnp.inf)
+            some = k < 1
+            spread = jnp.where(some, d, 1.0)
+            odds = jnp.where(some, jnp.log1p(-jnp.where(some, k, 0.0)), -jnp.inf)
             both = jnp.logaddexp(kept, odds + log_normal(0.0, spread, span))
             return jnp.sum(both, axis=tuple(range(lead, both.ndim)))
 
-        return sum(jax.tree.leaves(self._map(leaf, lam.mean, lam.variance, theta)))
+        return sum(jax.tree.leaves(self._map(leaf, *lam, theta)))

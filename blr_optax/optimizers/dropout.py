@@ -27,7 +27,7 @@ from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
 from blr_optax.families._checks import holds
 from blr_optax.families._units import UnitMixture
 from blr_optax.rule import posterior
-from blr_optax.rule._numbers import at, check_positive
+from blr_optax.rule._numbers import at, check_positive, squares_finite
 from blr_optax.rule._protocol import Rule, carries_posterior
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class DropoutState(NamedTuple):
         keep: the keep rate of the coming step.
         dropped_variance: 1 / s_0.
         inner: state of the inner optimizer.
+        skipped: steps skipped because something was not finite (int32).
     """
 
     count: Array
@@ -79,6 +80,7 @@ class DropoutState(NamedTuple):
     keep: Array
     dropped_variance: Array
     inner: Any
+    skipped: Array
 
 
 class DropoutRule(Rule):
@@ -103,40 +105,22 @@ class DropoutRule(Rule):
 
     def weights(self, state: DropoutState, params: Any, noise: Any) -> Any:
         """z o m."""
-        if isinstance(noise, UnitNoise):
-            normals = noise.by_path
-        else:  # a recording, shaped like params: the first of every unit's numbers counts
-            normals = {
-                _tree.leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(noise)
-            }
-        below = jax.scipy.special.ndtri(state.keep)
 
-        def leaf(shape: Any, path: str, m: Array) -> Array:
-            if shape is None:
-                return m
-            u = normals[path][tuple(slice(n) for n in shape)]
-            return jnp.where(u < below.astype(u.dtype), m, jnp.zeros_like(m))
+        def leaf(kept: Any, m: Array) -> Array:
+            return m if kept is None else jnp.where(kept, m, jnp.zeros_like(m))
 
-        return _over_units(leaf, state, params)
+        return _over_units(leaf, state, noise, params)
 
-    def curvature(self, state: DropoutState, params: Any, weights: Any, grads: Any) -> Any:
-        """(z / pi) g, the gradient given that the unit is kept; see `dropout`.
+    def statistic(
+        self, state: DropoutState, params: Any, weights: Any, grads: Any, noise: Any
+    ) -> Any:
+        """(z / pi) g, the gradient given that the unit is kept."""
 
-        A unit whose weights are all zero looks the same kept and dropped: it counts with one, which
-        is what z / pi is on average.
-        """
-
-        def leaf(shape: Any, path: str, m: Array, w: Array, g: Array) -> Array:
+        def leaf(kept: Any, m: Array, g: Array) -> Array:
             g = g.astype(_tree.statistics_dtype(m.dtype))
-            if shape is None:
-                return g
-            span = tuple(i for i, n in enumerate(shape) if n != m.shape[i])
-            nothing = jnp.all(m == 0, axis=span, keepdims=True)
-            kept = jnp.any(w != 0, axis=span, keepdims=True)
-            share = jnp.where(kept, 1.0 / state.keep, 0.0).astype(g.dtype)
-            return jnp.where(nothing, g, jnp.where(kept, share * g, 0))
+            return g if kept is None else jnp.where(kept, 1.0 / state.keep, 0.0).astype(g.dtype) * g
 
-        return _over_units(leaf, state, params, weights, grads)
+        return _over_units(leaf, state, noise, params, grads)
 
     def posterior(self, state: DropoutState, params: Any) -> Posterior:
         """pi N(m, v) + (1 - pi) N(0, 1 / s_0) per unit; v of the inner optimizer, else zero."""
@@ -156,12 +140,22 @@ class DropoutRule(Rule):
         )
 
 
-def _over_units(fun: Callable, state: DropoutState, *trees: Any) -> Any:
-    """fun(shape of the units or None, path, *leaves) at every leaf."""
+def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> Any:
+    """fun(which units are kept, or None without units; *leaves) at every leaf."""
+    if isinstance(noise, UnitNoise):
+        normals = noise.by_path
+    else:  # a recording, shaped like params: the first of every unit's numbers counts
+        normals = {
+            _tree.leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(noise)
+        }
+    below = jax.scipy.special.ndtri(state.keep)
 
     def leaf(path: Any, *leaves: Array) -> Array:
-        name = _tree.leaf_name(path)
-        return fun(state.units.shapes[name], name, *leaves)
+        shape = state.units.shapes[name := _tree.leaf_name(path)]
+        if shape is None:
+            return fun(None, *leaves)
+        u = normals[name][tuple(slice(n) for n in shape)]
+        return fun(u < below.astype(u.dtype), *leaves)
 
     return jax.tree_util.tree_map_with_path(leaf, *trees)
 
@@ -211,14 +205,14 @@ def dropout(
     `posterior(opt_state, params).mean`, which is pi m, or `predict` with the posterior, which is
     Monte Carlo dropout. Inverted dropout, as layers do it, is the same with m' = pi m: the gradient
     that reaches `inner` is exactly that of its loss in m'. An inner Adam squares (z / pi) g: its
-    second moments, and the posterior's precision, are 1 / pi above the rule's. Gradients that are
-    not finite reach `inner`: wrap in `optax.apply_if_finite` where they can occur.
+    second moments, and the posterior's precision, are 1 / pi above the rule's. A step whose
+    gradient is not finite moves nothing and is counted in `skipped`; `inner` sees zeros.
 
     Args:
         inner: the optimizer, of optax or of this library (`blr.sgd(0.1, ess=N)`), whose posterior
             is then that of kept weights. Its own weights must be the parameters (no `ivon`).
         keep_rate: pi in (0, 1], one number or schedule. Other rates for other leaves: one
-            `dropout` each, in `optax.partition`, where `posterior` cannot join them.
+            `dropout` each, in `optax.partition`.
         mask: which leaves have units: True, a prefix tree of booleans, or a function from params to
             one. Leaves with less than two axes have none.
         unit_axis: the axis that counts the units of a leaf.
@@ -280,6 +274,7 @@ def dropout(
             rate(count),
             jnp.array(dropped_variance, jnp.result_type(float)),
             state,
+            jnp.zeros((), jnp.int32),
         )
 
     def update_fn(
@@ -294,13 +289,21 @@ def dropout(
             raise ValueError("dropout: update needs params, update(grads, state, params).")
         if curvature is None:
             noise = rule.noise(state, step_key(state.key, state.count))
-            weights = rule.weights(state, params, noise)
-            curvature = rule.curvature(state, params, weights, updates)
+            curvature = rule.statistic(state, params, None, updates, noise)
         else:
             curvature = _tree.matching_leaves(curvature, params, "curvature")
-        grads = jax.tree.map(lambda g, c: c.astype(g.dtype), updates, curvature)
+        wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)
+        finite = squares_finite(wide, curvature)
+        grads = jax.tree.map(
+            lambda g, c: jnp.where(finite, c, 0).astype(g.dtype), updates, curvature
+        )
         out, inner_state = inner.update(grads, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
-        return out, state._replace(count=count, keep=rate(count), inner=inner_state)
+        return jax.tree.map(lambda u: jnp.where(finite, u, 0), out), state._replace(
+            count=count,
+            keep=rate(count),
+            inner=inner_state,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

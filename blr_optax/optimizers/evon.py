@@ -25,8 +25,8 @@ from blr_optax import _tree
 from blr_optax.estimators._curvature import PerExampleSquares
 from blr_optax.families._rotated import is_split, on_every_device, placed_like
 from blr_optax.optimizers._eigenbasis import scale_by_eigenbasis
-from blr_optax.optimizers.ivon import _rescale
-from blr_optax.rule._numbers import check_positive, check_unit_interval, is_zero
+from blr_optax.optimizers.ivon import steps_after
+from blr_optax.rule._numbers import check_positive, check_unit_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -121,12 +121,7 @@ def evon(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."
         )
-    if rescale_lr and is_zero(hess_init) and is_zero(weight_decay):
-        raise ValueError(
-            "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "
-            "one positive, or pass rescale_lr=False."
-        )
-    parts = [
+    return steps_after(
         scale_by_eigenbasis(
             ess,
             b1=b1,
@@ -141,11 +136,12 @@ def evon(
             curvature=curvature,
             generator=generator,
             key=key,
-        )
-    ]
-    if rescale_lr:
-        parts.append(_rescale(hess_init, weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        ),
+        learning_rate,
+        hess_init,
+        weight_decay,
+        rescale_lr=rescale_lr,
+    )
 
 
 def whiten(steps: int = 5) -> optax.GradientTransformationExtraArgs:

@@ -60,6 +60,31 @@ def _rescale(hess_init: Any, weight_decay: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def steps_after(
+    precision: optax.GradientTransformationExtraArgs,
+    learning_rate: Any,
+    hess_init: Any,
+    weight_decay: Any,
+    *,
+    clip_radius: Any = None,
+    rescale_lr: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """IVON's chain: a preconditioned direction, clipped, rescaled by h_0 + delta, times -lr."""
+    check_positive("learning_rate", learning_rate, zero=True)
+    if rescale_lr and is_zero(hess_init) and is_zero(weight_decay):
+        raise ValueError(
+            "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "
+            "one positive, or pass rescale_lr=False."
+        )
+    parts = [precision]
+    if clip_radius is not None:
+        check_positive("clip_radius", clip_radius)
+        parts.append(optax.clip(clip_radius))
+    if rescale_lr:
+        parts.append(_rescale(hess_init, weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
 def ivon(
     learning_rate: float | Array | Callable,
     ess: float | Array | Callable,
@@ -127,18 +152,10 @@ def ivon(
       >>> print(bool(jnp.all(jnp.abs(params - 3.0) < 0.3)))
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True)
     check_unit_interval("b1", b1)
-    if clip_radius is not None:
-        check_positive("clip_radius", clip_radius)
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY if prior is None else 0.0
-    if rescale_lr and is_zero(hess_init) and is_zero(weight_decay):
-        raise ValueError(
-            "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "
-            "one positive, or pass rescale_lr=False."
-        )
-    parts = [
+    return steps_after(
         scale_by_precision(
             ess,
             b2=b2,
@@ -150,13 +167,13 @@ def ivon(
             curvature=curvature,
             generator=generator,
             key=key,
-        )
-    ]
-    if clip_radius is not None:
-        parts.append(optax.clip(clip_radius))
-    if rescale_lr:
-        parts.append(_rescale(hess_init, weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        ),
+        learning_rate,
+        hess_init,
+        weight_decay,
+        clip_radius=clip_radius,
+        rescale_lr=rescale_lr,
+    )
 
 
 def soba(

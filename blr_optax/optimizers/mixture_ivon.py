@@ -34,7 +34,7 @@ from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import step_key
 from blr_optax.families import GaussianNatural, MeanField, Pinned, RaveledConditional, get
-from blr_optax.optimizers.ivon import WEIGHT_DECAY, _rescale
+from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval, is_zero
 from blr_optax.rule._precision import PrecisionRule, ScaleByPrecisionState, prior_precision
@@ -323,11 +323,9 @@ def mixture_ivon(
     check_positive("weight_rate", weight_rate, zero=True)
     check_positive("repulsion", repulsion, zero=True)
     check_unit_interval("b1", b1)
-    if clip_radius is not None:
-        check_positive("clip_radius", clip_radius)
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY if prior is None else 0.0
-    parts = [
+    return steps_after(
         _scale_by_mixture(
             ess,
             weight_decay,
@@ -339,10 +337,10 @@ def mixture_ivon(
             momentum=optax.ema(b1, debias=debias),
             generator=generator,
             key=key,
-        )
-    ]
-    if clip_radius is not None:
-        parts.append(optax.clip(clip_radius))
-    if rescale_lr:
-        parts.append(_rescale(hess_init, weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+        ),
+        learning_rate,
+        hess_init,
+        weight_decay,
+        clip_radius=clip_radius,
+        rescale_lr=rescale_lr,
+    )

@@ -68,6 +68,24 @@ def check_one_start(who: str, init: Any, init_precision: Any, prior: Any) -> Non
         )
 
 
+def decay_of(prior_precision: Any, ess: Any) -> Any:
+    """d = prior_precision / ess, a schedule where ess is one."""
+
+    def decay(count: Any) -> Any:
+        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
+
+    return decay if callable(ess) else decay(0)
+
+
+def zero_mean_prior(prior_precision: Any, prior: Any, ess: Any) -> Any:
+    """The total precision of the zero-mean prior: 1 unless given, 0 beside another prior."""
+    if prior_precision is None:
+        prior_precision = PRIOR_PRECISION if prior is None else 0.0
+    check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("ess", ess)
+    return prior_precision
+
+
 def vogn(
     learning_rate: float | Array | Callable,
     ess: float | Array | Callable,
@@ -133,21 +151,14 @@ def vogn(
     """
     check_positive("learning_rate", learning_rate, zero=True)
     check_unit_interval("b1", b1)
-    if prior_precision is None:
-        prior_precision = PRIOR_PRECISION if prior is None else 0.0
-    check_positive("prior_precision", prior_precision, zero=True)
-    check_positive("ess", ess)
+    prior_precision = zero_mean_prior(prior_precision, prior, ess)
     check_one_start("vogn", init, init_precision, prior)
-
-    def decay(count: Any) -> Any:
-        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
-
     return optax.chain(
         scale_by_precision(
             ess,
             b2=b2,
             hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
-            weight_decay=decay if callable(ess) else decay(0),
+            weight_decay=decay_of(prior_precision, ess),
             prior=prior,
             init=init,
             momentum=optax.ema(b1, debias=False),

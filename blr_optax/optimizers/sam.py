@@ -27,12 +27,13 @@ from blr_optax import _tree
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers.gradient import StepSizeRule
 from blr_optax.optimizers.per_example import (
-    PRIOR_PRECISION,
     check_one_start,
     curvature_at_start,
+    decay_of,
+    zero_mean_prior,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval
+from blr_optax.rule._numbers import check_positive, check_unit_interval
 from blr_optax.rule._protocol import refuse_one_gradient
 
 if TYPE_CHECKING:
@@ -211,23 +212,16 @@ def bsam(
       [5.6] [-2.8] [0.04]
     """
     check_positive("learning_rate", learning_rate, zero=True)
-    check_positive("ess", ess)
     _check_rho(rho)
     check_unit_interval("b1", b1)
-    if prior_precision is None:
-        prior_precision = PRIOR_PRECISION if prior is None else 0.0
-    check_positive("prior_precision", prior_precision, zero=True)
+    prior_precision = zero_mean_prior(prior_precision, prior, ess)
     check_one_start("bsam", init, init_precision, prior)
-
-    def decay(count: Any) -> Any:
-        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
-
     return optax.chain(
         scale_by_precision(
             ess,
             b2=b2,
             hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
-            weight_decay=decay if callable(ess) else decay(0),
+            weight_decay=decay_of(prior_precision, ess),
             prior=prior,
             init=init,
             momentum=optax.ema(b1, debias=False),

@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from blr_optax.estimators import squared_gradient
-from blr_optax.optimizers.per_example import curvature_at_start
+from blr_optax.optimizers.per_example import curvature_at_start, decay_of
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval
+from blr_optax.rule._numbers import check_positive, check_unit_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -55,15 +54,12 @@ def _perturbed(
     check_positive("prior_precision", prior_precision)
     check_positive("ess", ess)
 
-    def decay(count: Any) -> Any:
-        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
-
     return optax.chain(
         scale_by_precision(
             ess,
             b2=b2,
             hess_init=curvature_at_start(init_precision, prior_precision, ess),
-            weight_decay=decay if callable(ess) else decay(0),
+            weight_decay=decay_of(prior_precision, ess),
             momentum=momentum,
             curvature=squared_gradient(batch_size),
             step="plain",

@@ -16,6 +16,7 @@ from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import canonical_key, step_key
 from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated
 from blr_optax.families._noise_law import Moved
+from blr_optax.families._units import UnitMixture
 from blr_optax.rule._protocol import map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
         return found[0]
     families, alike = {q.family for q in found}, {MeanField(Normal()), Rotated()}
     family = Rotated() if families == alike else found[0].family
-    if families not in ({family}, alike) or not isinstance(family, (MeanField, Moved, Rotated)):
+    if all(isinstance(f, UnitMixture) for f in families):
+        family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
+    elif families not in ({family}, alike) or not isinstance(family, (MeanField, Moved, Rotated)):
         raise ValueError(
             "posterior: a joint posterior (blr_update) or one of another family beside other "
             "leaves cannot be merged; only mean-field ones of one family are, leaf by leaf."
