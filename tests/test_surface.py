@@ -157,13 +157,15 @@ def fresh(code: str) -> str:
 
 def test_import_is_cheap():
     code = """
-import time, optax
+import gc, time, optax
+gc.collect()
 start = time.thread_time()
 import blr_optax
 print(time.thread_time() - start)
 """
     # Processor time, as waiting for a busy machine is not ours. What a machine adds to it (and the
-    # first run, which compiles) only ever makes it longer: one quick run is proof.
+    # first run, which compiles) only ever makes it longer: one quick run is proof. The collection
+    # clears what jax's own import left due, half as much again, which falls to whoever comes next.
     seconds = []
     while len(seconds) < 7 and min(seconds, default=1.0) >= 0.1:
         seconds.append(float(fresh(code)))
