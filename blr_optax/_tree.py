@@ -151,3 +151,12 @@ def paths(tree: Any) -> set[str]:
 def is_hole(leaf: Any) -> bool:
     """Whether a node stands for a leaf that was masked away."""
     return isinstance(leaf, optax.MaskedNode)
+
+
+def fill(*trees: Any) -> Any:
+    """One tree of trees with holes in different places: at every leaf the first that has one."""
+
+    def first(*leaves: Any) -> Any:
+        return next((leaf for leaf in leaves if not is_hole(leaf)), optax.MaskedNode())
+
+    return jax.tree.map(first, *trees, is_leaf=is_hole)

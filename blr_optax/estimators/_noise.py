@@ -11,7 +11,7 @@ cryptographic generator costs more than a training step: every number hashes its
 and becomes a normal by Box and Muller, e = sqrt(-2 log u) cos(2 pi t), with u from the high bits
 and t from a further round, so that one 32-bit word buys one normal. Logarithm and cosine are
 polynomials on the ranges that occur here, which vectorises where library calls do not. A standard
-logistic number is log u - log(1 - u) with 23 bits of u, at most 16.7 in size.
+logistic number is log( u / (1 - u) ) with 23 bits of u, at most 16.7 in size.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def hash_logistic(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Arra
     """Standard logistic numbers from two key words by the counter hash, float32."""
     _, z = _hashed(words, shape)
     u = ((z >> 9).astype(jnp.float32) + 0.5) * np.float32(2.0**-23)  # never 1: exact in float32
-    return _log(u) - _log(1.0 - u)
+    return _log(u / (1.0 - u))
 
 
 def standard_normal(key: Array, like: Any, generator: str = "threefry") -> Any:

@@ -26,6 +26,7 @@ from blr_optax.families._product import Product, ProductExpectation, ProductNatu
 from blr_optax.families._raveled_conditional import RaveledConditional
 from blr_optax.families._registry import REGISTRY, get, names, register
 from blr_optax.families._rotated import Basis, Rotated, RotatedNatural
+from blr_optax.families._side_by_side import SideBySide, SideBySideNatural
 
 __all__ = [
     "Basis",
@@ -76,6 +77,8 @@ __all__ = [
     "RaveledConditional",
     "Rotated",
     "RotatedNatural",
+    "SideBySide",
+    "SideBySideNatural",
     "SkewGaussian",
     "StudentT",
     "VonMisesFisher",

@@ -57,11 +57,6 @@ class Pinned(Family):
     Natural: ClassVar[type] = PinnedNatural
     known: ClassVar[tuple[str, ...]] = ("point",)
 
-    def _whole(self, free: Any, point: Any) -> Any:
-        """One tree from the two halves."""
-        hole = _tree.is_hole
-        return jax.tree.map(lambda f, p: p if hole(f) else f, free, point, is_leaf=hole)
-
     def natural(self, *, free: Any, point: Any) -> PinnedNatural:
         """lambda from the free part's lambda and the known leaves."""
         return PinnedNatural(free, point)
@@ -95,14 +90,14 @@ class Pinned(Family):
         return self.family.expectation(lam.free)
 
     def mean(self, lam: PinnedNatural) -> Any:
-        return self._whole(self.family.mean(lam.free), lam.point)
+        return _tree.fill(self.family.mean(lam.free), lam.point)
 
     def variance(self, lam: PinnedNatural) -> Any:
-        return self._whole(self.family.variance(lam.free), jax.tree.map(jnp.zeros_like, lam.point))
+        return _tree.fill(self.family.variance(lam.free), jax.tree.map(jnp.zeros_like, lam.point))
 
     def sample(self, key: Array, lam: PinnedNatural, shape: tuple[int, ...] = ()) -> Any:
         point = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + jnp.shape(x)), lam.point)
-        return self._whole(self.family.sample(key, lam.free, shape), point)
+        return _tree.fill(self.family.sample(key, lam.free, shape), point)
 
 
 @dataclasses.dataclass(frozen=True)

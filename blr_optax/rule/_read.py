@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import canonical_key, step_key
-from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated
+from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated, SideBySide
 from blr_optax.families._noise_law import Moved
 from blr_optax.families._units import UnitMixture
 from blr_optax.rule._protocol import map_posterior_states, posterior_states
@@ -101,11 +101,10 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
 
     Returns:
         A `Posterior` over a tree like params. Leaves without one are the points that params has
-        there (family `Pinned`).
+        there (family `Pinned`); parts of different families stand side by side (`SideBySide`).
 
     Raises:
-        ValueError: when the state carries no posterior, two over one leaf, or a joint one beside
-            others.
+        ValueError: when the state carries no posterior, or two over one leaf.
 
     Source: Khan and Rue (2023), Table 1. For every row of `blr_update`.
 
@@ -125,21 +124,29 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
     whole = known == _tree.paths(params)
     if len(found) == 1 and whole:
         return found[0]
-    families, alike = {q.family for q in found}, {MeanField(Normal()), Rotated()}
-    family = Rotated() if families == alike else found[0].family
-    if all(isinstance(f, UnitMixture) for f in families):
-        family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
-    elif families not in ({family}, alike) or not isinstance(family, (MeanField, Moved, Rotated)):
-        raise ValueError(
-            "posterior: a joint posterior (blr_update) or one of another family beside other "
-            "leaves cannot be merged; only mean-field ones of one family are, leaf by leaf."
-        )
     masked = _tree.mask_to(params, known)
-    natural = _joined(family, masked, found)
+    family, natural = _together(masked, found)
     if whole:
         return Posterior(family, natural)
     points = _tree.mask_to(params, _tree.paths(params) - known)
     return Posterior(Pinned(family), PinnedNatural(natural, points))
+
+
+def _together(masked: Any, found: list[Posterior]) -> tuple[Any, Any]:
+    """A family over the leaves of `masked` and its lambda, from posteriors over parts of them."""
+    families, alike = {q.family for q in found}, {MeanField(Normal()), Rotated()}
+    if all(isinstance(f, UnitMixture) for f in families):
+        family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
+        return family, _joined(family, masked, found)
+    (first, *others) = families
+    if families == alike or (not others and isinstance(first, (MeanField, Moved, Rotated))):
+        family = Rotated() if families == alike else first
+        return family, _joined(family, masked, found)
+    if len(found) == 1:
+        return first, found[0].natural
+    found = sorted(found, key=lambda q: min(_tree.paths(jax.eval_shape(q.family.mean, q.natural))))
+    family = SideBySide(tuple(q.family for q in found))
+    return family, family.natural(*(q.natural for q in found))
 
 
 def _joined(family: Any, masked: Any, found: list[Posterior]) -> Any:
