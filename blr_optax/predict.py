@@ -171,6 +171,7 @@ def predict_regression(
     if samples < 2:
         raise ValueError(f"samples={samples} has no variance; give at least 2.")
     _check_key(key)
+    _check_sampler(q)
     # Squares are taken about one of the samples: about 0, a mean far above the spread would cancel.
     origin = apply(q.sample(jax.random.fold_in(key, 0), ()), *inputs)
     origin = origin.astype(_accumulator(origin))
@@ -190,6 +191,7 @@ def _mean_over_samples(
 ) -> PyTree:
     """``mean_s statistics(theta_s)``, at most `chunk` samples at a time."""
     _check_key(key)
+    _check_sampler(q)
     for name, value in (("samples", samples), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name}={value} evaluates nothing; give at least 1.")
@@ -217,6 +219,14 @@ def _mean_over_samples(
 
 def _accumulator(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _check_sampler(q: Sampler) -> None:
+    if not hasattr(q, "sample"):
+        raise ValueError(
+            "q must have a method sample(key, shape), as posterior(opt_state, params) has; got "
+            f"{type(q).__name__}."
+        )
 
 
 def _check_key(key: Array) -> None:

@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="step=-1"):
         give(step=-1)
     state = blr.ivon(0.1, 10.0).init(params)
-    with pytest.raises(ValueError, match="needs lr"):
+    with pytest.raises(ValueError, match=r"need lr.*missing: .*lr"):
         blr.to_torch_ivon(state, params, order=ORDER, groups=[{}])
     with pytest.raises(ValueError, match="carries no posterior"):
         blr.to_torch_ivon((), params, order=ORDER, groups=[{"lr": 0.1}])
@@ -262,6 +262,8 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="must be order=, cut into pieces"):
         twice = [{"lr": 0.1, "params": ORDER[:1]}, {"lr": 0.1, "params": ORDER[:1]}]
         blr.to_torch_ivon(state, params, order=ORDER, groups=twice)
+    with pytest.raises(ValueError, match=r"missing: \['weight_decay'\], unknown: \['wd'\]"):
+        blr.to_torch_ivon(state, params, order=ORDER, groups=[{"lr": 0.1, "wd": 0.5}])
     foreign = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     with pytest.raises(ValueError, match=r"have no .*'hess'"):
         give(optimizer_state=foreign, **{})

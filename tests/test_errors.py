@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from registry import make_batch, make_params, mean_loss
@@ -213,3 +214,80 @@ def test_wrong_gradients_and_logits_say_what_is_wrong():
         tx.update({**grads, "w": jnp.zeros(2)}, state, params)
     with pytest.raises(ValueError, match=r"probs must be in .*softmax"):
         blr.metrics.calibration(jnp.array([[3.0, -1.0]]), jnp.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: blr.sam(jnp.array([0.1, 0.0])), ["learning_rate", "(2,)", "partition"]),
+        (lambda: blr.bayesbinn({"w": 0.1}, 10.0), ["learning_rate", "{'w': 0.1}"]),
+        (lambda: blr.mixture_ivon([0.1], 10.0), ["learning_rate", "[0.1]"]),
+        (lambda: blr.sam(0.1, ess={"w": 1.0}), ["ess", "{'w': 1.0}"]),
+        (lambda: blr.sam(0.1, momentum="x"), ["momentum='x'"]),
+        (lambda: blr.bsam(0.1, 10.0, b1=None), ["b1=None"]),
+        (lambda: blr.dropout(blr.sgd(0.1), {"w": 0.5}), ["keep_rate", "partition"]),
+        (lambda: blr.dropout(optax.adam, 0.5), ["dropout", "optax.adam(1e-3)"]),
+        (lambda: blr.ste(0.1, inner=0.1), ["ste", "optax.adam(1e-3)", "0.1"]),
+        (lambda: blr.low_rank_newton(mean_loss, 0.1, "2"), ["rank='2'", "whole number"]),
+        (lambda: blr.mixture_newton(mean_loss, 0.1, 2.5), ["components=2.5", "whole number"]),
+        (lambda: blr.low_rank_newton(mean_loss, 0.1, 2, init_precision={}), ["init_precision"]),
+        (lambda: blr.random_signs(make_params(), jax.random.key(0)), ["key", "dict"]),
+        (lambda: blr.ste(0.1, inner=blr.ivon(0.1, 5.0)).init(make_params()), ["PrecisionRule"]),
+        (lambda: blr.dropout(blr.sam(0.1), 0.5).init(make_params()), ["dropout", "SamRule"]),
+        (lambda: blr.dropout(blr.sgd(0.1), 0.5, mask="b").init(make_params()), ["mask", "'b'"]),
+        (lambda: blr.predict(jax.random.key(0), make_params(), lambda p, x: x, 1.0), ["sample("]),
+    ],
+)
+def test_what_a_newcomer_passes(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    for word in words:
+        assert word in str(error.value), f"{word!r} not in {error.value}"
+
+
+@pytest.mark.parametrize(
+    "make", [blr.kronecker_newton, lambda f, r, **k: blr.low_rank_newton(f, r, 1, **k)]
+)
+def test_priors_of_rows_that_take_the_loss(make):
+    """One number for all is the tree of it; what does not fit is said at init."""
+    loss = lambda p: 0.5 * jnp.sum((p["w"] - 1.0) ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
+    params = {"w": jnp.zeros((2, 2)), "b": jnp.ones(2)}
+    normal = blr.families.get("normal")
+    one = blr.Posterior(normal, normal.natural(mean=0.0, precision=2.0))
+    tree = blr.Posterior(
+        DIAGONAL, DIAGONAL.natural(mean=jax.tree.map(jnp.zeros_like, params), precision=2.0)
+    )
+    steps = []
+    for prior in (one, tree):
+        tx = make(loss, 0.3, prior=prior)
+        steps.append(tx.update(None, tx.init(params), params)[0])
+    jax.tree.map(np.testing.assert_array_equal, *steps)
+    part = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean={"w": params["w"]}, precision=2.0))
+    for wrong, words in ((part, r"prior.*\(2, 2\)"), (1.0, "prior.*float")):
+        with pytest.raises(ValueError, match=words):
+            make(loss, 0.3, prior=wrong).init(params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        blr.sgd(0.1),
+        blr.adam(0.1),
+        blr.rmsprop(0.1),
+        blr.ste(0.1),
+        blr.sam(0.1),
+        blr.gradient_descent(0.1),
+    ],
+)
+def test_points_skip_what_is_not_finite(tx):
+    params = make_params()
+    state = tx.init(params)
+    good = jax.tree.map(jnp.ones_like, params)
+    bad = {**good, "b": good["b"] * jnp.nan}
+    extra = {"curvature": good} if state.rule.adversarial else {}
+    _, state = tx.update(good, state, params, **extra)
+    updates, after = tx.update(bad, state, params, **extra)
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+    assert int(after.skipped) == 1 and int(after.count) == 2
+    updates, after = tx.update(good, after, params, **extra)
+    assert all(np.all(u != 0) for u in jax.tree.leaves(updates)) and int(after.skipped) == 1

@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert len(blocks) == 11
+    assert len(blocks) == 14
     names = {}
     for block in blocks:
         exec(block, names)
@@ -25,7 +25,11 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert jnp.all(jnp.abs(deviation / wanted - 1) < 0.2)
     assert jnp.all(jnp.abs(names["worst"].mean - exact) < 0.2)
     assert jnp.all(jnp.sign(names["signs"].mean) == jnp.array([1.0, -1.0, 1.0]))
-    assert names["est"].grad.shape == names["est"].curvature.shape == (2, 3)
+    assert names["est"].grad.shape == names["est"].curvature.shape == (3,)
+    ridge = jnp.linalg.solve(names["x"].T @ names["x"] + jnp.eye(3), names["x"].T @ names["y"])
+    assert jnp.all(jnp.abs(names["curved"] - ridge) < 0.01)
+    assert 0.4 < names["step"].signal_to_noise < 0.9
+    assert jnp.all(names["torch_run"].params == names["trained"])
     printed = capsys.readouterr().out
     assert "(3, 3)" in printed
     assert "Array(15., " in printed and "Array(4., " in printed  # the gamma after its counts

@@ -165,6 +165,11 @@ def canonical_key(key: Any) -> Array:
     """
     if isinstance(key, (int, np.integer)):
         return jax.random.key(key)
+    if not hasattr(key, "dtype"):
+        raise ValueError(
+            f"key: give a typed key, jax.random.key(seed), or an integer seed; got "
+            f"{type(key).__name__}."
+        )
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
         return jax.random.clone(key)  # donating the state must not delete the caller's key
     if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):

@@ -19,7 +19,13 @@ from blr_optax.estimators._noise import canonical_key, check_generator, standard
 from blr_optax.families import MeanField, Normal
 from blr_optax.families._noise_law import SYMMETRIC, Law, LocationScale
 from blr_optax.rule import Rule
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval, squares_finite
+from blr_optax.rule._numbers import (
+    at,
+    check_positive,
+    check_unit_interval,
+    squares_finite,
+    zero_unless,
+)
 from blr_optax.rule._precision import filled
 
 if TYPE_CHECKING:
@@ -159,7 +165,7 @@ def evidence(
     else:
         curvature = None
     finite = squares_finite(grads, curvature)
-    grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
+    grads, curvature = zero_unless(finite, (grads, curvature))
     if needed and curvature is None:
         noise = state.rule.noise(state, step_key(state.key, state.count))
         weights = state.rule.weights(state, params, noise)
@@ -209,7 +215,7 @@ def moved(a: Array, exponent: Array) -> Array:
 
 
 def check(learning_rate: Any, weight_decay: Any, generator: str, key: Any, **decays: Any) -> None:
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("weight_decay", weight_decay, zero=True)
     check_generator(generator)
     canonical_key(key)

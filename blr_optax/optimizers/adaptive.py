@@ -118,7 +118,7 @@ def rmsprop(
       >>> print(blr.posterior(state, params).variance)  # 1 / (10 * 2)
       [0.05]
     """
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
     inner = optax.rmsprop(
         learning_rate,
@@ -177,7 +177,7 @@ def adam(
       >>> print(updates.round(3), blr.posterior(state, params).variance.round(4))
       [-0.1] [0.05]
     """
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
     inner = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return with_posterior(

@@ -34,6 +34,7 @@ from blr_optax.estimators._noise import (
 from blr_optax.families import MeanField, Pinned, Rademacher
 from blr_optax.rule import PointRule, Rule, with_posterior
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval, squares_finite
+from blr_optax.rule._protocol import check_transformation
 from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
@@ -147,9 +148,9 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
       >>> print(abs(blr.random_signs(jax.random.key(0), jnp.zeros(3), 10.0)))
       [10. 10. 10.]
     """
-    check_positive("scale", scale)
-    _tree.check_float_leaves(params, "random_signs")
     key = canonical_key(key)
+    check_positive("scale", scale, scalar=True)
+    _tree.check_float_leaves(params, "random_signs")
 
     def leaf(path: Any, x: Array) -> Array:
         draw = jax.random.rademacher(jax.random.fold_in(key, _tree.path_hash(path)), x.shape)
@@ -232,10 +233,10 @@ def bayesbinn(
       >>> print(jnp.sign(params))
       [ 1. -1.]
     """
-    check_positive("learning_rate", learning_rate, zero=True)
-    check_positive("ess", ess)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_positive("ess", ess, scalar=True)
     check_unit_interval("b1", b1)
-    check_positive("kl_weight", kl_weight, zero=True)
+    check_positive("kl_weight", kl_weight, zero=True, scalar=True)
     for name, number in (("temperature", temperature), ("floor", floor)):
         if not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
             raise ValueError(
@@ -374,12 +375,14 @@ def ste(
       >>> print(blr.sample(state, params + updates))
       [1. 1.]
     """
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
     check_unit_interval("b2", b2)
     check_positive("eps", eps, zero=True)
     if clip is not None:
         check_positive("clip", clip)
+    if inner is not None:
+        check_transformation("ste", inner)
     parts = [optax.adam(learning_rate, b1, b2, eps) if inner is None else inner]
     if clip is not None:
         parts.append(_keep_within(clip))

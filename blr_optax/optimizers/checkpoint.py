@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 NAMES = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 ARGUMENTS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")
+WRITTEN = ("params", "numel", "hess", "momentum")
 DEFAULTS = {
     "mc_samples": 1,
     "beta1": 0.9,
     "beta2": 0.99999,
-    "weight_decay": 1e-4,
     "hess_init": 1.0,
     "clip_radius": math.inf,
 }
@@ -202,8 +202,13 @@ def from_torch_ivon(
         raise ValueError(
             f"from_torch_ivon: {len(weights)} weights, but order= has {len(order)} names."
         )
-    if step < 0:
-        raise ValueError(f"from_torch_ivon: step={step} must be at least 0.")
+    if not isinstance(step, (int, np.integer)) or step < 0:
+        raise ValueError(f"from_torch_ivon: step={step!r} must be a whole number, at least 0.")
+    if "param_groups" not in optimizer_state:
+        raise ValueError(
+            f"from_torch_ivon: found {sorted(optimizer_state)[:3]}... where an optimizer's "
+            "state_dict() has param_groups; the model's own goes into weights=."
+        )
     groups, precision, momentum, label = optimizer_state["param_groups"], {}, {}, {}
     needed = (*ARGUMENTS, "params", "hess", "momentum")
     missing = {key for group in groups for key in needed if key not in group}
@@ -227,6 +232,11 @@ def from_torch_ivon(
                 raise ValueError(
                     f"from_torch_ivon: {key} of group {number} has shape {flat.shape}, but its "
                     f"parameters {names} have {sum(sizes)} entries. Check order=."
+                )
+            if not np.all(flat + group["weight_decay"] > 0 if shift else np.isfinite(flat)):
+                raise ValueError(
+                    f"from_torch_ivon: {key} of group {number} is not finite, or hess + "
+                    "weight_decay, the precision, not positive."
                 )
             for name, part in zip(names, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
                 leaf = _ours(name, part, known[name], transpose)
@@ -304,16 +314,18 @@ def to_torch_ivon(
         opt_state: any optimizer state with one or more states of `ivon` inside.
         params: the parameters.
         order: names of the parameters in the optimizer's order, group by group, joined by "/".
-        groups: torch's parameter groups, each a mapping with "lr" and, where they are not the
-            defaults of ivon-opt, "weight_decay", "hess_init", "beta1", "beta2", "clip_radius",
-            "mc_samples". With several groups, "params" lists the names of each. ess is the state's.
+        groups: torch's parameter groups, each a mapping with "lr" and "weight_decay" (as given to
+            `ivon`: the state holds hess + weight_decay) and, where they are not the defaults of
+            ivon-opt, "hess_init", "beta1", "beta2", "clip_radius", "mc_samples". With several
+            groups, "params" lists the names of each. ess is the state's.
         transpose: as in `from_torch_ivon`.
 
     Returns:
         `(state_dict, weights)`; mean and momentum exact, hess up to the rounding of one difference.
 
     Raises:
-        ValueError: when names do not fit, a group has no "lr" or several values of ess.
+        ValueError: when names do not fit, a group lacks "lr" or "weight_decay", has a key that
+            ivon-opt does not know, or several values of ess.
 
     Source: the state layout of ivon-opt 0.1.3. For the row of `blr_update` that `ivon` is.
 
@@ -348,9 +360,16 @@ def to_torch_ivon(
     for names, group in zip(lists, groups, strict=True):
         first, last = last, last + len(names)
         ess = {sizes.get(name) for name in names}
-        if "lr" not in group or len(ess) != 1 or None in ess:
+        if len(ess) != 1 or None in ess:
             raise ValueError(
-                f"to_torch_ivon: a group needs lr and parameters of one ess; {names} have {ess}."
+                f"to_torch_ivon: a group needs parameters of one ess; {names} have {ess}."
+            )
+        missing = {"lr", "weight_decay"} - set(group)
+        unknown = set(group) - {*ARGUMENTS, *DEFAULTS, *WRITTEN}
+        if missing or unknown:
+            raise ValueError(
+                f"to_torch_ivon: groups= need lr and weight_decay, and may have {sorted(DEFAULTS)};"
+                f" missing: {sorted(missing)}, unknown: {sorted(unknown)}."
             )
         numbers = {**DEFAULTS, **{k: v for k, v in group.items() if k != "params"}}
         decay = numbers["weight_decay"]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from blr_optax import _tree
@@ -27,8 +28,13 @@ from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
 from blr_optax.families._checks import holds
 from blr_optax.families._units import UnitMixture
 from blr_optax.rule import posterior
-from blr_optax.rule._numbers import at, check_positive, squares_finite
-from blr_optax.rule._protocol import Rule, carries_posterior
+from blr_optax.rule._numbers import at, check_positive, squares_finite, zero_unless
+from blr_optax.rule._protocol import (
+    Rule,
+    carries_posterior,
+    check_transformation,
+    refuse_own_weights,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -167,6 +173,11 @@ def _units_of(params: Any, mask: Any, unit_axis: int) -> Units:
     for (path, leaf), drop in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True
     ):
+        if not isinstance(drop, (int, np.bool_)):
+            raise ValueError(
+                f"dropout: mask= has {drop!r} at {_tree.leaf_name(path)}; it takes True or False, "
+                "a tree of these, or a function from params to one."
+            )
         ndim = jnp.ndim(leaf)
         shape = None
         if drop and ndim >= 2:
@@ -240,16 +251,14 @@ def dropout(
       >>> print(blr.sample(state, params)["w"][:, 0], blr.posterior(state, params).mean["w"][:, 0])
       [1. 0. 1. 0.] [0.5 0.5 0.5 0.5]
     """
-    check_positive("keep_rate", keep_rate)
-    for name, hyper in (("keep_rate", keep_rate), ("dropped_variance", dropped_variance)):
-        if jnp.ndim(0.0 if callable(hyper) else hyper):
-            raise ValueError(f"{name} must be one number for all units; got {jnp.shape(hyper)}.")
+    check_positive("keep_rate", keep_rate, scalar=True)
     if callable(dropped_variance):
         raise ValueError("dropped_variance must be a number, not a schedule.")
     canonical_key(key)
-    check_positive("dropped_variance", dropped_variance, zero=True)
+    check_positive("dropped_variance", dropped_variance, zero=True, scalar=True)
     if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
+    check_transformation("dropout", inner)
     inner = optax.with_extra_args_support(inner)
     rule = DropoutRule()
 
@@ -259,12 +268,7 @@ def dropout(
     def init_fn(params: Any) -> DropoutState:
         _tree.check_float_leaves(params, "dropout")
         state = inner.init(params)
-        nodes = jax.tree.leaves(state, is_leaf=carries_posterior)
-        if any(carries_posterior(x) and hasattr(x, "key") for x in nodes):
-            raise ValueError(
-                "dropout: the inner optimizer samples its weights itself; give one that looks at "
-                "its parameters, such as blr.sgd, blr.adam or one of optax."
-            )
+        refuse_own_weights(state, "dropout")
         count = jnp.zeros((), jnp.int32)
         return DropoutState(
             count,
@@ -295,11 +299,11 @@ def dropout(
         wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)
         finite = squares_finite(wide, curvature)
         grads = jax.tree.map(
-            lambda g, c: jnp.where(finite, c, 0).astype(g.dtype), updates, curvature
+            lambda g, c: c.astype(g.dtype), updates, zero_unless(finite, curvature)
         )
         out, inner_state = inner.update(grads, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
-        return jax.tree.map(lambda u: jnp.where(finite, u, 0), out), state._replace(
+        return zero_unless(finite, out), state._replace(
             count=count,
             keep=rate(count),
             inner=inner_state,

@@ -105,11 +105,12 @@ def evon(
       >>> print(bool(jnp.corrcoef(draws.T)[0, 1] < -0.7))  # -1.9 / 2 is exact
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
-    check_unit_interval("shampoo_beta", shampoo_beta)
+    if shampoo_beta is not None:
+        check_unit_interval("shampoo_beta", shampoo_beta)
     if clip_curvature is not None:
-        check_positive("clip_curvature", clip_curvature)
+        check_positive("clip_curvature", clip_curvature, scalar=True)
     for name, size in (("refresh_every", refresh_every), ("max_size", max_size)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(

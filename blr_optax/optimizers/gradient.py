@@ -66,7 +66,7 @@ def sgd(
       >>> print(updates, blr.posterior(state, params).variance)
       [-0.1 -0.1] [0.001 0.001]
     """
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
     return with_posterior(inner, StepSizeRule(), ess=ess, step_size=learning_rate)
 

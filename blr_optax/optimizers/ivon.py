@@ -70,7 +70,7 @@ def steps_after(
     rescale_lr: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """IVON's chain: a preconditioned direction, clipped, rescaled by h_0 + delta, times -lr."""
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     if rescale_lr and is_zero(hess_init) and is_zero(weight_decay):
         raise ValueError(
             "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "

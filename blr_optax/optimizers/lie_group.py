@@ -98,7 +98,7 @@ def lie_additive(
       [-0.5 -0.5] [0.01 0.01]
     """
     check(learning_rate, weight_decay, generator, key, momentum=momentum)
-    check_positive("noise_scale", noise_scale)
+    check_positive("noise_scale", noise_scale, scalar=True)
     rule = AdditiveRule(as_law(noise), generator)
 
     def init_fn(params: Any) -> LieAdditiveState:
@@ -196,13 +196,13 @@ def lie_affine(
       [0.005]
     """
     check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
-    check_positive("ess", ess)
-    check_positive("scale_rate", scale_rate, zero=True)
+    check_positive("ess", ess, scalar=True)
+    check_positive("scale_rate", scale_rate, zero=True, scalar=True)
     if callable(noise_scale):
         raise ValueError(
             "noise_scale is the first one and no schedule: the rule moves it from there."
         )
-    check_positive("noise_scale", noise_scale)
+    check_positive("noise_scale", noise_scale, scalar=True)
     rule = AffineRule(as_law(noise), generator)
 
     def init_fn(params: Any) -> LieAffineState:

@@ -168,7 +168,7 @@ def lie_multiplicative(
       True
     """
     check(learning_rate, weight_decay, generator, key, momentum=momentum)
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     check_positive("init_offset", init_offset)
     law = as_law(noise, positive=True)
     rule = MultiplicativeRule(law, generator)

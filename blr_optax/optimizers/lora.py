@@ -85,9 +85,9 @@ def ivon_lora(
       >>> print(bool(loss(params) < 0.01))
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("examples", examples)
-    check_positive("gamma", gamma)
+    check_positive("gamma", gamma, scalar=True)
     check_positive("hess_init", hess_init)
     check_unit_interval("b1", b1)
     if clip_radius is not None:

@@ -319,9 +319,9 @@ def mixture_ivon(
       >>> print(params[:, 0].round(1), blr.posterior(state, params).mean.round(1))
       [-2.  2.] [0.]
     """
-    check_positive("learning_rate", learning_rate, zero=True)
-    check_positive("weight_rate", weight_rate, zero=True)
-    check_positive("repulsion", repulsion, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_positive("weight_rate", weight_rate, zero=True, scalar=True)
+    check_positive("repulsion", repulsion, zero=True, scalar=True)
     check_unit_interval("b1", b1)
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY if prior is None else 0.0

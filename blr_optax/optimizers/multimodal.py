@@ -32,7 +32,7 @@ from blr_optax.estimators._noise import canonical_key
 from blr_optax.families import RaveledConditional, get
 from blr_optax.rule import blr_update
 from blr_optax.rule._conditional import MixtureDraws, MixtureStep
-from blr_optax.rule._numbers import at, check_positive
+from blr_optax.rule._numbers import at, check_count, check_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -79,13 +79,15 @@ def _mixture(
     key: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` for a mixture: E_q[ess l] + tau KL is tau times the rule's with ess / tau."""
-    check_positive("learning_rate", learning_rate)
-    check_positive("ess", ess)
-    check_positive("temperature", temperature)
-    check_positive("weight_rate", weight_rate, zero=True)
-    check_positive("scale", scale)
+    check_positive("learning_rate", learning_rate, scalar=True)
+    check_positive("ess", ess, scalar=True)
+    check_positive("temperature", temperature, scalar=True)
+    check_positive("weight_rate", weight_rate, zero=True, scalar=True)
+    check_positive("scale", scale, scalar=True)
     if callable(scale):
         raise ValueError("scale is that of the first components and no schedule.")
+    if components is not None:
+        check_count("components", components)
     family = _family(covariance)
     if (components is None) == (init is None):
         raise ValueError(

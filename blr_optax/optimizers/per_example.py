@@ -82,7 +82,7 @@ def zero_mean_prior(prior_precision: Any, prior: Any, ess: Any) -> Any:
     if prior_precision is None:
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
     check_positive("prior_precision", prior_precision, zero=True)
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     return prior_precision
 
 
@@ -149,7 +149,7 @@ def vogn(
       >>> print(bool(abs(params[0] - 2.9) < 0.1))
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
     prior_precision = zero_mean_prior(prior_precision, prior, ess)
     check_one_start("vogn", init, init_precision, prior)

@@ -123,8 +123,8 @@ def sam(
       >>> print(est.grad)  # at 1.1 m: the gradient has length 5
       [3.3 4.4]
     """
-    check_positive("learning_rate", learning_rate, zero=True)
-    check_positive("ess", ess)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_positive("ess", ess, scalar=True)
     _check_rho(rho)
     if momentum is not None:
         check_unit_interval("momentum", momentum)
@@ -211,7 +211,7 @@ def bsam(
       >>> print(est.grad, updates, blr.posterior(state, params).variance)  # 1 / (10 * 2.5)
       [5.6] [-2.8] [0.04]
     """
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     _check_rho(rho)
     check_unit_interval("b1", b1)
     prior_precision = zero_mean_prior(prior_precision, prior, ess)

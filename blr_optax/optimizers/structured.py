@@ -30,7 +30,7 @@ from blr_optax.estimators import delta
 from blr_optax.estimators._noise import canonical_key
 from blr_optax.families import get
 from blr_optax.rule import blr_update
-from blr_optax.rule._numbers import check_positive
+from blr_optax.rule._numbers import check_count, check_positive
 
 if TYPE_CHECKING:
     from blr_optax.estimators import Estimator
@@ -151,9 +151,8 @@ def low_rank_newton(
       >>> print((params + updates).round(4))
       [3. 3. 3. 3.]
     """
-    if rank < 1:
-        raise ValueError(f"low_rank_newton: rank={rank} must be at least 1.")
-    check_positive("init_precision", init_precision)
+    check_count("low_rank_newton: rank", rank)
+    check_positive("init_precision", init_precision, scalar=True)
     family = get("gaussian_low_rank")
     options = {
         "ess": ess,

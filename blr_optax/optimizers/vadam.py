@@ -50,9 +50,9 @@ def _perturbed(
     generator: str,
 ) -> optax.GradientTransformationExtraArgs:
     """The rule's precision from squared gradients, and another denominator."""
-    check_positive("learning_rate", learning_rate, zero=True)
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("prior_precision", prior_precision)
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
 
     return optax.chain(
         scale_by_precision(

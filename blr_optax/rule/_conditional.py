@@ -13,19 +13,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
+from blr_optax._posterior import Posterior
 from blr_optax.estimators import Estimator, delta, monte_carlo
 from blr_optax.estimators._curvature import Exact, Reparameterized
 from blr_optax.estimators._expectation import Delta, MonteCarlo
 from blr_optax.estimators._terms import Term
-from blr_optax.families import Conditional
+from blr_optax.families import Conditional, MeanField
 from blr_optax.rule._numbers import at
+from blr_optax.rule._step import spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-    from blr_optax._posterior import Posterior
 
 STEPS = ("auto", "improved", "improved_old")
 HESSIANS = {Exact: "exact", Reparameterized: "reparameterized"}
@@ -113,6 +114,30 @@ def check_conditional(family: Conditional, loss: Any, step: str, estimator: Any)
             f"estimator={delta()!r}: the delta method never looks away from the mean, which says "
             f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
         )
+
+
+def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
+    """A prior for the loss of a conditional family; of one number, for every weight.
+
+    Raises:
+        ValueError: when its log-density does not take a tree like params.
+    """
+    if prior is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
+        return prior
+    if not isinstance(prior, Posterior):
+        raise ValueError(f"prior must be a Posterior; got {type(prior).__name__}.")
+    if getattr(prior.family, "elementwise", False):
+        prior = spread(prior, MeanField(prior.family), params)
+    try:
+        jax.eval_shape(prior.family.log_prob, prior.natural, params)
+    except (TypeError, ValueError) as error:
+        shapes = jax.tree.map(jnp.shape, params)
+        raise ValueError(
+            f"prior: its log-density does not take params of structure and shapes {shapes}; give "
+            "one number for all, Posterior(normal, normal.natural(mean=0.0, precision=1.0)), or a "
+            "Posterior over a tree like params."
+        ) from error
+    return prior
 
 
 def conditional_gradient(

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax.rule._numbers import check_positive, check_unit_interval
 from blr_optax.rule._precision_rule import PrecisionRule
 from blr_optax.rule._prior import prior_precision
 from blr_optax.rule._protocol import posterior_states
@@ -195,6 +196,10 @@ def diagnostics(
         raise ValueError(
             "diagnostics: curvature= needs b2=, the decay of the precision, beside it."
         )
+    if b2 is not None:
+        check_unit_interval("b2", b2)
+    if bound is not None:
+        check_positive("bound", bound)
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
     if [state.rule for state in states[0]] != [state.rule for state in states[1]]:
         raise ValueError(

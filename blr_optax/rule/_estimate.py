@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.estimators._taps._moments import strided
+from blr_optax.rule._numbers import check_count
 from blr_optax.rule._protocol import posterior_states, refuse_multi_steps
 from blr_optax.rule._read import covered, draw, noise_of
 
@@ -199,8 +200,7 @@ def estimate(
             else None
             for state, part in zip(states, parts, strict=True)
         ]
-    if samples < 1:
-        raise ValueError(f"estimate: samples={samples} must be at least 1.")
+    check_count("estimate: samples", samples)
     share = _split(batch, samples)[0] if split else lambda index: batch
     device = None if axis_name is None else jax.lax.axis_index(axis_name)
     by_example = any(state.rule.by_example for state in states)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blr_optax.families._checks import holds
 
@@ -19,10 +20,21 @@ def at(hyper: Any, count: Any) -> Any:
     return hyper(count) if callable(hyper) else hyper
 
 
-def check_positive(name: str, hyper: Any, *, zero: bool = False) -> None:
-    """Raises ValueError for concrete numbers out of range; schedules and traced ones pass."""
+def check_positive(name: str, hyper: Any, *, zero: bool = False, scalar: bool = False) -> None:
+    """Raises ValueError for concrete numbers out of range; schedules and traced ones pass.
+
+    With `scalar` also for whatever is not one number for all weights.
+    """
     if hyper is None:
         raise ValueError(f"{name}=None must be a number, an array or a schedule.")
+    if scalar and not callable(hyper):
+        one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
+        if not one or jnp.ndim(hyper):
+            found = f"shape {jnp.shape(hyper)}" if one else repr(hyper)
+            raise ValueError(
+                f"{name} must be one number or a schedule, for all weights; got {found}. Other "
+                "numbers for other leaves: one optimizer each, in optax.partition."
+            )
     for number in jax.tree.leaves(hyper):
         if callable(number):
             continue
@@ -38,9 +50,19 @@ def is_zero(hyper: Any) -> bool:
 
 
 def check_unit_interval(name: str, number: Any) -> None:
-    """Raises ValueError for a plain number outside [0, 1)."""
+    """Raises ValueError for a plain number outside [0, 1), or what is no number."""
+    if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
+        raise ValueError(f"{name}={number!r} must be a number or a schedule.")
     if isinstance(number, (int, float)) and not 0.0 <= number < 1.0:
         raise ValueError(f"{name}={number} must be in [0, 1).")
+
+
+def check_count(name: str, number: Any) -> None:
+    """Raises ValueError for what is not a whole number, at least one."""
+    if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+        raise ValueError(f"{name}={number!r} must be a whole number.")
+    if number < 1:
+        raise ValueError(f"{name}={number} must be at least 1.")
 
 
 def all_finite(*trees: Any) -> Any:
@@ -70,6 +92,11 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
         rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
         checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def zero_unless(finite: Any, tree: Any) -> Any:
+    """A tree, or zeros in its place."""
+    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
 
 
 def near(a: Array, b: Array) -> Array:

@@ -1,7 +1,8 @@
 """`with_posterior`: an optax transformation that also carries the posterior the rule assigns to it.
 
-The steps are the wrapped transformation's own, to the bit. The posterior is a mean-field normal
-centred at the parameters whose precision is a function of that transformation's state.
+The steps are the wrapped transformation's own, to the bit, but for gradients that are not finite:
+they move nothing and are counted. The posterior is a mean-field normal centred at the parameters
+whose precision is a function of that transformation's state.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import optax
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.families import MeanField, Normal
-from blr_optax.rule._numbers import at
-from blr_optax.rule._protocol import Rule
+from blr_optax.rule._numbers import all_finite, at, zero_unless
+from blr_optax.rule._protocol import Rule, refuse_own_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -53,6 +54,7 @@ class WithPosteriorState(NamedTuple):
         covered: static, the parameters that the state was made for.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
+        skipped: steps skipped because something was not finite (int32).
     """
 
     count: Array
@@ -60,6 +62,7 @@ class WithPosteriorState(NamedTuple):
     covered: Covered
     hyper: dict[str, Array]
     inner: Any
+    skipped: Array
 
 
 class PointRule(Rule):
@@ -84,10 +87,15 @@ def with_posterior(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
 
+    At a gradient that is not finite `tx` sees zeros, and nothing moves.
+
     Args:
-        tx: any optax transformation; its updates pass unchanged.
+        tx: any optax transformation that looks at its parameters; its updates pass unchanged.
         rule: how the precision follows from its state.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
+
+    Raises:
+        ValueError: for integer parameters, or a `tx` that has weights of its own.
 
     Source: Khan and Rue (2023), Table 1. Special case of `blr_update` with `estimator=delta()`, in
     the limit that the rule's docstring states.
@@ -105,17 +113,25 @@ def with_posterior(
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Any) -> WithPosteriorState:
-        _tree.check_float_leaves(params, type(rule).__name__)
-        count = jnp.zeros((), jnp.int32)
-        return WithPosteriorState(
-            count, rule, Covered(frozenset(_tree.paths(params))), numbers(count), tx.init(params)
-        )
+        name = type(rule).__name__
+        _tree.check_float_leaves(params, name)
+        zero = jnp.zeros((), jnp.int32)
+        inner = tx.init(params)
+        refuse_own_weights(inner, name)
+        paths = Covered(frozenset(_tree.paths(params)))
+        return WithPosteriorState(zero, rule, paths, numbers(zero), inner, zero)
 
     def update_fn(
         updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
-        updates, inner = tx.update(updates, state.inner, params, **extra)
+        finite = all_finite(updates)
+        out, inner = tx.update(zero_unless(finite, updates), state.inner, params, **extra)
         count = optax.safe_increment(state.count)
-        return updates, state._replace(count=count, hyper=numbers(count), inner=inner)
+        return zero_unless(finite, out), state._replace(
+            count=count,
+            hyper=numbers(count),
+            inner=inner,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -40,6 +40,7 @@ from blr_optax.rule._numbers import (
     near,
     positive,
     squares_finite,
+    zero_unless,
 )
 from blr_optax.rule._precision_rule import PrecisionRule
 from blr_optax.rule._prior import EmpiricalPrior, filled, prior_precision, prior_trees
@@ -172,7 +173,7 @@ def scale_by_precision(
       >>> print(state.precision, out)  # u = 1: p = 1 + 1 + 1/2
       [2.5] [0.4]
     """
-    check_positive("ess", ess)
+    check_positive("ess", ess, scalar=True)
     check_positive("hess_init", hess_init, zero=True)
     check_positive("weight_decay", weight_decay, zero=True)
     check_unit_interval("b2", b2)
@@ -254,7 +255,7 @@ def scale_by_precision(
             noise = state.rule.noise(state, step_key(state.key, state.count))
             weights = state.rule.weights(state, params, noise)
             finite = squares_finite(grads)
-            grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+            grads = zero_unless(finite, grads)
             curvature = state.rule.curvature(state, params, weights, grads)
         else:
             curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
@@ -262,7 +263,7 @@ def scale_by_precision(
             finite = squares_finite(grads, curvature)
             if isinstance(state.rule.kind, NEVER_NEGATIVE):  # none is negative
                 finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
-            grads, curvature = jax.tree.map(lambda x: jnp.where(finite, x, 0), (grads, curvature))
+            grads, curvature = zero_unless(finite, (grads, curvature))
         decay = weight_decay
         if isinstance(decay, EmpiricalPrior):
             decay = decay.of(params, state.precision, state.ess)

@@ -103,6 +103,27 @@ def refuse_one_gradient(rule: Rule, curvature: Any) -> None:
         )
 
 
+def check_transformation(who: str, tx: Any) -> None:
+    """Raises ValueError for what is no transformation, such as `optax.adam` without a rate."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"{who}: the inner optimizer must be a transformation such as optax.adam(1e-3); got "
+            f"{tx!r}."
+        )
+
+
+def refuse_own_weights(state: Any, who: str) -> None:
+    """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
+    rules = [x.rule for x in jax.tree.leaves(state, is_leaf=carries_posterior)
+             if carries_posterior(x) and (hasattr(x, "key") or x.rule.adversarial)]  # fmt: skip
+    if rules:
+        raise ValueError(
+            f"{who}: the inner optimizer ({type(rules[0]).__name__}) samples its weights or moves "
+            "them itself; give one that looks at its parameters, such as blr.sgd, blr.adam or one "
+            "of optax."
+        )
+
+
 def refuse_multi_steps(opt_state: Any, who: str) -> None:
     """Raises ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
 
@@ -112,8 +133,9 @@ def refuse_multi_steps(opt_state: Any, who: str) -> None:
     if any(is_multi(node) for node in jax.tree.leaves(opt_state, is_leaf=is_multi)):
         raise ValueError(
             f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of "
-            "the last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead, "
-            "or take the gradient at sample(opt_state, params) without an estimate."
+            "the last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead; "
+            "or, but for sam, bsam, vogn and ogn, take the gradient at sample(opt_state, params) "
+            "without an estimate."
         )
 
 

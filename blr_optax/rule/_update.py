@@ -37,8 +37,9 @@ from blr_optax.rule._conditional import (
     check_conditional,
     conditional_gradient,
     conditional_move,
+    prior_over,
 )
-from blr_optax.rule._numbers import all_finite, at, check_positive
+from blr_optax.rule._numbers import all_finite, at, check_positive, zero_unless
 from blr_optax.rule._protocol import Rule
 from blr_optax.rule._step import check_step, direction, move, spread
 
@@ -258,8 +259,8 @@ def blr_update(
       >>> print(params + updates, blr.posterior(state, params).variance)
       [3. 3.] [0.25 0.25]
     """
-    check_positive("learning_rate", learning_rate)
-    check_positive("ess", ess)
+    check_positive("learning_rate", learning_rate, scalar=True)
+    check_positive("ess", ess, scalar=True)
     family, how = get(family), "auto" if step is None else step
     conditional = isinstance(family, Conditional)
     if conditional:
@@ -278,7 +279,9 @@ def blr_update(
     def init_fn(params: Any) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
         over = family_over(family, params)
-        own = None if conditional else spread(prior, over, params)  # else of any family
+        if conditional:  # its prior may be of any family
+            prior_over(prior, params)
+        own = None if conditional else spread(prior, over, params)
         _check_like("prior", own, over, params)
         _check_like("init", init, over, params)
         natural = _first(over, params, init, own)
@@ -320,14 +323,14 @@ def blr_update(
         if points is not None and not isinstance(estimator, MixtureDraws):
             raise ValueError('update: points= are draws for multimodal(draws="mixture") alone.')
         if conditional:
-            terms = (over, loss, estimator, draw, lam, batch, scale, prior)
+            terms = (over, loss, estimator, draw, lam, batch, scale, prior_over(prior, params))
             value, d = conditional_gradient(*terms, points)
         else:
             value, grad_mu = natural_gradient(over, loss, estimator)(draw, lam, *batch)
             d = direction(over, lam, grad_mu, prior, scale)
         finite = all_finite(d)
         gate = finite.astype(dtype)
-        d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), d)
+        d = zero_unless(finite, d)
         if conditional:
             new = conditional_move(over, lam, d, rho * gate, how, state.count)
             retracted = jnp.zeros((), jnp.int32)
