@@ -496,15 +496,19 @@ def test_laplace_posteriors_have_densities(x64):
         signed.log_prob(params)
 
 
-def test_posteriors_of_one_law_merge_and_others_say_so():
+def test_posteriors_of_one_law_merge_and_others_stand_side_by_side():
     params, labels = {"a": jnp.ones(2), "b": jnp.zeros(3)}, {"a": "x", "b": "y"}
     both = lambda one, two: optax.partition({"x": one, "y": two}, labels).init(params)  # noqa: E731
     first, second = MAKERS["multiplicative"](), MAKERS["multiplicative"](init_offset=0.5)
     q = blr.posterior(both(first, second), params)
     alone = blr.posterior(second.init(params), params)
     np.testing.assert_array_equal(q.variance["b"], alone.variance["b"])
-    with pytest.raises(ValueError, match="one family"):
-        blr.posterior(both(first, MAKERS["affine"]()), params)
+    other = MAKERS["affine"]()
+    q = blr.posterior(both(first, other), params)
+    assert isinstance(q.family, blr.families.SideBySide)
+    np.testing.assert_array_equal(
+        q.variance["b"], blr.posterior(other.init(params), params).variance["b"]
+    )
 
 
 def test_errors_name_the_argument():

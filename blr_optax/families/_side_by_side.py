@@ -40,12 +40,12 @@ class SideBySide(Family):
 
     Example:
       >>> import jax.numpy as jnp, optax, blr_optax as blr
-      >>> normals, signs = map(blr.families.get, ("gaussian_diagonal", "rademacher"))
-      >>> hole = optax.MaskedNode()
-      >>> q = blr.families.SideBySide((normals, blr.families.MeanField(signs)))
+      >>> normals = blr.families.get("gaussian_diagonal")
+      >>> signs = blr.families.MeanField("rademacher")
+      >>> hole, q = optax.MaskedNode(), blr.families.SideBySide((normals, signs))
       >>> lam = q.natural(
       ...     normals.natural(mean={"w": hole, "b": jnp.ones(1)}, precision=4.0),
-      ...     blr.families.MeanField(signs).natural_at({"w": jnp.zeros(2), "b": hole}),
+      ...     signs.Natural({"w": jnp.zeros(2), "b": hole}),
       ... )
       >>> print(q.mean(lam)["b"], q.variance(lam)["w"], q.entropy(lam).round(4))
       [1.] [1. 1.] 2.1121

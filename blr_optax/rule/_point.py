@@ -115,11 +115,11 @@ def with_posterior(
     def init_fn(params: Any) -> WithPosteriorState:
         name = type(rule).__name__
         _tree.check_float_leaves(params, name)
-        zero = jnp.zeros((), jnp.int32)
+        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, name)
         paths = Covered(frozenset(_tree.paths(params)))
-        return WithPosteriorState(zero, rule, paths, numbers(zero), inner, zero)
+        return WithPosteriorState(count, rule, paths, numbers(count), inner, skipped)
 
     def update_fn(
         updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any
