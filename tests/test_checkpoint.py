@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="step=-1"):
         give(step=-1)
     state = blr.ivon(0.1, 10.0).init(params)
-    with pytest.raises(ValueError, match=r"need lr.*missing: .*lr"):
+    with pytest.raises(ValueError, match=r"lacks \['lr', 'weight_decay'\]"):
         blr.to_torch_ivon(state, params, order=ORDER, groups=[{}])
     with pytest.raises(ValueError, match="carries no posterior"):
         blr.to_torch_ivon((), params, order=ORDER, groups=[{"lr": 0.1}])
@@ -262,8 +262,19 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="must be order=, cut into pieces"):
         twice = [{"lr": 0.1, "params": ORDER[:1]}, {"lr": 0.1, "params": ORDER[:1]}]
         blr.to_torch_ivon(state, params, order=ORDER, groups=twice)
-    with pytest.raises(ValueError, match=r"missing: \['weight_decay'\], unknown: \['wd'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['weight_decay'\]; it has \['lr', 'wd'\]"):
         blr.to_torch_ivon(state, params, order=ORDER, groups=[{"lr": 0.1, "wd": 0.5}])
+    for key, entry in (("hess", -1.0), ("hess", np.inf), ("hess", np.nan), ("momentum", np.nan)):
+        group, *others = checkpoint["optimizer"]["param_groups"]
+        broken = {**group, key: np.r_[np.asarray(group[key])[:-1], entry]}
+        with pytest.raises(ValueError, match=f"{key} of group 0 is not finite"):
+            give(optimizer_state={"state": {}, "param_groups": [broken, *others]})
+    with pytest.raises(ValueError, match="state_dict"):
+        give(optimizer_state={"0.weight": np.ones(3)})
+    with pytest.raises(ValueError, match=r"step=5\.5 must be a plain whole number"):
+        give(step=5.5)
+    counts = optax.tree.get_all_with_path(give(step=jnp.array(3)).opt_state, "count")
+    assert counts and all(int(count) == 3 for _, count in counts)
     foreign = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     with pytest.raises(ValueError, match=r"have no .*'hess'"):
         give(optimizer_state=foreign, **{})

@@ -229,6 +229,7 @@ def test_wrong_gradients_and_logits_say_what_is_wrong():
         (lambda: blr.dropout(optax.adam, 0.5), ["dropout", "optax.adam(1e-3)"]),
         (lambda: blr.ste(0.1, inner=0.1), ["ste", "optax.adam(1e-3)", "0.1"]),
         (lambda: blr.low_rank_newton(mean_loss, 0.1, "2"), ["rank='2'", "whole number"]),
+        (lambda: blr.ivon("x", 10.0), ["learning_rate='x'", "schedule"]),
         (lambda: blr.mixture_newton(mean_loss, 0.1, 2.5), ["components=2.5", "whole number"]),
         (lambda: blr.low_rank_newton(mean_loss, 0.1, 2, init_precision={}), ["init_precision"]),
         (lambda: blr.random_signs(make_params(), jax.random.key(0)), ["key", "dict"]),
@@ -263,7 +264,13 @@ def test_priors_of_rows_that_take_the_loss(make):
         steps.append(tx.update(None, tx.init(params), params)[0])
     jax.tree.map(np.testing.assert_array_equal, *steps)
     part = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean={"w": params["w"]}, precision=2.0))
-    for wrong, words in ((part, r"prior.*\(2, 2\)"), (1.0, "prior.*float")):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    many = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=stacked, precision=2.0))
+    for wrong, words in (
+        (part, r"prior.*\(2, 2\)"),
+        (many, r"prior.*\(2, 2, 2\)"),
+        (1.0, "prior.*float"),
+    ):
         with pytest.raises(ValueError, match=words):
             make(loss, 0.3, prior=wrong).init(params)
 
@@ -288,6 +295,23 @@ def test_points_skip_what_is_not_finite(tx):
     _, state = tx.update(good, state, params, **extra)
     updates, after = tx.update(bad, state, params, **extra)
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
-    assert int(after.skipped) == 1 and int(after.count) == 2
+    assert int(after.skipped) == 1 and int(after.count) == 1
+    jax.tree.map(np.testing.assert_array_equal, after.inner, state.inner)
+    variances = [blr.posterior(s, params).variance for s in (state, after)]
+    jax.tree.map(np.testing.assert_array_equal, *variances)
+    # From then on as if it had never been.
+    wanted, _ = tx.update(good, state, params, **extra)
     updates, after = tx.update(good, after, params, **extra)
-    assert all(np.all(u != 0) for u in jax.tree.leaves(updates)) and int(after.skipped) == 1
+    jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+    assert int(after.skipped) == 1 and int(after.count) == 2
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float16, 16.0), (jnp.float32, 1e38)])
+def test_points_take_whatever_is_finite(dtype, size):
+    """Sums of these gradients are not."""
+    params = jnp.ones((8192, 2), dtype)
+    tx, grads = blr.sgd(0.1), jnp.full_like(params, size)
+    updates, state = tx.update(grads, tx.init(params), params)
+    wanted, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(params), params)
+    np.testing.assert_array_equal(updates, wanted)
+    assert int(state.skipped) == 0

@@ -90,8 +90,14 @@ def test_points_beside_both():
         q.family.family, q.natural.free).log_prob({**draw, "scale": HOLE}), rtol=1e-6)  # fmt: skip
 
 
-@pytest.mark.parametrize("rest", [blr.bayesbinn(0.1, ess=10.0), optax.sgd(0.1)])
-def test_a_mixture_beside_signs_and_beside_points(rest):
+@pytest.mark.parametrize(
+    ("rest", "family", "signs"),
+    [
+        (blr.bayesbinn(0.1, ess=10.0), blr.families.SideBySide, 2 * np.log(0.5)),
+        (optax.sgd(0.1), blr.families.Pinned, 0.0),
+    ],
+)
+def test_a_mixture_beside_signs_and_beside_points(rest, family, signs):
     """A family whose log-density does not factorise over leaves or components."""
     params = {"w": jnp.zeros(2), "b": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "c": jnp.ones((2, 1))}
     labels = {"w": "rest", "b": "mixture", "c": "mixture"}
@@ -106,14 +112,72 @@ def test_a_mixture_beside_signs_and_beside_points(rest):
         np.testing.assert_array_equal(q.variance[name], alone.variance[name])
     draw = q.sample(jax.random.key(0), (3,))
     assert jax.tree.map(jnp.shape, draw) == {"w": (3, 2), "b": (3, 2), "c": (3, 1)}
-    signs = 2 * np.log(0.5) if "SideBySide" in type(q.family).__name__ else 0.0
+    assert isinstance(q.family, family)
     np.testing.assert_allclose(
         q.log_prob(draw), alone.log_prob({"b": draw["b"], "c": draw["c"]}) + signs, rtol=1e-5
     )
 
 
-@pytest.mark.parametrize("jit", [False, True])
-def test_training_and_predicting(jit):
+def test_parts_of_one_kind_are_merged_however_the_groups_are_cut():
+    params = {**PARAMS, "c": jnp.zeros(2), "d": jnp.ones((2, 3))}
+    signs, ivon, adam = blr.bayesbinn(0.1, ess=10.0), blr.ivon(0.1, ess=4.0), blr.adam(0.1)
+    groups = {"s": signs, "i": ivon, "a": adam, "e": blr.evon(0.1, ess=4.0)}
+    posteriors = []
+    for labels in ("siia", "siie"):
+        tx = optax.partition(groups, dict(zip("wbcd", labels, strict=True)))  # one without leaves
+        posteriors.append(blr.posterior(tx.init(params), params))
+    normals, merged = (q.family.families[0] for q in posteriors)
+    assert [q.family.families[1] for q in posteriors] == [SIGNS, SIGNS]
+    assert normals == NORMALS and isinstance(merged, blr.families.Rotated)
+    for q in posteriors:
+        assert jax.tree.map(jnp.shape, q.mean) == jax.tree.map(jnp.shape, params)
+        alone = blr.posterior(ivon.init({"c": params["c"]}), {"c": params["c"]})
+        np.testing.assert_array_equal(q.variance["c"], alone.variance["c"])
+    whole = optax.partition(groups, {"w": "s", "b": "i", "c": "i", "d": "i"})
+    assert posteriors[0].kl(blr.posterior(whole.init(params), params)) >= 0.0
+
+
+def test_a_joint_posterior_is_the_prior_of_the_next_task():
+    params = {**PARAMS, "scale": jnp.array(7.0)}
+    tx = mixed(scale=optax.sgd(0.1))
+    first = blr.posterior(tx.init(params), params)
+    again = optax.partition(
+        {
+            "signs": blr.bayesbinn(0.1, ess=10.0, prior=first),
+            "normals": blr.ivon(0.1, ess=4.0, prior=first, weight_decay=0.0),
+            "scale": optax.sgd(0.1),
+        },
+        {"w": "signs", "b": "normals", "scale": "scale"},
+    )
+    state = again.init(params)
+    np.testing.assert_array_equal(
+        optax.tree.get(state, "inner_states")["signs"].inner_state[0].prior["w"], params["w"]
+    )
+    q = blr.posterior(state, params)
+    np.testing.assert_array_equal(q.mean["w"], first.mean["w"])
+    with pytest.raises(ValueError, match="mean-field Gaussian"):
+        blr.ivon(
+            0.1, ess=4.0, prior=blr.posterior(blr.bayesbinn(0.1, 1.0).init(PARAMS), PARAMS)
+        ).init(PARAMS)
+
+
+def test_points_and_conditional_parts_in_the_algebra():
+    """Sums over the parts where these have them, the sentence of conditional families elsewhere."""
+    state = optax.partition({"n": blr.ivon(0.1, 5.0), "p": optax.sgd(0.1)}, {"w": "n", "b": "p"})
+    q = blr.posterior(state.init(PARAMS), PARAMS)
+    np.testing.assert_allclose((q * q).variance["w"], q.variance["w"] / 2, rtol=1e-6)
+    assert float((q * q).mean["b"][0]) == 3.0 and abs(float(q.kl(q))) < 1e-6
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    tx = optax.partition(
+        {"d": blr.dropout(blr.sgd(0.1), 0.5), "n": blr.ivon(0.1, 5.0)}, {"w": "d", "b": "n"}
+    )
+    q = blr.posterior(tx.init(params), params)
+    for call in (lambda: q * q, lambda: q.kl(q), q.entropy):
+        with pytest.raises((ValueError, NotImplementedError), match=r"onditional|UnitMixture"):
+            call()
+
+
+def test_training_and_predicting():
     """A network of signs with Gaussian biases learns, and its predictions average over both."""
     x = jax.random.normal(jax.random.key(0), (64, 2))
     y = x @ jnp.array([1.0, -1.0]) + 0.5
@@ -133,16 +197,15 @@ def test_training_and_predicting(jit):
         updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step) if jit else step
-    for _ in range(150 if jit else 3):
+    step = jax.jit(step)
+    for _ in range(150):
         params, state = step(params, state)
     q = blr.posterior(state, params)
     draws = jax.jit(lambda q: q.sample(jax.random.key(1), (32,)))(q)
     assert set(np.abs(draws["w"]).ravel()) == {1.0}
-    if jit:
-        np.testing.assert_array_equal(np.sign(q.mean["w"]), [1.0, -1.0])
-        assert abs(float(q.mean["b"][0]) - 0.5) < 0.1
-        predictive = blr.predict_regression(
-            jax.random.key(2), q, lambda p, x: x @ p["w"] + p["b"], x, samples=16
-        )
-        assert np.abs(predictive.mean - y).max() < 0.2 and np.all(predictive.epistemic > 0)
+    np.testing.assert_array_equal(np.sign(q.mean["w"]), [1.0, -1.0])
+    assert abs(float(q.mean["b"][0]) - 0.5) < 0.1
+    predictive = blr.predict_regression(
+        jax.random.key(2), q, lambda p, x: x @ p["w"] + p["b"], x, samples=16
+    )
+    assert np.abs(predictive.mean - y).max() < 0.2 and np.all(predictive.epistemic > 0)

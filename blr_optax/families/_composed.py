@@ -69,6 +69,10 @@ class Pinned(Family):
             self.family.combine(*((a, lam.free) for a, lam in terms)), terms[0][1].point
         )
 
+    def check_sizes(self, *lams: PinnedNatural) -> None:
+        if isinstance(self.family, Family):  # conditional families have no arithmetic
+            self.family.check_sizes(*(lam.free for lam in lams))
+
     def in_domain(self, lam: PinnedNatural) -> Array:
         return self.family.in_domain(lam.free)
 

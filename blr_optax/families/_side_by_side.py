@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax.families._conditional import Conditional
 from blr_optax.families._family import Family
 from blr_optax.families._parameters import parameters
 
@@ -51,9 +52,10 @@ class SideBySide(Family):
       [1.] [1. 1.] 2.1121
     """
 
-    families: tuple[Family, ...]
+    families: tuple[Family | Conditional, ...]
     Natural: ClassVar[type] = SideBySideNatural
     known: ClassVar[tuple[str, ...]] = ()
+    elementwise = False
 
     def _each(self, method: str, *lams: SideBySideNatural) -> list[Any]:
         """A method of every family, on its own part."""
@@ -76,7 +78,9 @@ class SideBySide(Family):
         )
 
     def check_sizes(self, *lams: SideBySideNatural) -> None:
-        self._each("check_sizes", *lams)
+        for k, family in enumerate(self.families):
+            if isinstance(family, Family):  # conditional families have no arithmetic
+                family.check_sizes(*(lam.parts[k] for lam in lams))
 
     def in_domain(self, lam: SideBySideNatural) -> Array:
         return jnp.array([jnp.all(x) for x in self._each("in_domain", lam)]).all()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class AdamRule(PointRule):
     """Precision ess (sqrt(v_hat + eps_root) + eps) + prior."""
 
+    who = "adam"
+
     def precision(self, state: WithPosteriorState, mean: Any) -> Any:  # noqa: D102
         hyper = state.hyper
         # Before the first step v is zero and its bias correction 0 / 0: the estimate is zero.
@@ -43,6 +45,8 @@ class AdamRule(PointRule):
 
 class RmspropRule(PointRule):
     """Precision ess times optax's own denominator, + prior."""
+
+    who = "rmsprop"
 
     def __init__(self, eps_in_sqrt: bool, centered: bool, bias_correction: bool) -> None:
         """Remembers which denominator optax.rmsprop was asked for."""

@@ -31,11 +31,11 @@ from blr_optax.estimators._noise import (
     standard_logistic,
     step_key,
 )
-from blr_optax.families import MeanField, Pinned, Rademacher
+from blr_optax.families import MeanField, Rademacher
 from blr_optax.rule import PointRule, Rule, with_posterior
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval, squares_finite
 from blr_optax.rule._protocol import check_transformation
-from blr_optax.rule._step import spread
+from blr_optax.rule._step import own_part, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -163,9 +163,7 @@ def _prior_signs(prior: Posterior | None, params: Any) -> Any:
     """lambda_0 as a tree like params; () for None, which is zero."""
     if prior is None:
         return ()
-    prior = spread(prior, FAMILY, params)
-    if isinstance(prior, Posterior) and prior.family == Pinned(FAMILY):
-        prior = Posterior(FAMILY, prior.natural.free)
+    prior = own_part(spread(prior, FAMILY, params), FAMILY)
     if not isinstance(prior, Posterior) or prior.family != FAMILY:
         found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
         raise ValueError(
@@ -310,6 +308,8 @@ def bayesbinn(
 
 class SignRule(PointRule):
     """The delta method for signs: the loss is looked at the most likely network."""
+
+    who = "ste"
 
     def weights(self, state: WithPosteriorState, params: Any, noise: Any) -> Any:
         """The sign of the latent weights, +1 at zero."""

@@ -26,6 +26,7 @@ from blr_optax import _tree
 from blr_optax.estimators._curvature import Reparameterized, SquaredGradient
 from blr_optax.optimizers.ivon import ivon
 from blr_optax.rule import ScaleByPrecisionState
+from blr_optax.rule._numbers import check_count
 from blr_optax.rule._protocol import map_posterior_states, posterior_states
 from blr_optax.rule._read import covered
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 NAMES = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 ARGUMENTS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")
-WRITTEN = ("params", "numel", "hess", "momentum")
 DEFAULTS = {
     "mc_samples": 1,
     "beta1": 0.9,
@@ -202,11 +202,10 @@ def from_torch_ivon(
         raise ValueError(
             f"from_torch_ivon: {len(weights)} weights, but order= has {len(order)} names."
         )
-    if not isinstance(step, (int, np.integer)) or step < 0:
-        raise ValueError(f"from_torch_ivon: step={step!r} must be a whole number, at least 0.")
+    check_count("from_torch_ivon: step", step, least=0)
     if "param_groups" not in optimizer_state:
         raise ValueError(
-            f"from_torch_ivon: found {sorted(optimizer_state)[:3]}... where an optimizer's "
+            f"from_torch_ivon: found {[*optimizer_state][:3]}... where an optimizer's "
             "state_dict() has param_groups; the model's own goes into weights=."
         )
     groups, precision, momentum, label = optimizer_state["param_groups"], {}, {}, {}
@@ -233,7 +232,8 @@ def from_torch_ivon(
                     f"from_torch_ivon: {key} of group {number} has shape {flat.shape}, but its "
                     f"parameters {names} have {sum(sizes)} entries. Check order=."
                 )
-            if not np.all(flat + group["weight_decay"] > 0 if shift else np.isfinite(flat)):
+            inside = flat + group["weight_decay"] > 0 if shift else True
+            if not np.all(np.isfinite(flat) & inside):
                 raise ValueError(
                     f"from_torch_ivon: {key} of group {number} is not finite, or hess + "
                     "weight_decay, the precision, not positive."
@@ -324,8 +324,8 @@ def to_torch_ivon(
         `(state_dict, weights)`; mean and momentum exact, hess up to the rounding of one difference.
 
     Raises:
-        ValueError: when names do not fit, a group lacks "lr" or "weight_decay", has a key that
-            ivon-opt does not know, or several values of ess.
+        ValueError: when names do not fit, a group lacks "lr" or "weight_decay", or has several
+            values of ess.
 
     Source: the state layout of ivon-opt 0.1.3. For the row of `blr_update` that `ivon` is.
 
@@ -364,12 +364,11 @@ def to_torch_ivon(
             raise ValueError(
                 f"to_torch_ivon: a group needs parameters of one ess; {names} have {ess}."
             )
-        missing = {"lr", "weight_decay"} - set(group)
-        unknown = set(group) - {*ARGUMENTS, *DEFAULTS, *WRITTEN}
-        if missing or unknown:
+        missing = sorted({"lr", "weight_decay"} - set(group))
+        if missing:
             raise ValueError(
-                f"to_torch_ivon: groups= need lr and weight_decay, and may have {sorted(DEFAULTS)};"
-                f" missing: {sorted(missing)}, unknown: {sorted(unknown)}."
+                f"to_torch_ivon: a group lacks {missing}; it has {sorted(group)}, needs lr and "
+                f"weight_decay, and may have {sorted(DEFAULTS)}."
             )
         numbers = {**DEFAULTS, **{k: v for k, v in group.items() if k != "params"}}
         decay = numbers["weight_decay"]

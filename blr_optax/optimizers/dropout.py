@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from blr_optax import _tree
@@ -28,7 +27,7 @@ from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
 from blr_optax.families._checks import holds
 from blr_optax.families._units import UnitMixture
 from blr_optax.rule import posterior
-from blr_optax.rule._numbers import at, check_positive, squares_finite, zero_unless
+from blr_optax.rule._numbers import at, check_positive, keep_unless, squares_finite, zero_unless
 from blr_optax.rule._protocol import (
     Rule,
     carries_posterior,
@@ -173,7 +172,7 @@ def _units_of(params: Any, mask: Any, unit_axis: int) -> Units:
     for (path, leaf), drop in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True
     ):
-        if not isinstance(drop, (int, np.bool_)):
+        if isinstance(drop, str):
             raise ValueError(
                 f"dropout: mask= has {drop!r} at {_tree.leaf_name(path)}; it takes True or False, "
                 "a tree of these, or a function from params to one."
@@ -217,7 +216,7 @@ def dropout(
     Monte Carlo dropout. Inverted dropout, as layers do it, is the same with m' = pi m: the gradient
     that reaches `inner` is exactly that of its loss in m'. An inner Adam squares (z / pi) g: its
     second moments, and the posterior's precision, are 1 / pi above the rule's. A step whose
-    gradient is not finite moves nothing and is counted in `skipped`; `inner` sees zeros.
+    gradient is not finite moves nothing, neither `inner`'s state, and is counted in `skipped`.
 
     Args:
         inner: the optimizer, of optax or of this library (`blr.sgd(0.1, ess=N)`), whose posterior
@@ -298,15 +297,13 @@ def dropout(
             curvature = _tree.matching_leaves(curvature, params, "curvature")
         wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)
         finite = squares_finite(wide, curvature)
-        grads = jax.tree.map(
-            lambda g, c: c.astype(g.dtype), updates, zero_unless(finite, curvature)
-        )
+        grads = jax.tree.map(lambda g, c: c.astype(g.dtype), updates, curvature)
         out, inner_state = inner.update(grads, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
         return zero_unless(finite, out), state._replace(
             count=count,
             keep=rate(count),
-            inner=inner_state,
+            inner=keep_unless(finite, inner_state, state.inner),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class StepSizeRule(PointRule):
     """Precision ess / step size, the same for every parameter."""
 
+    who = "sgd"
+
     def precision(self, state: WithPosteriorState, mean: Any) -> Any:  # noqa: D102
         s = state.hyper["ess"] / state.hyper["step_size"]
         return jax.tree.map(lambda m: jnp.full_like(m, s.astype(m.dtype)), mean)

@@ -52,6 +52,7 @@ class SamRule(StepSizeRule):
     """
 
     radius: float
+    who = "sam"
     adversarial = True
 
     def adversary(self, state: WithPosteriorState, params: Any, grads: Any) -> Any:

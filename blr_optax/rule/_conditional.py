@@ -120,7 +120,7 @@ def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
     """A prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:
-        ValueError: when its log-density does not take a tree like params.
+        ValueError: when it is not over a tree like params.
     """
     if prior is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return prior
@@ -128,15 +128,14 @@ def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
         raise ValueError(f"prior must be a Posterior; got {type(prior).__name__}.")
     if getattr(prior.family, "elementwise", False):
         prior = spread(prior, MeanField(prior.family), params)
-    try:
-        jax.eval_shape(prior.family.log_prob, prior.natural, params)
-    except (TypeError, ValueError) as error:
-        shapes = jax.tree.map(jnp.shape, params)
+    mean = jax.eval_shape(prior.family.mean, prior.natural)
+    found, wanted = (jax.tree.map(jnp.shape, x) for x in (mean, params))
+    if found != wanted:
         raise ValueError(
-            f"prior: its log-density does not take params of structure and shapes {shapes}; give "
-            "one number for all, Posterior(normal, normal.natural(mean=0.0, precision=1.0)), or a "
-            "Posterior over a tree like params."
-        ) from error
+            f"prior: it is over structure and shapes {found}, params have {wanted}. Give one over "
+            "a tree like params, or one number for all, "
+            "Posterior(normal, normal.natural(mean=0.0, precision=1.0))."
+        )
     return prior
 
 

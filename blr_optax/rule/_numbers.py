@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from blr_optax.families._checks import holds
 
@@ -27,7 +27,7 @@ def check_positive(name: str, hyper: Any, *, zero: bool = False, scalar: bool = 
     """
     if hyper is None:
         raise ValueError(f"{name}=None must be a number, an array or a schedule.")
-    if scalar and not callable(hyper):
+    if scalar and not callable(hyper) and not isinstance(hyper, (str, bool)):
         one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
         if not one or jnp.ndim(hyper):
             found = f"shape {jnp.shape(hyper)}" if one else repr(hyper)
@@ -57,24 +57,31 @@ def check_unit_interval(name: str, number: Any) -> None:
         raise ValueError(f"{name}={number} must be in [0, 1).")
 
 
-def check_count(name: str, number: Any) -> None:
-    """Raises ValueError for what is not a whole number, at least one."""
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-        raise ValueError(f"{name}={number!r} must be a whole number.")
-    if number < 1:
-        raise ValueError(f"{name}={number} must be at least 1.")
+def check_count(name: str, number: Any, least: int = 1) -> None:
+    """Raises ValueError for what is not a whole number, or too small a one."""
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        number = operator.index(number)  # of a traced one it is an error
+    except TypeError:
+        raise ValueError(
+            f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
+            "static_args=."
+        ) from None
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}.")
 
 
 def all_finite(*trees: Any) -> Any:
-    """One boolean: whether every entry is finite (a sum is, if and only if, barring overflow).
+    """One boolean: whether every entry is finite.
 
-    Sums over the leading axes first, which add whole rows at a time; one sum over all would be
-    a chain of additions that no compiler may reorder.
+    Sizes are compared over the leading axes first, whole rows at a time.
     """
-    checks = [
-        jnp.all(jnp.isfinite(jnp.sum(x, axis=tuple(range(jnp.ndim(x) - 1)))))
-        for x in jax.tree.leaves(trees)
-    ]
+
+    def rows(x: Array) -> Array:
+        return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
+
+    checks = [jnp.all(jnp.isfinite(rows(x))) for x in jax.tree.leaves(trees)]
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
@@ -97,6 +104,11 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
 def zero_unless(finite: Any, tree: Any) -> Any:
     """A tree, or zeros in its place."""
     return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
+
+
+def keep_unless(finite: Any, new: Any, old: Any) -> Any:
+    """The new state, or the old one as it was."""
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 
 def near(a: Array, b: Array) -> Array:

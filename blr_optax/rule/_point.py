@@ -1,8 +1,8 @@
 """`with_posterior`: an optax transformation that also carries the posterior the rule assigns to it.
 
-The steps are the wrapped transformation's own, to the bit, but for gradients that are not finite:
-they move nothing and are counted. The posterior is a mean-field normal centred at the parameters
-whose precision is a function of that transformation's state.
+The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite moves
+nothing, neither the weights nor that transformation's state, and is counted. The posterior is a
+mean-field normal centred at the parameters whose precision is a function of that state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.families import MeanField, Normal
-from blr_optax.rule._numbers import all_finite, at, zero_unless
+from blr_optax.rule._numbers import all_finite, at, keep_unless, zero_unless
 from blr_optax.rule._protocol import Rule, refuse_own_weights
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class WithPosteriorState(NamedTuple):
     """State of an optimizer that follows optax's and carries a posterior.
 
     Attributes:
-        count: steps made (int32).
+        count: steps made, without skipped ones (int32).
         rule: static, how the precision is read off `inner`.
         covered: static, the parameters that the state was made for.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
-        skipped: steps skipped because something was not finite (int32).
+        skipped: steps skipped because the gradient was not finite (int32).
     """
 
     count: Array
@@ -67,6 +67,8 @@ class WithPosteriorState(NamedTuple):
 
 class PointRule(Rule):
     """A delta-method rule: the loss is looked at the parameters themselves."""
+
+    who = "with_posterior"  # the optimizer's name, in errors
 
     def part(self, state: WithPosteriorState, params: Any) -> Any:
         return _tree.mask_to(params, state.covered.paths)
@@ -87,10 +89,10 @@ def with_posterior(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
 
-    At a gradient that is not finite `tx` sees zeros, and nothing moves.
+    A step whose gradient is not finite is skipped: `tx` keeps its state.
 
     Args:
-        tx: any optax transformation that looks at its parameters; its updates pass unchanged.
+        tx: any optax transformation that looks at its parameters.
         rule: how the precision follows from its state.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
 
@@ -113,11 +115,10 @@ def with_posterior(
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Any) -> WithPosteriorState:
-        name = type(rule).__name__
-        _tree.check_float_leaves(params, name)
+        _tree.check_float_leaves(params, rule.who)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
-        refuse_own_weights(inner, name)
+        refuse_own_weights(inner, rule.who)
         paths = Covered(frozenset(_tree.paths(params)))
         return WithPosteriorState(count, rule, paths, numbers(count), inner, skipped)
 
@@ -125,12 +126,13 @@ def with_posterior(
         updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
         finite = all_finite(updates)
-        out, inner = tx.update(zero_unless(finite, updates), state.inner, params, **extra)
-        count = optax.safe_increment(state.count)
+        out, inner = tx.update(updates, state.inner, params, **extra)
+        # Skipped steps do not count: `tx`, whose schedules and averages the rule reads, has none.
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         return zero_unless(finite, out), state._replace(
             count=count,
             hyper=numbers(count),
-            inner=inner,
+            inner=keep_unless(finite, inner, state.inner),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

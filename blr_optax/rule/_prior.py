@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
-from blr_optax.families import GaussianNatural, MeanField, Normal, Pinned
+from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.rule._numbers import at
-from blr_optax.rule._step import spread
+from blr_optax.rule._step import own_part, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -70,15 +70,13 @@ def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> An
     """
     if prior is None:
         return ()
-    prior = spread(prior, MeanField(Normal()), params)
-    known = (Normal(), MeanField(Normal()), Pinned(MeanField(Normal())))
-    if not isinstance(prior, Posterior) or prior.family not in known:
+    prior = own_part(spread(prior, MeanField(Normal()), params), MeanField(Normal()))
+    if not isinstance(prior, Posterior) or prior.family not in (Normal(), MeanField(Normal())):
         found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
         raise ValueError(
             f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
         )
-    natural = prior.natural.free if isinstance(prior.family, Pinned) else prior.natural
-    fields = [_tree.matching_leaves(field, params, name) for field in natural]
+    fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
     return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
 
 

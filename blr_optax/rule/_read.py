@@ -119,38 +119,53 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
     """
     states = posterior_states(opt_state, "posterior")
     parts = covered(states, params, "posterior")
-    found = [state.rule.posterior(state, part) for state, part in zip(states, parts, strict=True)]
-    known = set().union(*map(_tree.paths, parts))
-    whole = known == _tree.paths(params)
-    if len(found) == 1 and whole:
-        return found[0]
-    masked = _tree.mask_to(params, known)
-    family, natural = _together(masked, found)
-    if whole:
-        return Posterior(family, natural)
-    points = _tree.mask_to(params, _tree.paths(params) - known)
-    return Posterior(Pinned(family), PinnedNatural(natural, points))
+    found = [
+        (_tree.paths(part), state.rule.posterior(state, part))
+        for state, part in zip(states, parts, strict=True)
+    ]
+    known, everything = set().union(*(paths for paths, _ in found)), _tree.paths(params)
+    if len(found) == 1 and known == everything:
+        return found[0][1]
+    q = _together(params, [one for one in found if one[0]] or found[:1])
+    if known == everything:
+        return q
+    points = _tree.mask_to(params, everything - known)
+    return Posterior(Pinned(q.family), PinnedNatural(q.natural, points))
 
 
-def _together(masked: Any, found: list[Posterior]) -> tuple[Any, Any]:
-    """A family over the leaves of `masked` and its lambda, from posteriors over parts of them."""
-    families, alike = {q.family for q in found}, {MeanField(Normal()), Rotated()}
-    if all(isinstance(f, UnitMixture) for f in families):
+def _kind(family: Any) -> Any:
+    """What posteriors have in common that are one, leaf by leaf; None for joint ones."""
+    if family in (MeanField(Normal()), Rotated()):
+        return Rotated
+    if isinstance(family, UnitMixture):
+        return UnitMixture
+    return family if isinstance(family, (MeanField, Moved)) else None
+
+
+def _together(params: Any, found: list[tuple[set[str], Posterior]]) -> Posterior:
+    """One posterior of several with the leaves that they are over: alike merged, others abreast."""
+    groups: dict[Any, list] = {}
+    for number, (paths, q) in enumerate(found):
+        kind = _kind(q.family)
+        groups.setdefault(number if kind is None else kind, []).append((paths, q))
+    merged = []
+    for kind, group in groups.items():
+        paths, qs = set().union(*(paths for paths, _ in group)), [q for _, q in group]
+        alone = isinstance(kind, int)
+        merged.append((min(paths), qs[0] if alone else _alike(_tree.mask_to(params, paths), qs)))
+    abreast = [q for _, q in sorted(merged, key=lambda one: one[0])]
+    if len(abreast) == 1:
+        return abreast[0]
+    family = SideBySide(tuple(q.family for q in abreast))
+    return Posterior(family, family.natural(*(q.natural for q in abreast)))
+
+
+def _alike(masked: Any, found: list[Posterior]) -> Posterior:
+    """One posterior over the leaves of `masked`, of posteriors of one kind over parts of them."""
+    families = {q.family for q in found}
+    family = found[0].family if len(families) == 1 else Rotated()
+    if isinstance(found[0].family, UnitMixture):
         family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
-        return family, _joined(family, masked, found)
-    (first, *others) = families
-    if families == alike or (not others and isinstance(first, (MeanField, Moved, Rotated))):
-        family = Rotated() if families == alike else first
-        return family, _joined(family, masked, found)
-    if len(found) == 1:
-        return first, found[0].natural
-    found = sorted(found, key=lambda q: min(_tree.paths(jax.eval_shape(q.family.mean, q.natural))))
-    family = SideBySide(tuple(q.family for q in found))
-    return family, family.natural(*(q.natural for q in found))
-
-
-def _joined(family: Any, masked: Any, found: list[Posterior]) -> Any:
-    """lambda over the leaves of `masked` from posteriors over disjoint parts of them."""
     naturals = [q.natural for q in found]
     if family == Rotated():
         naturals = [
@@ -166,7 +181,8 @@ def _joined(family: Any, masked: Any, found: list[Posterior]) -> Any:
         for name in kind._fields
         if name != "bases"
     }
-    return kind(**fields, **({"bases": bases} if family == Rotated() else {}))
+    natural = kind(**fields, **({"bases": bases} if family == Rotated() else {}))
+    return Posterior(family, natural)
 
 
 def reseed(opt_state: Any, key: Array) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._posterior import Posterior
-from blr_optax.families import Conditional, Family, MeanField, Product, get
+from blr_optax.families import Conditional, Family, MeanField, Pinned, Product, SideBySide, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -34,6 +34,21 @@ def check_step(step: str, family: Family | None = None) -> str:
             f"{type(family).__name__}. Use 'auto', 'plain' or 'improved'."
         )
     return step
+
+
+def own_part(prior: Any, family: Family) -> Any:
+    """Of a joint posterior with points or of several families the part of one family, as prior.
+
+    Args:
+        prior: a posterior; without such a part it comes back as it is.
+        family: the family.
+    """
+    joint = getattr(prior, "family", None)
+    if isinstance(joint, Pinned):
+        return own_part(Posterior(joint.family, prior.natural.free), family)
+    if isinstance(joint, SideBySide) and family in joint.families:
+        return Posterior(family, prior.natural.parts[joint.families.index(family)])
+    return prior
 
 
 def spread(prior: Any, family: Any, like: Any) -> Any:
