@@ -102,12 +102,12 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
 
 
 def zero_unless(finite: Any, tree: Any) -> Any:
-    """A tree, or zeros in its place."""
+    """The tree where all is finite, else zeros."""
     return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
 
 
 def keep_unless(finite: Any, new: Any, old: Any) -> Any:
-    """The new state, or the old one as it was."""
+    """The new tree where all is finite, else the old one."""
     return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
 
