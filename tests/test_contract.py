@@ -324,6 +324,11 @@ def test_c12_inject_hyperparams(row):
     assert_same(injected, plain, **TREE_TOLERANCE)
 
 
+def skipped(state):
+    """Steps that a state has skipped, and the states of optimizers inside, which must not."""
+    return sum(int(number) for _, number in optax.tree.get_all_with_path(state, "skipped"))
+
+
 @pytest.mark.parametrize("poison", ["grad", "curvature"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [r for r in rows("C13") if r.values[0].noisy])
@@ -342,16 +347,16 @@ def test_c13_non_finite_statistics_skip_the_step_and_are_counted(row, poison, ba
     updates, after = tx.update(grad, state, params, curvature=curvature)
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
     assert_same(optax.tree.get(after, "precision"), optax.tree.get(state, "precision"))
-    assert int(optax.tree.get(after, "skipped")) == 1
+    assert skipped(after) == 1
     # The next draw differs, and the run goes on.
     assert np.any(blr.sample(after, params)["w"] != blr.sample(state, params)["w"])
     params, after = one_step(row, tx, params, after, batch)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((params, updates)))
-    assert int(optax.tree.get(after, "skipped")) == 1
+    assert skipped(after) == 1
     if poison == "grad" and "derived" not in row.exempt:
-        core, skipped = tx.update(grad, state, params)
+        core, later = tx.update(grad, state, params)
         assert all(not np.any(u) for u in jax.tree.leaves(core))
-        assert int(optax.tree.get(skipped, "skipped")) == 1
+        assert skipped(later) == 1
 
 
 @pytest.mark.parametrize("row", [r for r in rows("derived") if r.values[0].noisy])
@@ -362,7 +367,7 @@ def test_c13_a_gradient_whose_square_overflows_is_skipped(row):
     updates, after = tx.update(grads, state, params)
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
     assert_same(optax.tree.get(after, "precision"), optax.tree.get(state, "precision"))
-    assert int(optax.tree.get(after, "skipped")) == 1
+    assert skipped(after) == 1
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e6, 1e15, 1e30])
