@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from blr_optax._checks import holds
 from blr_optax.families import Family
-from blr_optax.families._checks import holds
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float

@@ -17,7 +17,7 @@ import numpy as np
 from jax.scipy import stats
 from jax.scipy.special import erf, ndtri
 
-from blr_optax.families._checks import require
+from blr_optax._checks import require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int

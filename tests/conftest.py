@@ -18,14 +18,16 @@ if not ON_DEVICE:
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 os.environ.setdefault("MPLBACKEND", "agg")
-# The two workers, and the interpreters that tests start, compile many a program alike; a third of
-# all time goes if each is compiled once. The folder lives as long as the run (pytest_unconfigure).
+# Every program is compiled once by a worker and the interpreters that it starts. Workers have a
+# folder each, as jax does not write its files at once. The folder lives as long as the run.
 COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.mkdtemp(prefix="blr_optax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+elif "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -74,6 +74,7 @@ def ivon_state(params=None):
         (lambda: blr.ivon("x", 10.0), ["learning_rate='x'", "schedule"]),
         (lambda: blr.mixture_newton(mean_loss, 0.1, 2.5), ["components=2.5", "whole number"]),
         (lambda: blr.low_rank_newton(mean_loss, 0.1, 2, init_precision={}), ["init_precision"]),
+        (lambda: blr.random_signs(jax.random.key(0), make_params(), abs), ["scale", "schedule"]),
         (lambda: blr.random_signs(make_params(), jax.random.key(0)), ["key", "dict"]),
         (lambda: blr.ste(0.1, inner=blr.ivon(0.1, 5.0)).init(make_params()), ["PrecisionRule"]),
         (lambda: blr.dropout(blr.sam(0.1), 0.5).init(make_params()), ["dropout", "SamRule"]),

@@ -25,7 +25,7 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert jnp.all(jnp.abs(deviation / wanted - 1) < 0.2)
     assert jnp.all(jnp.abs(names["worst"].mean - exact) < 0.2)
     assert jnp.all(jnp.sign(names["signs"].mean) == jnp.array([1.0, -1.0, 1.0]))
-    assert names["est"].grad.shape == names["est"].curvature.shape == (3,)
+    assert names["est"].grad.shape == names["est"].curvature.shape == (2, 3)
     ridge = jnp.linalg.solve(names["x"].T @ names["x"] + jnp.eye(3), names["x"].T @ names["y"])
     assert jnp.all(jnp.abs(names["curved"] - ridge) < 0.01)
     assert 0.4 < names["step"].signal_to_noise < 0.9

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from blr_optax.families._checks import concrete
+from blr_optax._checks import concrete
 from blr_optax.families._special import LOG_2PI, relative_excess, stirling
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax._checks import require
 from blr_optax.families import _domain
-from blr_optax.families._checks import DEFINITE, POSITIVE, REAL, checked, require
+from blr_optax.families._checks import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._conditional import (
     Conditional,
     move_field,

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
+from blr_optax._checks import require
 from blr_optax.families import _domain
-from blr_optax.families._checks import DEFINITE, REAL, checked, name_of, require
+from blr_optax.families._checks import DEFINITE, REAL, checked, name_of
 from blr_optax.families._family import Family
 from blr_optax.families._gamma import trigamma, trigamma_excess
 from blr_optax.families._gamma_sample import gamma_log_draw

@@ -33,7 +33,13 @@ from blr_optax.estimators._noise import (
 )
 from blr_optax.families import MeanField, Rademacher
 from blr_optax.rule import PointRule, Rule, with_posterior
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval, squares_finite
+from blr_optax.rule._numbers import (
+    at,
+    check_number,
+    check_positive,
+    check_unit_interval,
+    squares_finite,
+)
 from blr_optax.rule._protocol import check_transformation
 from blr_optax.rule._step import own_part, spread
 
@@ -149,7 +155,7 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
       [10. 10. 10.]
     """
     key = canonical_key(key)
-    check_positive("scale", scale, scalar=True)
+    check_number("scale", scale)
     _tree.check_float_leaves(params, "random_signs")
 
     def leaf(path: Any, x: Array) -> Array:

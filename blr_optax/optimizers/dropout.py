@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._checks import holds
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
-from blr_optax.families._checks import holds
 from blr_optax.families._units import UnitMixture
 from blr_optax.rule import posterior
-from blr_optax.rule._numbers import at, check_positive, keep_unless, squares_finite, zero_unless
+from blr_optax.rule._numbers import at, check_number, check_positive, squares_finite, zero_unless
 from blr_optax.rule._protocol import (
     Rule,
     carries_posterior,
@@ -251,10 +251,8 @@ def dropout(
       [1. 0. 1. 0.] [0.5 0.5 0.5 0.5]
     """
     check_positive("keep_rate", keep_rate, scalar=True)
-    if callable(dropped_variance):
-        raise ValueError("dropped_variance must be a number, not a schedule.")
     canonical_key(key)
-    check_positive("dropped_variance", dropped_variance, zero=True, scalar=True)
+    check_number("dropped_variance", dropped_variance, zero=True)
     if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
     check_transformation("dropout", inner)
@@ -303,7 +301,7 @@ def dropout(
         return zero_unless(finite, out), state._replace(
             count=count,
             keep=rate(count),
-            inner=keep_unless(finite, inner_state, state.inner),
+            inner=optax.tree.where(finite, inner_state, state.inner),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

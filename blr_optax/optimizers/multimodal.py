@@ -32,7 +32,7 @@ from blr_optax.estimators._noise import canonical_key
 from blr_optax.families import RaveledConditional, get
 from blr_optax.rule import blr_update
 from blr_optax.rule._conditional import MixtureDraws, MixtureStep
-from blr_optax.rule._numbers import at, check_count, check_positive
+from blr_optax.rule._numbers import at, check_count, check_number, check_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -83,9 +83,7 @@ def _mixture(
     check_positive("ess", ess, scalar=True)
     check_positive("temperature", temperature, scalar=True)
     check_positive("weight_rate", weight_rate, zero=True, scalar=True)
-    check_positive("scale", scale, scalar=True)
-    if callable(scale):
-        raise ValueError("scale is that of the first components and no schedule.")
+    check_number("scale", scale)
     if components is not None:
         check_count("components", components)
     family = _family(covariance)

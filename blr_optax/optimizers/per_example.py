@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import optax
 
+from blr_optax._checks import holds
 from blr_optax.estimators import per_example_squares
-from blr_optax.families._checks import holds
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._numbers import at, check_positive, check_unit_interval
 

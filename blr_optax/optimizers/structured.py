@@ -30,7 +30,7 @@ from blr_optax.estimators import delta
 from blr_optax.estimators._noise import canonical_key
 from blr_optax.families import get
 from blr_optax.rule import blr_update
-from blr_optax.rule._numbers import check_count, check_positive
+from blr_optax.rule._numbers import check_count, check_number
 
 if TYPE_CHECKING:
     from blr_optax.estimators import Estimator
@@ -152,7 +152,7 @@ def low_rank_newton(
       [3. 3. 3. 3.]
     """
     check_count("low_rank_newton: rank", rank)
-    check_positive("init_precision", init_precision, scalar=True)
+    check_number("init_precision", init_precision)
     family = get("gaussian_low_rank")
     options = {
         "ess": ess,

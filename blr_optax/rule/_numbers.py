@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from blr_optax.families._checks import holds
+from blr_optax._checks import holds
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -42,6 +43,13 @@ def check_positive(name: str, hyper: Any, *, zero: bool = False, scalar: bool = 
             raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
         if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
             raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")
+
+
+def check_number(name: str, number: Any, *, zero: bool = False) -> None:
+    """Raises ValueError for what is not one number in range; schedules are none."""
+    if callable(number):
+        raise ValueError(f"{name} must be one number, not a schedule.")
+    check_positive(name, number, zero=zero, scalar=True)
 
 
 def is_zero(hyper: Any) -> bool:
@@ -103,12 +111,7 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
 
 def zero_unless(finite: Any, tree: Any) -> Any:
     """The tree where all is finite, else zeros."""
-    return jax.tree.map(lambda x: jnp.where(finite, x, jnp.zeros_like(x)), tree)
-
-
-def keep_unless(finite: Any, new: Any, old: Any) -> Any:
-    """The new tree where all is finite, else the old one."""
-    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+    return optax.tree.where(finite, tree, optax.tree.zeros_like(tree))
 
 
 def near(a: Array, b: Array) -> Array:

@@ -17,7 +17,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._posterior import Posterior
 from blr_optax.families import MeanField, Normal
-from blr_optax.rule._numbers import all_finite, at, keep_unless, zero_unless
+from blr_optax.rule._numbers import all_finite, at, zero_unless
 from blr_optax.rule._protocol import Rule, refuse_own_weights
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def with_posterior(
         return zero_unless(finite, out), state._replace(
             count=count,
             hyper=numbers(count),
-            inner=keep_unless(finite, inner, state.inner),
+            inner=optax.tree.where(finite, inner, state.inner),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

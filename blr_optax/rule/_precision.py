@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._checks import holds
 from blr_optax._posterior import Posterior
 from blr_optax.estimators._curvature import (
     AbsoluteGradient,
@@ -30,7 +31,6 @@ from blr_optax.estimators._curvature import (
     from_gradient,
 )
 from blr_optax.estimators._noise import canonical_key, check_generator, step_key
-from blr_optax.families._checks import holds
 from blr_optax.families._domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._numbers import (
     at,
