@@ -102,7 +102,7 @@ def bench(name: str, rounds: int, only: list[str] | None = None) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs, prints one table per model and writes the JSON, keeping its other models."""
+    """Runs, prints one table per model and writes the JSON; keeps models of this environment."""
     parser = argparse.ArgumentParser(description="Step time of IVON against AdamW and SGD.")
     usual = ["convnet", "mlp", "transformer"]
     parser.add_argument("--models", nargs="+", choices=sorted(PROBLEMS), default=usual)
@@ -113,8 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     on_cpu = jax.default_backend() == "cpu"
     default = RESULTS / f"bench_step_{jax.default_backend()}.json"
     out = default if args.out is None else args.out
-    result = json.loads(out.read_text()) if out.exists() else {"models": {}}
-    result["environment"] = environment()
+    stamp, old = environment(), json.loads(out.read_text()) if out.exists() else {}
+    kept = old["models"] if old.get("environment") == stamp else {}
+    result = {"environment": stamp, "models": kept}
     for name in args.models:
         if on_cpu and name == "transformer":
             print("transformer: skipped, it needs an accelerator")

@@ -40,9 +40,13 @@ import blr_optax as blr
 from blr_optax import metrics
 
 points, labels = make_moons(400, noise=0.25, random_state=0)
-points = ((points - points.mean(0)) / points.std(0)).astype(np.float32)
+centre, scale = points.mean(0), points.std(0)
+points = ((points - centre) / scale).astype(np.float32)
 train_x, train_y = jnp.asarray(points[:200]), jnp.asarray(labels[:200])
-test_x, test_y = jnp.asarray(points[200:]), jnp.asarray(labels[200:])
+# So many that accuracies are known to half a percent.
+points, labels = make_moons(4000, noise=0.25, random_state=1)
+points = ((points - centre) / scale).astype(np.float32)
+test_x, test_y = jnp.asarray(points), jnp.asarray(labels)
 
 # %% [markdown]
 # ## 1. Two moons
@@ -142,7 +146,9 @@ def boundaries(models: dict[str, Callable]) -> dict[str, float]:
             *grid.T, p.reshape(61, 61).T, np.linspace(0, 1, 21), cmap="RdBu_r", alpha=0.7
         )
         ax.contour(*grid.T, p.reshape(61, 61).T, [0.5], colors="k")
-        ax.scatter(*test_x.T, c=test_y, cmap="RdBu_r", s=8, edgecolors="k", linewidths=0.3)
+        ax.scatter(
+            *test_x[:200].T, c=test_y[:200], cmap="RdBu_r", s=8, edgecolors="k", linewidths=0.3
+        )
         p = model(test_x)[0]
         probs = jnp.stack([1 - p, p], -1)
         accuracies[name] = float(metrics.accuracy(probs, test_y))
@@ -213,7 +219,7 @@ accuracies = boundaries(
         "all units kept": single(dropped),
     }
 )
-assert accuracies["dropout, posterior mean"] > 0.85
+assert accuracies["dropout, posterior mean"] > 0.9
 
 # %% [markdown]
 # ## 3. Mixtures find all modes

@@ -216,7 +216,7 @@ def dropout(
     Monte Carlo dropout. Inverted dropout, as layers do it, is the same with m' = pi m: the gradient
     that reaches `inner` is exactly that of its loss in m'. An inner Adam squares (z / pi) g: its
     second moments, and the posterior's precision, are 1 / pi above the rule's. A step whose
-    gradient is not finite moves nothing, neither `inner`'s state, and is counted in `skipped`.
+    gradient is not finite moves nothing, not even the state of `inner`; `skipped` counts them.
 
     Args:
         inner: the optimizer, of optax or of this library (`blr.sgd(0.1, ess=N)`), whose posterior
