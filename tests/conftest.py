@@ -1,12 +1,10 @@
 """What every test relies on: eight devices, deterministic examples, and four fixtures."""
 
-import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 # These are read once, when jax starts; setting them later does nothing, and says nothing.
 assert "jax" not in sys.modules, "a pytest plugin imported jax before tests/conftest.py"
@@ -32,8 +30,7 @@ elif "PYTEST_XDIST_WORKER" in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-
-GOLDEN = Path(__file__).parent / "golden"
+from tools import load_golden  # noqa: E402
 
 settings.register_profile(
     "blr_optax",
@@ -59,15 +56,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what was compiled, in the process that made the folder."""
     if COMPILED is not None:
         shutil.rmtree(COMPILED, ignore_errors=True)
-
-
-def load_golden(name: str) -> dict:
-    """Reference numbers from tests/golden/NAME.json; its `readme` key says what they are.
-
-    A fresh dict each time, so that no test can spoil another one's numbers. Import it
-    (`from conftest import load_golden`) to parametrize over the cases of a file.
-    """
-    return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 @pytest.fixture(scope="session")

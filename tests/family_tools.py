@@ -6,15 +6,6 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 
-def close(actual, expected, rtol=1e-12, atol=0.0):
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=rtol, atol=atol)
-
-
-def near(a, b, rtol=1e-12, atol=1e-14):
-    """All leaves of two trees are close."""
-    jax.tree.map(lambda x, y: close(x, y, rtol, atol), a, b)
-
-
 def natural(row, standard):
     """lambda of a member of a row."""
     return row.family.natural(**{k: jnp.asarray(v) for k, v in standard.items()})

@@ -1,7 +1,7 @@
 """One row per transformation: what it is, and what it can do. A new one is one more row.
 
-`tests/test_contract.py` holds every row to the contract C1 to C19, except for the lines that a row
-is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
+`tests/contract/test_contract.py` holds every row to the contract C1 to C19, except for the lines
+that a row is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
 parameters (C7, C10), take no curvature (C11, C13, C14), and have a loss of the plain tree, not of
 an nnx model (C16). Rows whose curvature is that of single examples, or whose second gradient is an
 adversary's, need `estimate`: they have no core path either (C15, C16), cannot derive the curvature
@@ -9,7 +9,7 @@ from a gradient ("derived", C10), which is all that `MultiSteps` passes on ("mul
 squares or sizes, which are not negative (C14). Of the adversarial ones every micro-batch and every
 replica has its own adversary, which is m-sharpness, not the step of the whole batch (C11,
 "replicas"). Of bayesbinn the parameters are natural ones, where the loss means nothing (C15;
-`tests/test_binary.py` has what it learns).
+`tests/optimizers/test_bayesbinn.py` has what it learns).
 """
 
 import dataclasses

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from tools import ROOT
 
 from blr_optax import _demo, _demo_report, cli
 
-ROOT = Path(__file__).parents[1]
 SEARCH = json.loads((ROOT / "benchmarks" / "results" / "search_demo.json").read_text())
 ROWS = ["SGD", "AdamW", "IVON at its mean", "IVON, 3 samples"]
 METRICS = ("accuracy", "nll", "ece", "brier", "auroc")

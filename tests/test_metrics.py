@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_golden
 from scipy import integrate
 from scipy import stats as scipy_stats
 from sklearn.metrics import average_precision_score, roc_auc_score
+from tools import load_golden
 
 from blr_optax import metrics
 

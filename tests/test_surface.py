@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tools import ROOT
 
 import blr_optax
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "blr_optax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

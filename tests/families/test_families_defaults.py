@@ -1,0 +1,280 @@
+"""What a family gets from its log-partition alone; domains and the registry."""
+
+import collections
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_rows import spd
+from family_rows.gaussian import FIXED, GAUSSIAN, INDEFINITE, MEAN, NORMAL, SHARED
+from family_tools import direction, formula
+from tools import close, near
+
+from blr_optax import families
+from blr_optax.families import Domain, Family, GaussianExpectation, GaussianNatural, _domain
+
+# --- the solver -----------------------------------------------------------------------------------
+
+
+@families.parameters
+class TwoNatural(NamedTuple):
+    shape: Any
+    rate: Any
+
+
+@families.parameters
+class TwoExpectation(NamedTuple):
+    shape: Any
+    rate: Any
+
+
+@families.parameters
+class OneNatural(NamedTuple):
+    log_rate: Any
+
+
+@families.parameters
+class OneExpectation(NamedTuple):
+    log_rate: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainGamma(Family):
+    """T = (log x, x), lambda = (a - 1, -b), and nothing but the log-partition."""
+
+    Natural: ClassVar[type] = TwoNatural
+    Expectation: ClassVar[type] = TwoExpectation
+    domains: ClassVar[dict] = {"shape": _domain.above(-1.0), "rate": _domain.negative()}
+
+    def log_partition(self, lam):
+        a = lam.shape + 1.0
+        return jax.scipy.special.gammaln(a) - a * jnp.log(-lam.rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainPoisson(Family):
+    Natural: ClassVar[type] = OneNatural
+    Expectation: ClassVar[type] = OneExpectation
+    domains: ClassVar[dict] = {"log_rate": _domain.real()}
+
+    def log_partition(self, lam):
+        return jnp.exp(lam.log_rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainGaussian(Family):
+    Natural: ClassVar[type] = GaussianNatural
+    Expectation: ClassVar[type] = GaussianExpectation
+    domains: ClassVar[dict] = {"linear": _domain.real(1), "quadratic": _domain.negative_definite()}
+    event_ndim: ClassVar[int] = 1
+
+    def log_partition(self, lam):
+        return formula(GAUSSIAN)(lam)
+
+
+CONCENTRATIONS = np.array([1e-3, 1e-2, 0.3, 1.0, 7.0, 1e3, 1e6])
+
+
+def test_solve_gamma_at_extreme_concentrations(x64):
+    gamma = PlainGamma()
+    for rate in (1e-3, 1.0, 1e4):
+        lam = TwoNatural(jnp.asarray(CONCENTRATIONS - 1), jnp.full(CONCENTRATIONS.size, -rate))
+        mu = gamma.expectation(lam)
+        back, converged = gamma.natural_from_expectation(mu, with_status=True)
+        assert converged.tolist() == [True] * CONCENTRATIONS.size, (rate, converged)
+        # What rounding mu costs grows like the concentration.
+        error = np.abs(np.asarray(back.shape + 1) / CONCENTRATIONS - 1)
+        assert np.all(error < 1e-10 + 2e-14 * CONCENTRATIONS), (rate, error)
+        error = np.abs(np.asarray(back.rate) / -rate - 1)
+        assert np.all(error < 1e-10 + 2e-14 * CONCENTRATIONS), (rate, error)
+
+
+def test_solve_in_float32_reports_where_mu_carries_no_concentration(x64):
+    gamma, a = PlainGamma(), np.array([1e-2, 3.0, 1e2, 1e6])
+    lam = TwoNatural(jnp.asarray(a - 1, jnp.float32), jnp.full(a.size, -2.0, jnp.float32))
+    back, converged = gamma.natural_from_expectation(gamma.expectation(lam), with_status=True)
+    assert converged.tolist() == [True, True, True, False]
+    close(back.shape[:3] + 1, a[:3], rtol=1e-3)
+    assert np.isnan(back.shape[3])
+
+
+def test_solve_poisson_over_its_whole_range(x64):
+    mean = jnp.asarray([1e-12, 1e-3, 1.0, 30.0, 1e6, 1e12])
+    lam, converged = PlainPoisson().natural_from_expectation(OneExpectation(mean), with_status=True)
+    assert bool(converged.all()), converged
+    close(lam.log_rate, np.log(mean), rtol=1e-9)
+
+
+def test_solve_gaussian_with_a_matrix_field(x64):
+    plain = PlainGaussian()
+    lam = GAUSSIAN.natural(
+        mean=jnp.asarray([[1.0, 2.0], [30.0, -4.0]]), covariance=jnp.stack([spd(0), 10 * spd(1)])
+    )
+    mu = plain.expectation(lam)
+    near(mu, GAUSSIAN.expectation(lam))
+    back, converged = plain.natural_from_expectation(mu, with_status=True)
+    assert converged.tolist() == [True, True]
+    near(back, lam, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("family", "lam"),
+    [
+        (PlainGamma(), TwoNatural(jnp.array(1.5), jnp.array(-0.7))),
+        (PlainPoisson(), OneNatural(jnp.array(0.4))),
+        (PlainGaussian(), GaussianNatural(jnp.asarray(MEAN), -0.5 * jnp.asarray(spd(2)))),
+    ],
+)
+def test_derivative_of_the_solve_is_the_inverse_fisher(x64, family, lam):
+    lam = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), lam)
+    mu, v = family.expectation(lam), direction(family, lam, 3)
+    dmu = family.fisher_product(lam, v)
+    solve = family.natural_from_expectation
+    pushed = jax.jit(lambda mu, dmu: jax.jvp(solve, (mu,), (dmu,)))(mu, dmu)
+    near(pushed, (lam, v), rtol=1e-7, atol=1e-8)
+    pulled = jax.jit(lambda mu, v: jax.vjp(solve, mu)[1](v)[0])(mu, v)  # F^-1 is symmetric
+    close(family.inner(pulled, dmu), family.inner(v, v), rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("family", "mu"),
+    [
+        (PlainGamma(), TwoExpectation(0.1, 1.0)),  # E log x > log E x
+        (PlainGamma(), TwoExpectation(0.0, -1.0)),
+        (PlainGamma(), TwoExpectation(np.nan, 1.0)),
+        (PlainPoisson(), OneExpectation(-1.0)),
+        (PlainPoisson(), OneExpectation(np.nan)),
+        (PlainPoisson(), OneExpectation(np.inf)),
+        (PlainGaussian(), GaussianExpectation(MEAN, np.outer(MEAN, MEAN) + INDEFINITE)),
+        (NORMAL, GaussianExpectation(2.0, 4.0)),
+        (NORMAL, GaussianExpectation(2.0, 3.0)),
+        (NORMAL, GaussianExpectation(np.nan, 1.0)),
+        (NORMAL, GaussianExpectation(0.0, np.inf)),
+        (NORMAL, GaussianExpectation(np.inf, np.inf)),
+        (GAUSSIAN, GaussianExpectation(MEAN, np.outer(MEAN, MEAN) + INDEFINITE)),
+        (GAUSSIAN, GaussianExpectation(MEAN, np.outer(MEAN, MEAN))),
+        (GAUSSIAN, GaussianExpectation(MEAN, np.full((2, 2), np.nan))),
+        (FIXED, families.FixedExpectation(MEAN * np.nan, SHARED)),
+    ],
+)
+def test_unreachable_mu_is_reported_and_never_a_guess(x64, family, mu):
+    mu = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), mu)
+    lam, status = family.natural_from_expectation(mu, with_status=True)
+    assert not bool(status)
+    assert not bool(family.in_domain(lam))
+
+
+def test_one_bad_element_of_a_batch_leaves_the_others(x64):
+    mu = TwoExpectation(jnp.array([0.1, -0.5]), jnp.array([1.0, 1.0]))
+    lam, status = PlainGamma().natural_from_expectation(mu, with_status=True)
+    assert status.tolist() == [False, True]
+    near(
+        PlainGamma().expectation(jax.tree.map(lambda x: x[1], lam)),
+        jax.tree.map(lambda x: x[1], mu),
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize(
+    ("domain", "inside", "outside"),
+    [
+        (_domain.real(), [-1e30, 0.0, 1e30], [np.nan, np.inf]),
+        (_domain.positive(), [1e-30, 1.0], [0.0, -1.0, np.nan, np.inf]),
+        (_domain.negative(), [-1e-30, -1.0], [0.0, 1.0, np.nan, -np.inf]),
+        (_domain.above(-1.0), [-0.999, 5.0], [-1.0, -2.0]),
+        (
+            _domain.positive_definite(),
+            [spd(0)],
+            [INDEFINITE, -np.eye(2), np.zeros((2, 2)), np.eye(2) * np.nan],
+        ),
+        (_domain.negative_definite(), [-spd(0)], [INDEFINITE, np.eye(2)]),
+    ],
+)
+def test_domains(x64, domain, inside, outside):
+    assert all(bool(domain.contains(jnp.asarray(x))) for x in inside)
+    assert not any(bool(domain.contains(jnp.asarray(x))) for x in outside)
+    assert bool(domain.contains(domain.inside(jnp.asarray(inside[0]))))
+    x, d = (
+        jnp.asarray(inside[-1]),
+        0.1 * jnp.asarray(outside[0] if np.all(np.isfinite(outside[0])) else inside[0]),
+    )
+    for t in (-1e3, -1.0, 1.0, 1e3):
+        assert bool(domain.contains(domain.retract(x, t * d)))
+    zero = jnp.zeros_like(d)
+    close(jax.jvp(lambda d: domain.retract(x, d), (zero,), (d,))[1], d, atol=1e-12)
+
+
+# --- known fields and batches through the defaults ------------------------------------------------
+
+
+@families.register("test_binomial")
+class KnownTotal(families.Family):
+    """A binomial that overrides nothing: total is known, and the base measure is left out."""
+
+    Natural = collections.namedtuple("KnownTotalNatural", ["logit", "total"])
+    Expectation = collections.namedtuple("KnownTotalExpectation", ["logit", "total"])
+    domains: ClassVar[dict] = {"logit": families.Domain()}
+    known = ("total",)
+
+    def log_partition(self, lam):
+        return lam.total * jax.nn.softplus(lam.logit)
+
+
+def test_known_fields_pass_through_the_defaults(x64):
+    family = families.get("test_binomial")
+    lam = family.Natural(jnp.array([0.3, -2.0]), jnp.array([7.0, 3.0]))
+    mu = family.expectation(lam)
+    np.testing.assert_allclose(mu.logit, lam.total * jax.nn.sigmoid(lam.logit), rtol=1e-12)
+    np.testing.assert_array_equal(mu.total, lam.total)
+    back, converged = family.natural_from_expectation(mu, with_status=True)
+    assert np.all(converged)
+    np.testing.assert_allclose(back.logit, lam.logit, rtol=1e-9)
+    np.testing.assert_array_equal(back.total, lam.total)
+    change = family.fisher_product(lam, family.Natural(jnp.ones(2), jnp.ones(2)))
+    p = jax.nn.sigmoid(lam.logit)
+    np.testing.assert_allclose(change.logit, lam.total * p * (1 - p), rtol=1e-12)
+    np.testing.assert_array_equal(change.total, np.zeros(2))
+
+
+def test_the_solve_is_differentiable_for_batches(x64):
+    family = families.get("test_binomial")
+    mu = family.Expectation(jnp.array([2.0, 1.0]), jnp.array([7.0, 3.0]))
+
+    def total(x):
+        return jnp.sum(family.natural_from_expectation(mu._replace(logit=x)).logit)
+
+    p = mu.logit / mu.total
+    np.testing.assert_allclose(jax.grad(total)(mu.logit), 1 / (mu.total * p * (1 - p)), rtol=1e-9)
+
+
+def test_families_are_static_and_hashable():
+    for name in families.names():
+        family = families.get(name)
+        assert jax.tree.leaves(family) == []
+        assert hash(family) == hash(families.get(name)) and family == families.get(name)
+        assert not callable(family)
+        assert families.get(family) is family
+
+
+def test_registry_errors_list_what_is_known():
+    with pytest.raises(ValueError, match=r"unknown family 'gausian'; known: .*gaussian.*normal"):
+        families.get("gausian")
+    with pytest.raises(ValueError, match="'normal' is taken"):
+        families.register("normal")
+
+
+def test_no_location_says_what_to_pass():
+    with pytest.raises(ValueError, match="PlainGamma has no location: pass init="):
+        PlainGamma().natural_at(jnp.zeros(()))
+
+
+def test_tracing_checks_nothing_and_returns_nan_free_errors_only_eagerly():
+    lam = jax.jit(lambda v: NORMAL.natural(mean=0.0, variance=v))(-1.0)
+    assert not bool(NORMAL.in_domain(lam))
+
+
+def test_domain_is_a_value():
+    assert Domain(2, -1) == _domain.negative_definite() and Domain() == _domain.real()

@@ -1,0 +1,499 @@
+"""`blr_update` on every registered family: conjugate Bayes, every estimator, jit, scan, vmap."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from family_rows import CORE, ROWS, mark_slow
+from family_tools import learnt, natural
+from tools import close, near
+
+import blr_optax as blr
+from blr_optax import estimators, families
+
+every_name = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=mark_slow(name, CORE)) for name in ROWS]
+)
+
+
+def posterior_of(row, index=0):
+    return blr.Posterior(row.family, natural(row, row.members[index]))
+
+
+def floats(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(float)), tree)
+
+
+def run(tx, q, steps=1, batch=()):
+    """State after a few updates, starting at the mean of q; the updates follow the mean."""
+    params = floats(q.mean)
+    state = tx.init(params)
+    update = jax.jit(lambda s, p: tx.update(None, s, p, batch=batch))
+    for _ in range(steps):
+        updates, state = update(state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+# --- conjugate Bayes: one step from any start is the textbook answer ------------------------------
+
+COUNTS = np.array([3.0, 5.0, 0.0, 2.0])
+REALS = np.array([1.2, -0.4, 0.7, 2.5])
+PLANE = np.array([[1.0, 0.3], [0.2, -1.0], [2.0, 0.5], [-0.3, 0.1], [0.4, 1.2]])
+
+
+def beta_bernoulli():
+    """Three successes in four trials."""
+    loss = lambda mu, y: -jnp.sum(y * mu.log + (1 - y) * mu.log1m)  # noqa: E731
+    prior, data = {"alpha": 2.0, "beta": 3.0}, jnp.array([1.0, 0.0, 1.0, 1.0])
+    return "beta", prior, {"alpha": 0.3, "beta": 9.0}, loss, data, {"alpha": 5.0, "beta": 4.0}
+
+
+def gamma_poisson():
+    loss = lambda mu, y: -jnp.sum(y * mu.log - mu.linear)  # noqa: E731
+    answer = {"concentration": 2.0 + COUNTS.sum(), "rate": 0.5 + len(COUNTS)}
+    start = {"concentration": 40.0, "rate": 7.0}
+    return "gamma", {"concentration": 2.0, "rate": 0.5}, start, loss, COUNTS, answer
+
+
+def gamma_exponential():
+    loss = lambda mu, y: -jnp.sum(mu.log - y * mu.linear)  # noqa: E731
+    y = np.exp(REALS)
+    answer = {"concentration": 2.0 + len(y), "rate": 0.5 + y.sum()}
+    start = {"concentration": 0.1, "rate": 7.0}
+    return "gamma", {"concentration": 2.0, "rate": 0.5}, start, loss, y, answer
+
+
+def dirichlet_categorical():
+    loss = lambda mu, n: -jnp.sum(n * mu.log)  # noqa: E731
+    prior = np.array([1.0, 0.5, 2.0, 1.0])
+    start = {"concentration": np.array([9.0, 0.1, 1.0, 3.0])}
+    answer = {"concentration": prior + COUNTS}
+    return "dirichlet", {"concentration": prior}, start, loss, COUNTS, answer
+
+
+def normal_gamma():
+    """Unknown mean and precision (Murphy 2007, Sec. 3)."""
+
+    def loss(mu, y):
+        square = y**2 * mu.precision - 2 * y * mu.linear + mu.quadratic
+        return -jnp.sum(0.5 * mu.log - 0.5 * square)
+
+    prior = {"mean": 0.5, "kappa": 2.0, "concentration": 3.0, "rate": 1.5}
+    start = {"mean": -4.0, "kappa": 0.1, "concentration": 1.0, "rate": 9.0}
+    n, mean = len(REALS), REALS.mean()
+    kappa = 2.0 + n
+    rate = 1.5 + 0.5 * np.sum((REALS - mean) ** 2) + 2.0 * n * (mean - 0.5) ** 2 / (2 * kappa)
+    answer = {
+        "mean": (2.0 * 0.5 + REALS.sum()) / kappa,
+        "kappa": kappa,
+        "concentration": 3.0 + n / 2,
+        "rate": rate,
+    }
+    return "normal_gamma", prior, start, loss, REALS, answer
+
+
+def normal_wishart():
+    """Unknown mean vector and precision matrix (Murphy 2007, Sec. 8)."""
+
+    def loss(mu, x):
+        second = jnp.einsum("ni,ij,nj->", x, mu.matrix, x)
+        cross = jnp.sum(x @ mu.linear)
+        return -(0.5 * len(x) * (mu.log_det - mu.quadratic) + cross - 0.5 * second)
+
+    m0, w0 = np.array([0.5, -0.5]), np.array([[1.0, 0.2], [0.2, 0.5]])
+    prior = {"mean": m0, "kappa": 2.0, "scale": w0, "degrees": 4.0}
+    start = {"mean": 3 * m0, "kappa": 0.3, "scale": np.eye(2), "degrees": 9.0}
+    n, mean = len(PLANE), PLANE.mean(0)
+    scatter = (PLANE - mean).T @ (PLANE - mean)
+    shift = (2.0 * n / (2.0 + n)) * np.outer(mean - m0, mean - m0)
+    answer = {
+        "mean": (2.0 * m0 + n * mean) / (2.0 + n),
+        "kappa": 2.0 + n,
+        "scale": np.linalg.inv(np.linalg.inv(w0) + scatter + shift),
+        "degrees": 4.0 + n,
+    }
+    return "normal_wishart", prior, start, loss, PLANE, answer
+
+
+CONJUGATE = [
+    beta_bernoulli,
+    gamma_poisson,
+    gamma_exponential,
+    dirichlet_categorical,
+    normal_gamma,
+    normal_wishart,
+]
+
+
+@pytest.mark.parametrize("problem", CONJUGATE, ids=lambda f: f.__name__)
+def test_one_step_is_the_textbook_posterior(x64, problem):
+    name, prior, start, loss, data, answer = problem()
+    family = families.get(name)
+    prior, start, answer = (
+        blr.Posterior(family, family.natural(**{k: jnp.asarray(v) for k, v in s.items()}))
+        for s in (prior, start, answer)
+    )
+    tx = blr.blr_update(
+        name, loss, 1.0, prior=prior, init=start, estimator=estimators.exact(), step="plain"
+    )
+    params, state = run(tx, start, batch=(jnp.asarray(data),))
+    found = blr.posterior(state, params)
+    near(tuple(found.natural), tuple(answer.natural), rtol=1e-12, atol=1e-12)
+    near(params, answer.mean, rtol=1e-10, atol=1e-11)
+    # The same data as a conjugate term, shared out over `ess` examples.
+    site = (answer / prior) ** 0.25
+    term = estimators.conjugate(site.natural)
+    tx = blr.blr_update(name, term, 1.0, ess=4.0, prior=prior, init=start)
+    found = blr.posterior(run(tx, start)[1], params)
+    near(tuple(found.natural), tuple(answer.natural), rtol=1e-12, atol=1e-12)
+
+
+@every_name
+def test_conjugate_terms_and_posterior_arithmetic(x64, name):
+    """prior * site from any start in one step, and the site back out of it."""
+    row = ROWS[name]
+    prior, start = posterior_of(row, 0), posterior_of(row, 1)
+    known = {k: getattr(prior.natural, k) for k in row.family.known}
+    site = blr.Posterior(row.family, natural(row, row.members[-1])._replace(**known))
+    answer = prior * site
+    tx = blr.blr_update(
+        row.family, estimators.conjugate(site.natural), 1.0, prior=prior, init=start, step="plain"
+    )
+    state = tx.init(floats(start.mean))
+    _, state = tx.update(None, state, floats(start.mean))
+    near(tuple(state.natural), tuple(answer.natural), rtol=1e-11, atol=1e-11)
+    near(tuple((answer / prior).natural), tuple(site.natural), rtol=1e-9, atol=1e-9)
+    near(tuple((prior**0.5 * prior**0.5).natural), tuple(prior.natural), rtol=1e-12)
+    assert bool(prior.proper)
+    assert not bool(blr.Posterior(row.family, jax.tree.map(jnp.asarray, row.outside[0])).proper)
+
+
+# --- every family learns --------------------------------------------------------------------------
+
+
+def bent(theta, shift=0.2):
+    """A mean loss that is not linear in any statistic."""
+    total = sum(jnp.sum(jnp.sin(0.5 * x + shift)) for x in jax.tree.leaves(theta))
+    return total + 0.1 * total**2
+
+
+def expected(row, natural_, loss=bent):
+    """E_q[loss] + KL(q || prior) by a large common sample, for comparing members."""
+    draws = row.family.sample(jax.random.key(9), natural_, (20_000,))
+    prior = natural(row, row.members[0])
+    return float(jnp.mean(jax.vmap(loss)(draws)) + row.family.kl(natural_, prior))
+
+
+@every_name
+def test_learning_lowers_the_free_energy(x64, name):
+    """From another member towards the optimum, with the family's default estimator."""
+    row = ROWS[name]
+    start = posterior_of(row, 1)
+    tx = blr.blr_update(row.family, bent, 0.2, prior=posterior_of(row), init=start, key=3)
+    params, state = run(tx, start, steps=15)
+    q = blr.posterior(state, params)
+    assert int(state.skipped) == 0 and int(state.count) == 15
+    over = state.rule.family
+    assert bool(over.in_domain(q.natural))
+    reached = row.family.Natural(*q.natural)
+    assert expected(row, reached) < expected(row, start.natural)
+    near(params, q.mean, rtol=1e-6, atol=1e-8)
+    weights = blr.sample(state, params)
+    assert np.all(np.isfinite(over.log_prob(q.natural, weights)))
+
+
+def fitting(family, total=None):
+    """All estimators that apply to a family, for a loss of theta."""
+    found = {"score_function": estimators.score_function(20)}
+    found["least_squares"] = estimators.least_squares(30)
+    if family.reparameterized:
+        found["reparameterized"] = estimators.reparameterized(3)
+    if family.enumerable:
+        found["enumerate"] = estimators.enumerate(total)
+    if family.relaxable:
+        found["concrete"] = estimators.concrete(0.5, 3)
+    if getattr(family, "curvature", None):
+        found["monte_carlo"] = estimators.monte_carlo(2)
+        found["delta"] = estimators.delta()
+        found["gauss_hermite"] = estimators.gauss_hermite(3)
+        found["cubature"] = estimators.cubature()
+    return found
+
+
+EACH = [
+    pytest.param(name, rule, id=f"{name}-{rule}", marks=[pytest.mark.slow])
+    for name, row in ROWS.items()
+    for rule in fitting(row.family)
+]
+
+
+@pytest.mark.parametrize(("name", "rule"), EACH)
+def test_every_estimator_that_applies(x64, name, rule):
+    """Under jit, scan, schedules and chain: finite steps inside the domain, one state type."""
+    row = ROWS[name]
+    start = posterior_of(row, 1)
+    total = int(row.members[0]["total"]) if name in ("binomial", "multinomial") else None
+    tx = optax.chain(
+        blr.blr_update(
+            row.family,
+            lambda theta, shift: bent(theta, shift),
+            optax.linear_schedule(0.3, 0.1, 4),
+            ess=optax.constant_schedule(2.0),
+            prior=posterior_of(row),
+            init=start,
+            estimator=fitting(row.family, total)[rule],
+        )
+    )
+    params = floats(start.mean)
+
+    def step(carry, shift):
+        params, state = carry
+        updates, state = tx.update(None, state, params, batch=(shift,))
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, tx.init(params))
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, jnp.linspace(0.1, 0.4, 4)))(carry)
+    q = blr.posterior(state, params)
+    assert bool(q.family.in_domain(q.natural)) and int(state[0].skipped) == 0
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), learnt(row.family, q.natural),
+                         learnt(row.family, start.natural))  # fmt: skip
+    assert any(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(
+    "name", ["gamma", "bernoulli", pytest.param("dirichlet", marks=pytest.mark.slow)]
+)
+def test_an_ensemble_under_vmap_is_its_members(x64, name):
+    row = ROWS[name]
+    start = posterior_of(row, 1)
+    tx = blr.blr_update(row.family, bent, 0.2, prior=posterior_of(row), init=start)
+    params = floats(start.mean)
+    states = jax.vmap(tx.init)(jax.tree.map(lambda x: jnp.stack([x, x]), params))
+    states = blr.reseed(states, jax.random.key(4))
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    updates, after = jax.vmap(lambda s, p: tx.update(None, s, p))(states, both)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], states)
+        alone, state = tx.update(None, one, params)
+        near(jax.tree.map(lambda x, i=i: x[i], updates), alone, rtol=1e-9, atol=1e-10)
+        near(tuple(jax.tree.map(lambda x, i=i: x[i], after.natural)), tuple(state.natural),
+             rtol=1e-9, atol=1e-10)  # fmt: skip
+    assert not np.allclose(*jax.tree.leaves(after.natural)[0])
+
+
+def test_elementwise_families_act_on_pytrees(x64):
+    """Weights in {-1, +1}, as a binary network has them: a mean field over the tree."""
+    params = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(2)}
+    family = families.MeanField(families.get("rademacher"))
+    prior = blr.Posterior(family, family.natural(logit=jax.tree.map(jnp.zeros_like, params)))
+    wanted = {"w": jnp.array([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]]), "b": jnp.array([1.0, -1.0])}
+
+    def loss(theta):
+        return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), theta, wanted)))
+
+    tx = blr.blr_update(
+        "rademacher", loss, 0.5, prior=prior, estimator=estimators.concrete(0.5, 10)
+    )
+    state = tx.init(params)
+    update = jax.jit(lambda s, p: tx.update(None, s, p))
+    for _ in range(20):
+        updates, state = update(state, params)
+        params = optax.apply_updates(params, updates)
+    near(jax.tree.map(jnp.sign, params), wanted)
+    drawn = blr.sample(state, params)
+    assert {float(x) for leaf in jax.tree.leaves(drawn) for x in leaf.ravel()} <= {-1.0, 1.0}
+
+
+def test_a_product_is_variational_message_passing(x64):
+    """Unknown mean and precision under a factorised q: the fixed point is that of VMP."""
+    family = families.Product({"mean": families.get("normal"), "precision": families.get("gamma")})
+    prior = blr.Posterior(
+        family,
+        family.natural(
+            mean={"mean": 0.5, "precision": 0.1}, precision={"concentration": 2.0, "rate": 1.0}
+        ),
+    )
+    y = jnp.asarray(REALS)
+
+    def energy(mu):
+        m, t = mu.parts["mean"], mu.parts["precision"]
+        square = jnp.sum(y**2 - 2 * y * m.linear + m.quadratic)
+        return -(0.5 * len(y) * t.log - 0.5 * t.linear * square)
+
+    tx = blr.blr_update(family, energy, 0.5, prior=prior, estimator=estimators.exact())
+    params = floats(prior.mean)
+    state = tx.init(params)
+    update = jax.jit(lambda s, p: tx.update(None, s, p))
+    for _ in range(120):
+        updates, state = update(state, params)
+        params = optax.apply_updates(params, updates)
+    # Coordinate ascent by hand (papers.md 3.13).
+    precision, mean, variance = 1.0, 0.0, 1.0
+    for _ in range(300):
+        s = 0.1 + len(REALS) * precision
+        mean, variance = (0.1 * 0.5 + precision * REALS.sum()) / s, 1 / s
+        rate = 1.0 + 0.5 * np.sum((REALS - mean) ** 2 + variance)
+        precision = (2.0 + len(REALS) / 2) / rate
+    close(params["mean"], mean, rtol=1e-9)
+    close(params["precision"], precision, rtol=1e-9)
+    close(blr.posterior(state, params).variance["mean"], variance, rtol=1e-9)
+
+
+def test_errors_name_the_way_out():
+    gamma = families.get("gamma")
+    start = blr.Posterior(gamma, gamma.natural(concentration=2.0, rate=1.0))
+    with pytest.raises(ValueError, match=r"Gamma has no location .* pass init= or prior="):
+        blr.blr_update("gamma", bent, 0.1).init(jnp.ones(()))
+    with pytest.raises(ValueError, match=r"params must be like the mean of q"):
+        blr.blr_update("gamma", bent, 0.1, init=start).init(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"Gamma has no finite support"):
+        blr.blr_update("gamma", bent, 0.1, init=start, estimator=estimators.enumerate())
+    tx = blr.blr_update("gamma", bent, 0.1, init=start, estimator=estimators.exact())
+    with pytest.raises(ValueError, match=r"needs a Gaussian family that learns its precision"):
+        blr.blr_update("gamma", bent, 0.1, init=start, step="square_root")
+    assert tx.init(jnp.asarray(2.0)).natural.log == 1.0
+    tree = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=r"Bernoulli has no location.*MeanField\(Bernoulli"):
+        blr.blr_update("bernoulli", bent, 0.1).init(tree)
+    with pytest.raises(ValueError, match=r"Posterior: family='gamma' is a name"):
+        blr.Posterior("gamma", start.natural)
+    with pytest.raises(ValueError, match=r"factor 't' is a dict .* GammaNatural; got float"):
+        families.Product({"t": gamma}).natural(t=1.0)
+    wrong = blr.blr_update("gamma", jnp.log, 0.1, init=start, estimator=estimators.exact())
+    with pytest.raises(TypeError) as caught:
+        wrong.update(None, wrong.init(start.mean), start.mean)
+    assert "calls the loss with mu" in str(caught.value.__notes__)
+
+
+# --- conditional families: block updates through the same call ------------------------------------
+
+CENTRE = np.array([1.0, -0.5])
+CONDITIONAL_STARTS = {
+    "mixture": {
+        "weights": np.array([0.3, 0.7]),
+        "mean": np.array([[0.5, 0.0], [-0.5, 0.3]]),
+        "precision": np.stack([np.eye(2), 2 * np.eye(2)]),
+    },
+    "skew_gaussian": {"mean": np.zeros(2), "skew": np.array([0.1, 0.2]), "precision": np.eye(2)},
+    "student_t": {"mean": np.zeros(2), "scale": np.eye(2), "degrees": 5.0},
+    "gaussian_low_rank": {
+        "mean": np.zeros(2),
+        "diagonal": np.ones(2),
+        "factor": np.array([[0.3], [0.1]]),
+    },
+    "matrix_gaussian": {
+        "mean": np.zeros((2, 1)),
+        "row_precision": np.eye(2),
+        "column_precision": np.eye(1),
+    },
+}
+
+
+def bowl(theta, scale):
+    """Half a squared distance to CENTRE, per unit of scale."""
+    return 0.5 * jnp.sum((theta.reshape(2) - CENTRE) ** 2 * jnp.array([1.0, 3.0])) / scale
+
+
+@pytest.mark.parametrize("name", CONDITIONAL_STARTS)
+def test_conditional_families_update_through_the_same_call(x64, name):
+    """The optimum is N(CENTRE, diag(1, 1/3)), which each of these families contains or borders."""
+    family = families.get(name)
+    start = family.natural(**{k: jnp.asarray(v) for k, v in CONDITIONAL_STARTS[name].items()})
+    start = blr.Posterior(family, start)
+    tx = optax.chain(
+        blr.blr_update(
+            name,
+            bowl,
+            optax.linear_schedule(0.3, 0.05, 60),
+            ess=10.0,
+            init=start,
+            estimator=estimators.monte_carlo(20, antithetic=True),
+        )
+    )
+    params = floats(start.mean)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(None, state, params, batch=(10.0,))
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, tx.init(params))
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, None, length=60))(carry)
+    q = blr.posterior(state, params)
+    assert int(state[0].skipped) == 0 and bool(q.proper)
+    close(q.mean.reshape(2), CENTRE, atol=0.1)
+    close(q.variance.reshape(2), [1.0, 1 / 3], rtol=0.25)
+    near(params, q.mean, rtol=1e-9, atol=1e-9)
+    assert np.all(np.isfinite(q.log_prob(blr.sample(state, params))))
+    assert q.sample(jax.random.key(0), (3,)).shape == (3, *params.shape)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n == "mixture" else [pytest.mark.slow])
+        for n in CONDITIONAL_STARTS
+        if n != "matrix_gaussian"
+    ],
+)
+def test_conditional_families_over_a_tree_are_those_over_its_flat_vector(x64, name):
+    """The same draws and the same steps, whether theta is a vector or a tree of its parts."""
+    family = families.get(name)
+    start = family.natural(**{k: jnp.asarray(v) for k, v in CONDITIONAL_STARTS[name].items()})
+    start, flat = blr.Posterior(family, start), floats(family.mean(start))
+    tree = lambda theta: {"a": theta[:1].reshape(1, 1), "b": theta[1]}  # noqa: E731
+    whole = lambda theta: jnp.append(theta["a"].ravel(), theta["b"])  # noqa: E731
+    prior = blr.Posterior(families.get("gaussian_diagonal"),
+                          families.get("gaussian_diagonal").natural(
+                              mean=tree(jnp.zeros(2)), precision=0.1))  # fmt: skip
+
+    def run(params, loss, **more):
+        tx = blr.blr_update(name, loss, 0.2, ess=10.0, init=start, **more)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(None, state, params, batch=(10.0,))
+            params = optax.apply_updates(params, updates)
+        return params, blr.posterior(state, params), blr.sample(state, params)
+
+    vector, q, draw = run(flat, bowl)
+    found, r, other = run(tree(flat), lambda theta, scale: bowl(whole(theta), scale))
+    near(found, tree(vector), rtol=1e-9, atol=1e-12)
+    near(other, tree(draw), rtol=1e-9, atol=1e-12)
+    near(r.variance, tree(q.variance), rtol=1e-9)
+    close(r.log_prob(other), q.log_prob(draw), rtol=1e-9)
+    pulled, _, _ = run(tree(flat), lambda theta, s: bowl(whole(theta), s), prior=prior)
+    assert np.any(whole(pulled) != whole(found))
+    again = blr.blr_update(name, bowl, 0.2, init=r)  # a posterior is a first posterior again
+    near(again.init(found).natural, r.natural)
+
+
+def test_matrix_gaussian_over_a_tree_is_refused():
+    family = families.get("matrix_gaussian")
+    with pytest.raises(ValueError, match="not over a tree"):
+        families.RaveledConditional.like(family, {"a": jnp.ones(2), "b": jnp.ones(2)})
+
+
+def test_conditional_families_refuse_what_they_cannot_do():
+    mixture = families.get("mixture")
+    start = blr.Posterior(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))
+    cases = [
+        ({"estimator": estimators.enumerate()}, r"take monte_carlo\(...\) or delta"),
+        ({"estimator": estimators.monte_carlo(2, generator="hash")}, "'hash' is for Gaussian"),
+        ({"step": "plain"}, "Mixture knows auto, improved"),
+        ({"loss": estimators.conjugate(start.natural)}, "one plain function"),
+        ({"family": "student_t", "estimator": estimators.delta()}, "never looks away"),
+    ]
+    for change, message in cases:
+        given = {"family": "mixture", "loss": bowl, "learning_rate": 0.1, "init": start, **change}
+        with pytest.raises(ValueError, match=message):
+            blr.blr_update(
+                given.pop("family"), given.pop("loss"), given.pop("learning_rate"), **given
+            )
+    with pytest.raises(ValueError, match="no location"):
+        blr.blr_update("mixture", bowl, 0.1).init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="is no exponential family"):
+        start * start
+    with pytest.raises(ValueError, match="conditional"):
+        estimators.natural_gradient("mixture", bowl)
