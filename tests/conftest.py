@@ -1,10 +1,9 @@
 """What every test relies on: eight devices, deterministic examples, and four fixtures."""
 
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # These are read once, when jax starts; setting them later does nothing, and says nothing.
 assert "jax" not in sys.modules, "a pytest plugin imported jax before tests/conftest.py"
@@ -15,17 +14,20 @@ if not ON_DEVICE:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
+    # The suite compiles far more than it computes, and these halve the time that XLA takes. What
+    # users run is compiled with XLA's own choices: BLR_XLA=default tests that.
+    if os.environ.get("BLR_XLA") != "default":
+        os.environ["XLA_FLAGS"] += (
+            " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        )
 os.environ.setdefault("MPLBACKEND", "agg")
-# Every program is compiled once by a worker and the interpreters that it starts. Workers have a
-# folder each, as jax does not write its files at once. The folder lives as long as the run.
-COMPILED = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = tempfile.mkdtemp(prefix="blr_optax_compiled_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-elif "PYTEST_XDIST_WORKER" in os.environ:
+# A program is compiled once by a worker and the interpreters that it starts, and kept for the next
+# run. Workers have a folder each, as jax does not write its files at once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache"))
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -44,18 +46,21 @@ settings.load_profile("blr_optax")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave device tests out unless they are asked for, whatever -m says."""
+    """Keep together what shares programs; leave device tests out, whatever -m says.
+
+    With `--dist loadgroup` a worker gets all tests of a file, of a row in the files of the
+    contract, or of a notebook.
+    """
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        part = parameters.get("row", parameters.get("path", ""))
+        name = getattr(part, "name", getattr(part, "stem", ""))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
     if not ON_DEVICE:
         needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")
         for item in items:
             if item.get_closest_marker("device"):
                 item.add_marker(needs_device)
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove what was compiled, in the process that made the folder."""
-    if COMPILED is not None:
-        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

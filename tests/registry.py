@@ -1,7 +1,8 @@
 """One row per transformation: what it is, and what it can do. A new one is one more row.
 
 `tests/contract/test_contract.py` holds every row to the contract C1 to C19, except for the lines
-that a row is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot see masked
+that a row is exempt from: rows that evaluate the loss themselves have no core path (C15), cannot
+see masked
 parameters (C7, C10), take no curvature (C11, C13, C14), and have a loss of the plain tree, not of
 an nnx model (C16). Rows whose curvature is that of single examples, or whose second gradient is an
 adversary's, need `estimate`: they have no core path either (C15, C16), cannot derive the curvature
