@@ -14,7 +14,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 .DELETE_ON_ERROR:
 # Two pips must never write into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format bench docs clean
+.PHONY: help demo test slow coverage lint format bench docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -28,6 +28,9 @@ test: $(VENV)/.stamp-test  ## fast tests and the doctests of the package
 
 slow: $(VENV)/.stamp-test  ## the tests marked slow
 	$(PYTEST) -m "slow and not device" tests
+
+coverage: $(VENV)/.stamp-test  ## lines and branches that all tests reach
+	$(PYTEST) -m "not device" --doctest-modules --cov --cov-report=term-missing:skip-covered tests blr_optax
 
 lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 	$(BIN)/ruff check .

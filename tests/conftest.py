@@ -45,13 +45,17 @@ settings.register_profile(
 settings.load_profile("blr_optax")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares programs; leave device tests out, whatever -m says.
+    """Keep together what shares programs, and mark what is slow; leave device tests out.
 
-    With `--dist loadgroup` a worker gets all tests of a file, of a row in the files of the
-    contract, or of a notebook.
+    With `--dist loadgroup` a worker gets all tests of a file, of a row in a file over a registry,
+    or of a notebook. Slow are the rows of a registry that are not the first of their kind (each
+    registry's `rows`), and the files `*_long.py`.
     """
     for item in items:
+        if item.path.stem.endswith("_long"):
+            item.add_marker(pytest.mark.slow)
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         part = parameters.get("row", parameters.get("path", ""))
         name = getattr(part, "name", getattr(part, "stem", ""))

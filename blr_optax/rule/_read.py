@@ -198,7 +198,7 @@ def reseed(opt_state: Any, key: Array) -> Any:
     Raises:
         ValueError: when the state carries no posterior.
 
-    Source: the library's key convention, C9. For every row of `blr_update`.
+    Source: the line "Keys" of the contract (docs/contract.md). For every row of `blr_update`.
 
     Example:
       >>> import jax, jax.numpy as jnp, blr_optax as blr

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import registry
-import test_contract
-from registry import Row, make_batch, make_params, mean_loss
+from registry import make_batch, make_params, mean_loss
 
 import blr_optax as blr
 from blr_optax.optimizers.mixture_ivon import repulsion
@@ -243,55 +241,3 @@ def test_what_is_wrong_is_said():
     for name in ("weight_rate", "repulsion"):
         with pytest.raises(ValueError, match=name):
             blr.mixture_ivon(0.1, 10.0, **{name: -1.0})
-
-
-# --- the contract, over stacked parameters --------------------------------------------------------
-
-# Responsibilities are those of all leaves, so groups of a partition are other mixtures (C7); C14 to
-# C18 are those of `ivon`, whose parts these are, but for jit and scan, which the tests above use.
-ROW = Row("mixture_ivon", blr.mixture_ivon, {"learning_rate": 0.1, **COMMON}, noisy=True)
-LINES = [
-    (test_contract.test_c1_ignores_unknown_extra_arguments, {}),
-    (test_contract.test_c2_init_from_shapes, {}),
-    (test_contract.test_c2_map_params_finds_the_parameter_fields, {}),
-    (test_contract.test_c3_state_keeps_its_types, {}),
-    (test_contract.test_c3_float32_parameters_stay_float32_under_x64, {}),
-    (test_contract.test_c3_inside_cond_and_wrappers, {}),
-    (test_contract.test_c3_inside_multi_steps, {}),
-    (test_contract.test_c4_compiles_once, {}),
-    (test_contract.test_c5_updates_have_the_dtype_of_params, {"dtype": "float16"}),
-    (test_contract.test_c5_updates_have_the_dtype_of_params, {"dtype": "bfloat16"}),
-    (test_contract.test_c5_updates_have_the_dtype_of_params, {"dtype": "float64"}),
-    (test_contract.test_c6_states_are_named_tuples_with_plain_fields, {}),
-    (test_contract.test_c8_arrays_given_as_hyperparameters_survive_donation, {}),
-    (test_contract.test_c8_donation_deletes_nothing_that_is_needed, {}),
-    (test_contract.test_c9_keys_are_typed_and_steps_follow_from_the_count, {}),
-    (test_contract.test_c10_curvature_is_an_extra_tree, {"masking": True}),
-    (test_contract.test_c11_microbatches_and_samples_belong_to_estimate, {}),
-    (test_contract.test_c12_hyperparameters_are_numbers_arrays_or_schedules, {}),
-    (test_contract.test_c12_inject_hyperparams, {}),
-    *(
-        (
-            test_contract.test_c13_non_finite_statistics_skip_the_step_and_are_counted,
-            {"poison": poison, "bad": bad},
-        )
-        for poison, bad in (("grad", np.nan), ("curvature", np.inf))
-    ),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("line", "more"), LINES, ids=lambda x: getattr(x, "__name__", None) or str(x)
-)
-def test_contract_over_stacked_parameters(line, more, monkeypatch):
-    def make(dtype=jnp.float32):
-        return jax.tree.map(lambda x: jnp.stack([x, 0.5 - x]), make_params(dtype))
-
-    def total(params, x, y):
-        return stacked(mean_loss)(params, x, y)[0]
-
-    for module in (test_contract, registry):
-        monkeypatch.setattr(module, "make_params", make)
-        monkeypatch.setattr(module, "mean_loss", total)
-    line(row=ROW, **more)
