@@ -7,12 +7,16 @@ both, its position is not; everything that pairs two trees here pairs them by pa
 
 from __future__ import annotations
 
+import functools
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 
 def leaf_name(path: Any) -> str:
@@ -160,3 +164,13 @@ def fill(*trees: Any) -> Any:
         return next((leaf for leaf in leaves if not is_hole(leaf)), optax.MaskedNode())
 
     return jax.tree.map(first, *trees, is_leaf=is_hole)
+
+
+def total(f: Any, *trees: Any) -> Array:
+    """Sum of f over all entries of trees of one structure."""
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(f, *trees)), jnp.zeros(()))
+
+
+def ratio(a: Array, b: Array) -> Array:
+    """a / b, and 0 where both are."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)

@@ -27,8 +27,6 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.rule._numbers import check_positive, check_unit_interval
-from blr_optax.rule._precision_rule import PrecisionRule
-from blr_optax.rule._prior import prior_precision
 from blr_optax.rule._protocol import posterior_states
 from blr_optax.rule._read import covered
 
@@ -62,46 +60,6 @@ class Diagnostics(NamedTuple):
     skipped: Array | None
 
 
-def _total(f: Any, *trees: Any) -> Array:
-    """Sum of f over all entries of trees of one structure."""
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(f, *trees)), jnp.zeros(()))
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    """a / b, and 0 where both are."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
-
-
-def _relative_step(before: Array, after: Array) -> Array:
-    """The u >= -1 with after = before (1 + u + u^2 / 2), without cancellation for small u."""
-    x = jnp.maximum((after - before) / before, -0.5)
-    return 2.0 * x / (jnp.sqrt(1.0 + 2.0 * x) + 1.0)
-
-
-def _correction(
-    before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
-) -> tuple[Array | None, Array | None]:
-    """Shares of the second-order term in the move and in the precision."""
-    if not isinstance(after.rule, PrecisionRule):
-        return None, None
-    if after.rule.step in ("plain", "plain_old"):
-        return jnp.zeros(()), None if b2 is None else jnp.zeros(())
-    u = jax.tree.map(_relative_step, before.precision, after.precision)
-    if curvature is not None and b2 is not None:
-        given = _tree.matching_leaves(curvature, before.precision, "curvature")
-        d0 = prior_precision(weight_decay, before.prior, before.ess, before.precision, before.count)
-        u = jax.tree.map(
-            lambda u, p, c, d: jnp.where((1.0 - b2) * (c + d - p) < -p, -2.0 - u, u),
-            u, before.precision, given, d0,
-        )  # fmt: skip
-    first = _total(lambda p, u: jnp.sum(p * jnp.abs(u)), before.precision, u)
-    second = _total(lambda p, u: jnp.sum(0.5 * p * u * u), before.precision, u)
-    of_move = _ratio(second, first + second)
-    if b2 is None:
-        return of_move, None
-    return of_move, second / ((1.0 - b2) * _total(jnp.sum, before.precision))
-
-
 def _clipped(part: Any, updates: Any, bound: Any) -> Array | None:
     """Share of coordinates at the bound, up to rounding."""
     if updates is None or bound is None:
@@ -114,7 +72,7 @@ def _clipped(part: Any, updates: Any, bound: Any) -> Array | None:
         return jnp.sum(jnp.abs(x.astype(edge.dtype)) >= edge)
 
     size = sum(x.size for x in jax.tree.leaves(updates))
-    return _total(count, updates, bound) / size
+    return _tree.total(count, updates, bound) / size
 
 
 def _signal_to_noise(part: Any, scale: Any, draws: Any) -> Array | None:
@@ -130,9 +88,9 @@ def _signal_to_noise(part: Any, scale: Any, draws: Any) -> Array | None:
         )
     (count,) = sizes
     relative = jax.tree.map(lambda c, p: c / p, draws, scale)
-    noise = _total(lambda c: jnp.sum(jnp.var(c, axis=0, ddof=1)), relative)
-    square = _total(lambda c: jnp.sum(jnp.square(jnp.mean(c, axis=0))), relative)
-    return jnp.sqrt(_ratio(jnp.maximum(square - noise / count, 0.0), noise))
+    noise = _tree.total(lambda c: jnp.sum(jnp.var(c, axis=0, ddof=1)), relative)
+    square = _tree.total(lambda c: jnp.sum(jnp.square(jnp.mean(c, axis=0))), relative)
+    return jnp.sqrt(_tree.ratio(jnp.maximum(square - noise / count, 0.0), noise))
 
 
 def diagnostics(
@@ -232,7 +190,7 @@ def _one(
     smallest = functools.reduce(jnp.minimum, [jnp.min(1.0 / v) for v in variances])
     ess = getattr(new, "ess", None)
     return Diagnostics(
-        *_correction(old, new, b2, curvature, weight_decay),
+        *new.rule.corrections(old, new, b2, curvature, weight_decay),
         clipped=_clipped(part, updates, bound),
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),

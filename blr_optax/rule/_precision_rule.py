@@ -17,12 +17,19 @@ from blr_optax._posterior import Posterior
 from blr_optax.estimators._curvature import Curvature, PerExampleSquares, Sample
 from blr_optax.estimators._noise import standard_normal
 from blr_optax.families import MeanField, Normal
+from blr_optax.rule._prior import prior_precision
 from blr_optax.rule._protocol import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax.rule._precision import ScaleByPrecisionState
+
+
+def _relative_step(before: Array, after: Array) -> Array:
+    """The u >= -1 with after = before (1 + u + u^2 / 2), without cancellation for small u."""
+    x = jnp.maximum((after - before) / before, -0.5)
+    return 2.0 * x / (jnp.sqrt(1.0 + 2.0 * x) + 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,29 @@ class PrecisionRule(Rule):
         total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
         mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
         return Posterior(family, family.from_mean(mean, total))
+
+    def corrections(
+        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+    ) -> tuple[Array | None, Array | None]:
+        """Shares of the second-order term in the move and in the precision."""
+        if self.step in ("plain", "plain_old"):
+            return jnp.zeros(()), None if b2 is None else jnp.zeros(())
+        u = jax.tree.map(_relative_step, before.precision, after.precision)
+        if curvature is not None and b2 is not None:
+            given = _tree.matching_leaves(curvature, before.precision, "curvature")
+            d0 = prior_precision(
+                weight_decay, before.prior, before.ess, before.precision, before.count
+            )
+            u = jax.tree.map(
+                lambda u, p, c, d: jnp.where((1.0 - b2) * (c + d - p) < -p, -2.0 - u, u),
+                u, before.precision, given, d0,
+            )  # fmt: skip
+        first = _tree.total(lambda p, u: jnp.sum(p * jnp.abs(u)), before.precision, u)
+        second = _tree.total(lambda p, u: jnp.sum(0.5 * p * u * u), before.precision, u)
+        of_move = _tree.ratio(second, first + second)
+        if b2 is None:
+            return of_move, None
+        return of_move, second / ((1.0 - b2) * _tree.total(jnp.sum, before.precision))
 
     def adversary(self, state: ScaleByPrecisionState, params: Any, grads: Any) -> Any:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""

@@ -70,6 +70,12 @@ class Rule:
         """What `estimate` averages for `update`: the curvature, but where it needs the noise."""
         return self.curvature(state, params, weights, grads)
 
+    def corrections(
+        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+    ) -> tuple[Array | None, Array | None]:
+        """Shares of a second-order term in a step of the precision and in the precision itself."""
+        return None, None
+
     def posterior(self, state: Any, params: Any) -> Posterior:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
