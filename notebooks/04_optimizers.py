@@ -116,6 +116,7 @@ latent, latent_state = fit(blr.ste(cosine(0.01)), jax.tree.map(lambda m: 0.1 * m
 def averaged(q: Any) -> Callable:
     """Probability of class 1 and its epistemic part, averaged over 64 draws of q."""
 
+    @jax.jit
     def probability(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         found = blr.predict(jax.random.key(3), q, logits, x, link=blr.binary_link)
         return found.probabilities[:, 1], found.epistemic
@@ -125,7 +126,7 @@ def averaged(q: Any) -> Callable:
 
 def single(w: Any) -> Callable:
     """Probability of class 1 of one network."""
-    return lambda x: (jax.nn.sigmoid(logits(w, x)), jnp.zeros(len(x)))
+    return jax.jit(lambda x: (jax.nn.sigmoid(logits(w, x)), jnp.zeros(len(x))))
 
 
 models = {
@@ -257,22 +258,23 @@ def approximate(components: int) -> Any:
     return blr.posterior(state, params)
 
 
-def divergence(q: Any) -> float:
+@jax.jit
+def divergence(q: Any) -> jax.Array:
     """KL(q || target) from 4000 draws."""
     theta = q.sample(jax.random.key(5), (4000,))
-    return float(jnp.mean(q.log_prob(theta) - jax.vmap(log_target)(theta)))
+    return jnp.mean(q.log_prob(theta) - jax.vmap(log_target)(theta))
 
 
 found = {count: approximate(count) for count in (1, 4, 8)}
 plane = jnp.stack(jnp.meshgrid(jnp.linspace(-5, 5, 101), jnp.linspace(-5, 5, 101)), -1)
-density = jnp.exp(jax.vmap(jax.vmap(log_target))(plane))
+density = jnp.exp(jax.jit(jax.vmap(jax.vmap(log_target)))(plane))
 figure, axes = plt.subplots(1, 4, figsize=(15, 3.8), sharey=True)
 axes[0].contourf(*plane.T, density.T, 20, cmap="Greys")
 axes[0].set_title("target")
 gaps = {}
 for ax, (count, q) in zip(axes[1:], found.items(), strict=True):
-    gaps[count] = divergence(q)
-    ax.contourf(*plane.T, jnp.exp(q.log_prob(plane)).T, 20, cmap="Greys")
+    gaps[count] = float(divergence(q))
+    ax.contourf(*plane.T, jnp.exp(jax.jit(q.log_prob)(plane)).T, 20, cmap="Greys")
     ax.plot(*q.standard()["mean"].T, "r+")
     ax.set_title(f"{count} component{'s' if count > 1 else ''}: KL {gaps[count]:.2f}")
 plt.show()

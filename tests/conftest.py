@@ -19,6 +19,7 @@ if not ON_DEVICE:
     if os.environ.get("BLR_XLA") != "default":
         os.environ["XLA_FLAGS"] += (
             " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+            " --xla_cpu_parallel_codegen_split_count=1"
         )
 os.environ.setdefault("MPLBACKEND", "agg")
 # A program is compiled once by a worker and the interpreters that it starts, and kept for the next

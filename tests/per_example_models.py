@@ -1,7 +1,9 @@
 """Models for the tests of `per_example`: every way in which a parameter can enter a loss.
 
-A row is (name, loss, params, batch, ways); the arrays are float64 and small. `ways` says of each
-parameter that does not go by its places which way it goes instead.
+A row is (name, loss, params, batch, ways, kind); the arrays are float64 and small. `ways` says of
+each parameter that does not go by its places which way it goes instead. `kind` is what the row is
+there for: the way of its parameters, or the place at which they enter; the fast run has the first
+row of every kind (`rows` in `per_example_networks`).
 """
 
 import math
@@ -21,6 +23,7 @@ class Row(NamedTuple):
     params: Any
     batch: tuple
     ways: dict[str, str]
+    kind: str = "dense"
 
 
 ROWS: dict[str, Row] = {}
@@ -47,24 +50,25 @@ def xent(logits, y):
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[..., None], -1))
 
 
-def row(params, batch=lambda r: (r.x(B, D), r.y(B)), **ways):
+def row(params, batch=lambda r: (r.x(B, D), r.y(B)), kind=None, **ways):
     """Adds the loss `f(params, *batch)` to the table under its name."""
+    kind = kind or next(iter(ways.values()), "dense")
 
     def add(f):
         draws = Draws(f.__name__)
-        ROWS[f.__name__] = Row(f.__name__, f, params(draws), batch(draws), ways)
+        ROWS[f.__name__] = Row(f.__name__, f, params(draws), batch(draws), ways, kind)
         return f
 
     return add
 
 
-def model(params, batch=lambda r: (r.x(B, D), r.y(B)), **ways):
+def model(params, batch=lambda r: (r.x(B, D), r.y(B)), kind=None, **ways):
     """Adds cross-entropy of the logits `f(params, x)`."""
 
     def add(f):
         loss = lambda p, x, y: xent(f(p, x), y)  # noqa: E731
         loss.__name__ = f.__name__
-        row(params, batch, **ways)(loss)
+        row(params, batch, kind, **ways)(loss)
         return f
 
     return add
@@ -116,7 +120,7 @@ def einsums(p, x):
     return (p["out"] @ jnp.tanh(h).mean(0)).T
 
 
-@model(lambda r: {"w": r(2, 4, 5), "v": r(K, 5, 2), "s": r.x(2)})
+@model(lambda r: {"w": r(2, 4, 5), "v": r(K, 5, 2), "s": r.x(2)}, kind="experts")
 def experts(p, x):
     h = jnp.tanh(jnp.einsum("bgi,gio->bgo", x.reshape(-1, 2, 4), p["w"])) * p["s"][:, None]
     return jnp.einsum("bgo,kog->bk", h, p["v"])
@@ -281,7 +285,9 @@ def lstm_large(p, x):
     return lstm(p, x)
 
 
-@model(lambda r: {"w": r(3, D, D), "b": r.x(3, D), "s": r.x(D), "v": r(D, K)}, s="copy")
+@model(
+    lambda r: {"w": r(3, D, D), "b": r.x(3, D), "s": r.x(D), "v": r(D, K)}, kind="loop", s="copy"
+)
 def scan_layers(p, x):
     def layer(h, w):
         h = jnp.tanh(h @ w["w"] + w["b"]) * p["s"]
@@ -291,7 +297,7 @@ def scan_layers(p, x):
     return h @ p["v"] + each.T
 
 
-@model(lambda r: {"w": r(2, D, D), "v": r(D, K)}, sequences, w="copy")
+@model(lambda r: {"w": r(2, D, D), "v": r(D, K)}, sequences, "loop", w="copy")
 def scan_in_scan(p, x):
     """Over layers, and in each over time."""
 

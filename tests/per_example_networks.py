@@ -5,6 +5,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import pytest
 from per_example_models import (
     ROWS,
     B,
@@ -43,6 +44,7 @@ def group_norm(h, groups):
         "t": r(3, 3, 12, K),
     },
     images(8, 7, 2),
+    "convolution",
 )
 def convnet(p, x):
     """Strided and dilated, grouped, depthwise, transposed."""
@@ -53,7 +55,8 @@ def convnet(p, x):
     return jax.lax.conv_transpose(h, p["t"], (2, 2), "SAME", dimension_numbers=NHWC).mean((1, 2))
 
 
-@model(lambda r: {"one": r(4, D, 3), "back": r(2, 4, K), "three": r(2, 2, 1, 1, 2)}, sequences)
+@model(lambda r: {"one": r(4, D, 3), "back": r(2, 4, K), "three": r(2, 2, 1, 1, 2)}, sequences,
+       "convolution")  # fmt: skip
 def convnet_layouts(p, x):
     """One and three dimensions, channels first, a kernel that is turned around."""
     h = jax.lax.conv_general_dilated(
@@ -71,12 +74,12 @@ def convnet_layouts(p, x):
 # --- embeddings and transformers ------------------------------------------------------------------
 
 
-@model(lambda r: {"e": r(11, D), "v": r(D, K)}, tokens(labels=(B,)))
+@model(lambda r: {"e": r(11, D), "v": r(D, K)}, tokens(labels=(B,)), "lookup")
 def embedding(p, x):
     return jnp.tanh(jnp.take(p["e"], x, axis=0).mean(1)) @ p["v"]
 
 
-@model(lambda r: {"e": r(600, D), "v": r(D, K)}, tokens(labels=(B,)))
+@model(lambda r: {"e": r(600, D), "v": r(D, K)}, tokens(labels=(B,)), "lookup")
 def embedding_large(p, x):
     """Most tokens are repeated within an example; negative ones count from the end."""
     return jnp.tanh(p["e"][x % 3 - 1] * 2).mean(1) @ p["v"]
@@ -92,7 +95,7 @@ def tied_head_large(p, x, y):
     return xent(jnp.tanh(p["e"][x] @ p["w"]) @ p["e"].T, y)
 
 
-@model(lambda r: {"e": r(11), "two": r(3, 4, D), "v": r(D, K)}, tokens(labels=(B,)))
+@model(lambda r: {"e": r(11), "two": r(3, 4, D), "v": r(D, K)}, tokens(labels=(B,)), "lookup")
 def other_gathers(p, x):
     h = p["two"][x % 3, x % 4] * p["e"][x][..., None]
     return jnp.tanh(h.mean(1)) @ p["v"]
@@ -151,5 +154,28 @@ for name, blocks in {
     "transformer_scan_remat": scanned(jax.checkpoint(block)),
 }.items():
     ROWS[name] = Row(
-        name, transformer_of(blocks), transformer_params(Draws(name)), tokens()(Draws(name)), {}
+        name,
+        transformer_of(blocks),
+        transformer_params(Draws(name)),
+        tokens()(Draws(name)),
+        {},
+        "loop" if "scan" in name else "dense",
     )
+
+
+# --- the fast and the slow ------------------------------------------------------------------------
+
+
+def first_fast(models):
+    """Parameters for pytest of (name, kind, values): the first of a kind is fast, others slow."""
+    models = list(models)
+    first = {kind: name for name, kind, _ in reversed(models)}
+    return [
+        pytest.param(*values, id=name, marks=[] if first[kind] == name else [pytest.mark.slow])
+        for name, kind, values in models
+    ]
+
+
+def rows():
+    """All models, for pytest."""
+    return first_fast((r.name, r.kind, [r]) for r in ROWS.values())

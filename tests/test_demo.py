@@ -1,14 +1,9 @@
-"""The demo: its table and files, its flags, and that a killed run ends as an uninterrupted one."""
+"""The demo: its table and files, its flags, and going on; `test_demo_long.py` kills it."""
 
 import io
 import json
-import os
-import random
 import re
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -28,6 +23,12 @@ QUICK = ["--optimizer", "sgd", "--seed", "0", "--epochs", "2"]
 def demo(out: Path, *arguments: str) -> dict:
     assert cli.main(["demo", "--out", str(out), *arguments]) == 0
     return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests of flags and of going on: the figures of `small` are enough."""
+    monkeypatch.setattr(_demo_report, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +206,7 @@ def test_a_list_can_be_written_in_three_ways(arguments, monkeypatch):
     assert (seen[0].optimizers, seen[0].seeds) == (("sgd", "ivon"), (3, 1))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_samples_matter_to_the_averaged_prediction_only(small, tmp_path):
     _, results, _ = small
     other = demo(tmp_path, "--optimizer", "ivon", "--seed", "0", "--epochs", "2", "--samples", "2")
@@ -216,6 +218,7 @@ def test_samples_matter_to_the_averaged_prediction_only(small, tmp_path):
     assert other["runs"][1]["nll"] != averaged["nll"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_starting_afresh_says_so_and_spares_foreign_files(tmp_path, capsys):
     first = demo(tmp_path, *QUICK)
     (tmp_path / "mine.txt").write_text("keep")
@@ -267,6 +270,7 @@ def test_a_missing_extra_is_named(name, monkeypatch, tmp_path, capsys):
 # --- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resume_trains_no_finished_run_again(tmp_path, monkeypatch):
     first = demo(tmp_path, *QUICK)
     monkeypatch.setattr(_demo, "_train_epoch", None)
@@ -299,6 +303,7 @@ def test_resume_with_other_settings_is_an_error(arguments, message, tmp_path, ca
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_interrupted_epoch_is_made_again(tmp_path, monkeypatch, small):
     monkeypatch.setattr(_demo, "CHECKPOINT_EVERY", 1)
     train_epoch, calls = _demo._train_epoch, []
@@ -318,50 +323,3 @@ def test_an_interrupted_epoch_is_made_again(tmp_path, monkeypatch, small):
     assert len(calls) == 3  # epochs 0, 1 (interrupted) and 1 again
     mine = [run for run in small[1]["runs"] if (run["optimizer"], run["seed"]) == ("ivon", 1)]
     assert results["runs"] == mine
-
-
-# A checkpoint after every epoch, so that a good part of all moments lies inside a save.
-PROGRAM = """
-import sys
-from blr_optax import _demo, cli
-_demo.CHECKPOINT_EVERY = 1
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def launch(out: Path, *arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)  # eight devices would only make it slower
-    command = [sys.executable, "-c", PROGRAM, "demo", "--out", str(out), *arguments]
-    command += ["--optimizer", "sgd,ivon", "--seed", "0", "--epochs", "40", "--samples", "4"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def epochs_behind(out: Path) -> int:
-    """Of both runs, by the numbers of their finished checkpoints."""
-    folders = (out / _demo.STATE).glob("*/*")
-    steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
-    return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path):
-    out, chance, kills = tmp_path / "killed", random.Random(0), 0
-    for share in (5, 15, 15, 15, 15, 10):  # of the 80 epochs
-        goal = epochs_behind(out) + chance.randint(1, share)
-        process = launch(out, "--resume")
-        while process.poll() is None and epochs_behind(out) < goal:
-            time.sleep(0.002)
-        time.sleep(chance.random() * 0.2)  # an epoch and its checkpoint take less
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
-    assert kills >= 4
-    for arguments in (["--resume"], []):
-        with launch(out if arguments else tmp_path / "whole", *arguments) as process:
-            process.communicate()
-        assert process.returncode == 0
-    killed, whole = ((tmp_path / name / "results.json").read_text() for name in ("killed", "whole"))
-    assert killed == whole

@@ -1,5 +1,7 @@
 """Metrics against the golden tables, scikit-learn, brute force, and identities."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,16 +25,24 @@ def close(actual, expected, rtol=1e-12, atol=0.0):
 
 
 def table(name):
-    return jnp.asarray(TABLES[name]["probs"]), jnp.asarray(TABLES[name]["y"])
+    probs = np.asarray(TABLES[name]["probs"], jnp.asarray(0.0).dtype)
+    return probs, np.asarray(TABLES[name]["y"])
+
+
+@functools.cache
+def compiled(f, **options):
+    """`f` as one program; an eager operation is a program of its own."""
+    return jax.jit(functools.partial(f, **options))
 
 
 # --- golden numbers, float64 ----------------------------------------------------------------------
 
 
-def classification_numbers(probs, labels):
+@jax.jit
+def classification_numbers(probs, labels, entropies):
     """Every scalar or per-example number a golden classification table may hold, by its key."""
     right, confidence = metrics.correct(probs, labels), probs.max(-1)
-    per_example, entropies = metrics.nll(probs, labels), metrics.entropy(probs)
+    per_example = metrics.nll(probs, labels)
     return {
         "accuracy": metrics.accuracy(probs, labels),
         "nll": per_example.mean(),
@@ -57,8 +67,10 @@ def classification_numbers(probs, labels):
 @pytest.mark.parametrize("name", TABLES)
 def test_golden_classification(x64, name):
     expected = {k: v for k, v in TABLES[name].items() if not k.startswith("ece_")}
+    probs, labels = table(name)
     # Not under jit: fused multiply-adds would break ties between entropies of permuted rows.
-    actual = classification_numbers(*table(name))
+    entropies = metrics.entropy(probs)
+    actual = classification_numbers(probs, labels, entropies)
     for key in expected.keys() - {"probs", "y"}:
         close(actual[key], expected[key])
 
@@ -66,7 +78,7 @@ def test_golden_classification(x64, name):
 @pytest.mark.parametrize(("name", "key"), CALIBRATIONS)
 def test_golden_calibration(x64, name, key):
     _, bins, closed, _ = key.split("_")
-    actual = metrics.calibration(*table(name), bins=int(bins), closed=closed)
+    actual = compiled(metrics.calibration, bins=int(bins), closed=closed)(*table(name))
     expected = dict(TABLES[name][key])
     close(actual.rms, expected.pop("rms_ce"))
     close(actual.edges, np.linspace(0, 1, int(bins) + 1))
@@ -74,13 +86,13 @@ def test_golden_calibration(x64, name, key):
         close(getattr(actual, field), value, atol=1e-16)
 
 
-def test_golden_out_of_distribution(x64):
-    expected = GOLDEN["ood"]
-    inside, outside = jnp.asarray(expected["probs_in"]), jnp.asarray(expected["probs_out"])
+@jax.jit
+def out_of_distribution_numbers(inside, outside, *entropies):
+    """What the golden section of that name holds, by its key."""
     scores, positive = metrics.in_vs_out(inside.max(-1), outside.max(-1))
-    certainty = metrics.in_vs_out(-metrics.entropy(inside), -metrics.entropy(outside))
+    certainty = metrics.in_vs_out(*(-e for e in entropies))
     point = metrics.fpr_at_tpr(scores, positive)
-    actual = {
+    return {
         "auroc_maxprob": metrics.auroc(scores, positive),
         "auroc_neg_entropy": metrics.auroc(*certainty),
         "aupr_in_maxprob": metrics.average_precision(scores, positive),
@@ -88,14 +100,21 @@ def test_golden_out_of_distribution(x64):
         "fpr_at_95tpr_maxprob": point.fpr,
         "threshold_at_95tpr": point.threshold,
     }
+
+
+def test_golden_out_of_distribution(x64):
+    expected = GOLDEN["ood"]
+    inside, outside = np.array(expected["probs_in"]), np.array(expected["probs_out"])
+    entropies = metrics.entropy(inside), metrics.entropy(outside)  # not under jit, as above
+    actual = out_of_distribution_numbers(inside, outside, *entropies)
     for key in expected.keys() - {"probs_in", "probs_out"}:
         close(actual[key], expected[key])
 
 
 def test_golden_entropy_split(x64):
     expected = GOLDEN["bald"]
-    probs = jnp.asarray(expected["sample_probs_N_S_K"])
-    split = metrics.entropy_split(probs, axis=1)
+    probs = np.array(expected["sample_probs_N_S_K"])
+    split = jax.device_get(compiled(metrics.entropy_split, axis=1)(probs))
     close(probs.mean(1), expected["mean_probs"])
     close(split.total, expected["total_entropy"])
     # The file's readme defines the aleatoric part as the mean entropy over samples; its numbers are
@@ -115,9 +134,10 @@ def test_golden_entropy_split(x64):
 
 def test_golden_nll_of_the_average_and_average_of_nlls(x64):
     expected = GOLDEN["bald"]["nll_of_mean_vs_mean_of_nll"]
-    probs, labels = jnp.asarray(GOLDEN["bald"]["sample_probs_N_S_K"]), jnp.asarray(expected["y"])
-    of_average = metrics.nll(probs.mean(1), labels).mean()
-    of_samples = metrics.nll(probs, jnp.broadcast_to(labels[:, None], probs.shape[:2])).mean()
+    probs, labels = np.array(GOLDEN["bald"]["sample_probs_N_S_K"]), np.array(expected["y"])
+    nll = compiled(metrics.nll)
+    of_average = np.mean(nll(probs.mean(1), labels))
+    of_samples = np.mean(nll(probs, np.broadcast_to(labels[:, None], probs.shape[:2])))
     close(of_average, expected["nll_of_averaged_probs"])
     close(of_samples, expected["average_of_nlls"])
     assert of_average < of_samples  # Jensen
@@ -125,16 +145,16 @@ def test_golden_nll_of_the_average_and_average_of_nlls(x64):
 
 def test_golden_regression(x64):
     expected = GOLDEN["regression"]
-    arrays = [jnp.asarray(expected[key]) for key in ("mean", "std", "y")]
+    arrays = [np.array(expected[key]) for key in ("mean", "std", "y")]
     levels = expected["central_interval_levels"]
-    r = metrics.regression(*arrays, levels=tuple(levels))
+    r = compiled(metrics.regression, levels=tuple(levels))(*arrays)
     actual = {
         "nll_mean": r.nll,
         "rmse": r.rmse,
         "mae": r.mae,
         "crps_mean": r.crps,
         "chi2_mean_z2": r.chi2,
-        "pit": metrics.gaussian_pit(*arrays),
+        "pit": compiled(metrics.gaussian_pit)(*arrays),
         "central_interval_levels": r.levels,
         "coverage": r.coverage,
         "mean_width": r.width,
@@ -165,18 +185,28 @@ def test_ranking_equals_scikit_learn_and_pair_counting(x64, levels):
     scores, positive = rng.integers(0, levels, 300) / levels, rng.random(300) < 0.3
     pairs = scores[positive][:, None] - scores[~positive]
     by_pairs = np.mean((pairs > 0) + 0.5 * (pairs == 0))
-    close(metrics.auroc(scores, positive), by_pairs)
-    close(metrics.auroc(scores, positive), roc_auc_score(positive, scores))
-    close(metrics.average_precision(scores, positive), average_precision_score(positive, scores))
+    area = compiled(metrics.auroc)(scores, positive)
+    close(area, by_pairs)
+    close(area, roc_auc_score(positive, scores))
+    precision = compiled(metrics.average_precision)(scores, positive)
+    close(precision, average_precision_score(positive, scores))
+
+
+RATES = (0.5, 0.9, 0.95, 0.999, 1.0)
+
+
+@jax.jit
+def points_at_all_rates(scores, positive):
+    return {tpr: metrics.fpr_at_tpr(scores, positive, tpr=tpr) for tpr in RATES}
 
 
 @pytest.mark.parametrize("n", [1, 7, 20, 60, 1000])
-@pytest.mark.parametrize("tpr", [0.5, 0.9, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("tpr", RATES)
 def test_fpr_at_tpr_finds_enough_positives_and_no_more(n, tpr):
     rng = np.random.default_rng(n)
     scores = rng.permutation(2 * n).astype(np.float32)
     positive = np.arange(2 * n) < n
-    point = metrics.fpr_at_tpr(scores, positive, tpr=tpr)
+    point = points_at_all_rates(scores, positive)[tpr]
     found = int((scores[positive] >= float(point.threshold)).sum())
     assert found >= tpr * n > found - 1
     np.testing.assert_allclose(point.fpr, np.mean(scores[~positive] >= float(point.threshold)))
@@ -187,13 +217,15 @@ def test_crps_equals_its_integral_and_the_absolute_error_of_a_point(x64):
     integrand = lambda t: (scipy_stats.norm.cdf(t, mean, std) - (t >= target)) ** 2  # noqa: E731
     pieces = [(-20, mean), (mean, target), (target, 20)]
     integral = sum(integrate.quad(integrand, *piece, epsabs=1e-13)[0] for piece in pieces)
-    close(metrics.gaussian_crps(mean, std, target), integral, rtol=1e-10)
-    close(metrics.gaussian_crps(mean, 1e-12, target), target - mean, rtol=1e-11)
+    crps = compiled(metrics.gaussian_crps)
+    close(crps(mean, std, target), integral, rtol=1e-10)
+    close(crps(mean, 1e-12, target), target - mean, rtol=1e-11)
 
 
 def test_coverage_of_the_true_distribution_is_its_level():
-    y = jax.random.normal(jax.random.key(0), (40_000,))
-    r = metrics.regression(jnp.zeros_like(y), jnp.ones_like(y), y, levels=(0.0, 0.3, 0.9, 1.0))
+    y = np.random.default_rng(0).normal(size=40_000).astype(np.float32)
+    regression = compiled(metrics.regression, levels=(0.0, 0.3, 0.9, 1.0))
+    r = jax.device_get(regression(np.zeros_like(y), np.ones_like(y), y))
     np.testing.assert_allclose(r.coverage, r.levels, atol=0.01)
     assert np.isinf(r.width[-1])
 
@@ -202,13 +234,14 @@ def test_coverage_of_the_true_distribution_is_its_level():
 
 
 def test_edges_of_bins_belong_to_the_documented_side():
-    confidence = jnp.array([0.5, 0.75, 1.0])
-    probs, labels = jnp.stack([confidence, 1 - confidence], -1), jnp.zeros(3, int)
-    left = metrics.calibration(probs, labels, bins=4, closed="left")
-    right = metrics.calibration(probs, labels, bins=4, closed="right")
+    confidence = np.array([0.5, 0.75, 1.0], np.float32)
+    probs, labels = np.stack([confidence, 1 - confidence], -1), np.zeros(3, int)
+    left = compiled(metrics.calibration, bins=4, closed="left")(probs, labels)
+    right = compiled(metrics.calibration, bins=4, closed="right")(probs, labels)
     assert left.count.tolist() == [0, 0, 1, 2]  # 1.0 joins the last bin
     assert right.count.tolist() == [0, 1, 1, 1]
-    zero = metrics.classwise_calibration(probs, labels, bins=4, closed="right").count[1]
+    classwise = compiled(metrics.classwise_calibration, bins=4, closed="right")(probs, labels)
+    zero = np.asarray(classwise.count)[1]
     assert zero.tolist() == [2, 1, 0, 0]  # 0 joins the first bin, 0.25 and 0.5 close theirs
 
 
@@ -216,49 +249,53 @@ def test_calibration_of_pixels_is_calibration_of_the_flat_batch():
     probs, labels = table("near_uniform_80x3")
     image, truth = probs.reshape(4, 5, 4, 3), labels.reshape(4, 5, 4)
     for f in (metrics.calibration, metrics.classwise_calibration, metrics.adaptive_calibration):
-        jax.tree.map(np.testing.assert_array_equal, f(image, truth), f(probs, labels))
+        both = compiled(f)(image, truth), compiled(f)(probs, labels)
+        jax.tree.map(np.testing.assert_array_equal, *both)
     for f in (metrics.nll, metrics.brier, metrics.correct):
-        assert f(image, truth).shape == truth.shape
+        assert jax.eval_shape(f, image, truth).shape == truth.shape
 
 
 def test_adaptive_bins_hold_equal_mass_and_survive_too_few_examples(x64):
     probs, labels = table("multiclass_200x4")
-    c = metrics.adaptive_calibration(probs, labels, bins=7)
+    c = jax.device_get(compiled(metrics.adaptive_calibration, bins=7)(probs, labels))
     assert c.count.tolist() == [29, 29, 29, 29, 28, 28, 28]
     assert np.all(np.diff(c.edges) >= 0)
-    np.testing.assert_array_equal(c.edges[jnp.array([0, -1])], np.sort(probs.max(-1))[[0, -1]])
-    few = metrics.adaptive_calibration(probs[:3], labels[:3], bins=5)
+    np.testing.assert_array_equal(c.edges[[0, -1]], np.sort(probs.max(-1))[[0, -1]])
+    few = compiled(metrics.adaptive_calibration, bins=5)(probs[:3], labels[:3])
     assert few.count.tolist() == [1, 1, 1, 0, 0]
-    close(few.ece, np.mean(np.abs(probs[:3].max(-1) - metrics.correct(probs[:3], labels[:3]))))
+    right = np.asarray(compiled(metrics.correct)(probs[:3], labels[:3]))
+    close(few.ece, np.mean(np.abs(probs[:3].max(-1) - right)))
 
 
 def test_nll_of_logs_is_finite_where_that_of_probabilities_is_infinite():
-    log_probs = jax.nn.log_softmax(jnp.array([200.0, 0.0]))
-    assert metrics.nll(jnp.exp(log_probs), jnp.array(1)) == jnp.inf
-    np.testing.assert_allclose(metrics.nll(log_probs, jnp.array(1), log=True), 200.0)
+    log_probs = np.array([0.0, -200.0], np.float32)  # of the logits 200 and 0
+    assert compiled(metrics.nll)(np.exp(log_probs), 1) == np.inf
+    np.testing.assert_allclose(compiled(metrics.nll, log=True)(log_probs, 1), 200.0)
 
 
 def test_entropy_and_scores_have_finite_gradients_at_the_corners():
-    logits = jnp.array([200.0, 0.0, -200.0])  # the softmax underflows
+    logits = np.array([200.0, 0.0, -200.0], np.float32)  # the softmax underflows
 
     def score(z):
         probs = jax.nn.softmax(z)
         return metrics.entropy(probs) + metrics.brier(probs, jnp.array(0))
 
-    np.testing.assert_allclose(jax.grad(score)(logits), 0.0, atol=1e-30)
-    uniform = jax.grad(lambda p: metrics.entropy(p))(jnp.full(4, 0.25))
+    np.testing.assert_allclose(jax.jit(jax.grad(score))(logits), 0.0, atol=1e-30)
+    uniform = jax.jit(jax.grad(metrics.entropy))(np.full(4, 0.25, np.float32))
     np.testing.assert_allclose(uniform, np.log(4) - 1, rtol=1e-6)
 
 
 def test_epistemic_part_vanishes_for_equal_samples_and_is_never_negative():
-    probs = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (1, 500, 10)))
-    equal = metrics.entropy_split(jnp.broadcast_to(probs, (7, 500, 10)))
+    odds = np.exp(3 * np.random.default_rng(0).normal(size=(1, 500, 10)))
+    probs = (odds / odds.sum(-1, keepdims=True)).astype(np.float32)
+    split = compiled(metrics.entropy_split)
+    equal = jax.device_get(split(np.broadcast_to(probs, (7, 500, 10))))
     np.testing.assert_allclose(equal.epistemic, 0, atol=2e-6)
     assert equal.epistemic.min() >= 0
 
 
 def test_everything_runs_under_jit_in_the_input_dtype():
-    probs, labels = table("multiclass_200x4")
+    probs, labels = map(jnp.asarray, table("multiclass_200x4"))
     assert probs.dtype == jnp.float32
     scores, right = probs.max(-1), metrics.correct(probs, labels)
     for f, args in [
@@ -283,16 +320,19 @@ def test_everything_runs_under_jit_in_the_input_dtype():
 def test_large_float32_sets_keep_their_accuracy():
     confidence = np.random.default_rng(0).uniform(0.5, 1, 500_000).astype(np.float32)
     probs, labels = np.stack([confidence, 1 - confidence], -1), np.zeros(confidence.size, int)
-    ece = metrics.calibration(probs, labels).ece
+    ece = compiled(metrics.calibration)(probs, labels).ece
     exact = 1 - np.mean(confidence, dtype=np.float64)
     np.testing.assert_allclose(ece, exact, rtol=1e-4)
 
 
 def test_one_empty_side_is_nan_not_a_number_that_looks_good():
-    scores, nobody = jnp.array([0.1, 0.2]), jnp.array([False, False])
-    assert np.isnan(metrics.auroc(scores, nobody)) and np.isnan(metrics.auroc(scores, ~nobody))
-    assert np.isnan(metrics.average_precision(scores, nobody))
-    assert np.isnan(metrics.fpr_at_tpr(scores, ~nobody).fpr)
+    scores, nobody = np.array([0.1, 0.2], np.float32), np.array([False, False])
+    auroc, precision, rate = map(
+        compiled, (metrics.auroc, metrics.average_precision, metrics.fpr_at_tpr)
+    )
+    assert np.isnan(auroc(scores, nobody)) and np.isnan(auroc(scores, ~nobody))
+    assert np.isnan(precision(scores, nobody))
+    assert np.isnan(rate(scores, ~nobody).fpr)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Figures: the artists hold the numbers they were given."""
 
 import builtins
+import functools
 import sys
 
 import jax
@@ -14,8 +15,18 @@ from blr_optax import metrics, plots
 
 @pytest.fixture
 def calibration():
-    probs = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (200, 4)))
-    return metrics.calibration(probs, jax.random.randint(jax.random.key(1), (200,), 0, 4), bins=10)
+    return calibration_of_noise()
+
+
+@functools.cache
+def calibration_of_noise():
+    @jax.jit
+    def calibrate():
+        probs = jax.nn.softmax(2 * jax.random.normal(jax.random.key(0), (200, 4)))
+        labels = jax.random.randint(jax.random.key(1), (200,), 0, 4)
+        return metrics.calibration(probs, labels, bins=10)
+
+    return jax.device_get(calibrate())
 
 
 def heights(container):
@@ -47,8 +58,8 @@ def test_reliability_diagram_shows_the_bins(calibration):
 
 
 def test_reliability_diagram_wants_one_class(calibration):
-    probs, labels = jnp.full((4, 2), 0.5), jnp.array([0, 1, 0, 1])
-    classwise = metrics.classwise_calibration(probs, labels)
+    probs, labels = np.full((4, 2), 0.5, np.float32), np.array([0, 1, 0, 1])
+    classwise = jax.device_get(jax.jit(metrics.classwise_calibration)(probs, labels))
     with pytest.raises(ValueError, match=r"calibration has ece of shape \(2,\).*one class"):
         plots.reliability_diagram(classwise)
     fig = plots.reliability_diagram(jax.tree.map(lambda x: x[1], classwise))

@@ -1,5 +1,7 @@
 """Posterior: a density as a value, against densities on a grid."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +17,16 @@ MEANS = (np.array([0.3, -0.5]), np.array([-0.4, 0.8]))
 
 
 def posterior(family, **standard):
-    return Posterior(family, family.natural(**jax.tree.map(jnp.asarray, standard)))
+    return Posterior(family, jax.jit(family.natural)(**standard))
 
 
 def pair(name):
     """Two posteriors of a family, and their scipy densities over points [n, 2]."""
+    return pair_in(name, jax.config.jax_enable_x64)
+
+
+@functools.cache
+def pair_in(name, x64):
     if name == "gaussian":
         q = [
             posterior(GAUSSIAN, mean=m, covariance=c)
@@ -46,16 +53,23 @@ def pair(name):
 
 def log_density(q, points):
     """log q over points [n, 2], whatever the family's theta looks like."""
-    points = jnp.asarray(points)
     if q.family == DIAGONAL:
         return q.log_prob({"a": points[:, :1], "b": points[:, 1]})
     value = q.log_prob(points)
     return value.sum(-1) if q.family == NORMAL else value
 
 
+@functools.cache
 def grid():
     z, h = np.linspace(-14, 14, 401, retstep=True)
     return np.stack(np.meshgrid(z, z), -1).reshape(-1, 2), h * h
+
+
+@functools.cache
+def densities(name):
+    """The scipy log densities of a pair over the grid."""
+    points, _ = grid()
+    return [log(points) for log in pair(name)[1]]
 
 
 @pytest.mark.parametrize("name", ["normal", "gaussian", "gaussian_diagonal"])
@@ -70,46 +84,61 @@ def grid():
     ],
 )
 def test_arithmetic_is_that_of_densities(x64, name, combine, exponents):
-    (p, q), (log_p, log_q) = pair(name)
+    (p, q), (log_p, log_q) = pair(name)[0], densities(name)
     points, cell = grid()
-    product = exponents[0] * log_p(points) + exponents[1] * log_q(points)
+    product = exponents[0] * log_p + exponents[1] * log_q
     normalised = product - np.log(np.sum(np.exp(product)) * cell)
-    np.testing.assert_allclose(log_density(combine(p, q), points), normalised, rtol=1e-9, atol=1e-8)
+    found = jax.jit(lambda p, q, points: log_density(combine(p, q), points))(p, q, points)
+    np.testing.assert_allclose(found, normalised, rtol=1e-9, atol=1e-8)
 
 
 def test_a_known_base_measure_is_counted_once(x64):
     """q1 q2 / h for the fixed Gaussian: lambda adds, the known precision does not move."""
     s = np.linalg.inv(COVARIANCES[0])
     p, q = (posterior(FIXED, mean=m, precision=s) for m in MEANS)
-    np.testing.assert_allclose((p * q).mean, MEANS[0] + MEANS[1], rtol=1e-12)
-    np.testing.assert_allclose((p / q).mean, MEANS[0] - MEANS[1], rtol=1e-12)
-    np.testing.assert_allclose((p**0.5).variance, np.diag(COVARIANCES[0]), rtol=1e-12)
     points, cell = grid()
+    both, ratio, root, found = jax.jit(
+        lambda p, q, x: ((p * q).mean, (p / q).mean, (p**0.5).variance, (p * q).log_prob(x))
+    )(p, q, points)
+    np.testing.assert_allclose(both, MEANS[0] + MEANS[1], rtol=1e-12)
+    np.testing.assert_allclose(ratio, MEANS[0] - MEANS[1], rtol=1e-12)
+    np.testing.assert_allclose(root, np.diag(COVARIANCES[0]), rtol=1e-12)
     of_mean = lambda m: stats.multivariate_normal(m, COVARIANCES[0]).logpdf(points)  # noqa: E731
     product = of_mean(MEANS[0]) + of_mean(MEANS[1]) - of_mean(np.zeros(2))
     product -= np.log(np.sum(np.exp(product)) * cell)
-    np.testing.assert_allclose((p * q).log_prob(jnp.asarray(points)), product, rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(found, product, rtol=1e-9, atol=1e-8)
 
 
 def test_methods_are_those_of_the_family(x64):
     p, q = pair("gaussian")[0]
-    np.testing.assert_array_equal(p.mean, GAUSSIAN.mean(p.natural))
-    np.testing.assert_allclose(p.variance, np.diag(COVARIANCES[0]))
-    np.testing.assert_allclose(p.standard()["covariance"], COVARIANCES[0])
-    np.testing.assert_allclose(
-        p.expectation().quadratic, COVARIANCES[0] + np.outer(MEANS[0], MEANS[0])
+    asked = jax.jit(
+        lambda p, q: {
+            "mean": (p.mean, GAUSSIAN.mean(p.natural)),
+            "variance": p.variance,
+            "covariance": p.standard()["covariance"],
+            "quadratic": p.expectation().quadratic,
+            "entropy": p.entropy(),
+            "sample": p.sample(jax.random.key(0), (3, 4)),
+            "kl": p.kl(q),
+            "proper": p.proper,
+        }
     )
+    found = asked(p, q)
+    np.testing.assert_array_equal(*found["mean"])
+    np.testing.assert_allclose(found["variance"], np.diag(COVARIANCES[0]))
+    np.testing.assert_allclose(found["covariance"], COVARIANCES[0])
+    np.testing.assert_allclose(found["quadratic"], COVARIANCES[0] + np.outer(MEANS[0], MEANS[0]))
     np.testing.assert_allclose(
-        p.entropy(), stats.multivariate_normal(MEANS[0], COVARIANCES[0]).entropy()
+        found["entropy"], stats.multivariate_normal(MEANS[0], COVARIANCES[0]).entropy()
     )
-    assert p.sample(jax.random.key(0), (3, 4)).shape == (3, 4, 2)
+    assert found["sample"].shape == (3, 4, 2)
     d, c = MEANS[0] - MEANS[1], COVARIANCES
     s = np.linalg.inv(c[1])
     kl = 0.5 * (
         np.trace(s @ c[0]) - 2 + d @ s @ d - np.log(np.linalg.det(c[0]) / np.linalg.det(c[1]))
     )
-    np.testing.assert_allclose(p.kl(q), kl)
-    assert bool(p.proper)
+    np.testing.assert_allclose(found["kl"], kl)
+    assert bool(found["proper"])
 
 
 IMPROPER = {
@@ -156,20 +185,21 @@ def test_a_posterior_is_a_pytree(x64):
     product = jax.jit(lambda a, b: a * b)(p, q)
     assert isinstance(product, Posterior) and product.family == GAUSSIAN
     jax.tree.map(np.testing.assert_allclose, product, p * q)
-    both = jax.tree.map(lambda *x: jnp.stack(x), p, q)
-    means = jax.vmap(lambda a: a.mean)(both)
+    both = jax.tree.map(lambda *x: np.stack(x), p, q)
+    means = jax.jit(jax.vmap(lambda a: a.mean))(both)
     np.testing.assert_allclose(means, MEANS)
     np.testing.assert_allclose(both.mean, MEANS)  # families broadcast over leading axes
-    slope = jax.grad(lambda a: a.kl(p))(p)
+    derivative = jax.jit(jax.grad(lambda a: a.kl(p)))
+    slope = derivative(p)
     assert isinstance(slope, Posterior)
     jax.tree.map(lambda x: np.testing.assert_allclose(x, 0, atol=1e-12), slope)
     h = 1e-6
-    ahead, behind = (
-        Posterior(GAUSSIAN, GAUSSIAN.combine((1.0, q.natural), (t, p.natural))).kl(p)
-        for t in (h, -h)
+    along = jax.jit(
+        lambda t: Posterior(GAUSSIAN, GAUSSIAN.combine((1.0, q.natural), (t, p.natural))).kl(p)
     )
+    ahead, behind = along(h), along(-h)
     np.testing.assert_allclose(
-        GAUSSIAN.inner(jax.grad(lambda a: a.kl(p))(q).natural, p.natural),
+        jax.jit(GAUSSIAN.inner)(derivative(q).natural, p.natural),
         (ahead - behind) / (2 * h),
         rtol=1e-6,
     )

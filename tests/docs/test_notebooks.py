@@ -1,8 +1,5 @@
-"""The notebooks run as plain scripts, keep their promises, and are notebooks to jupytext."""
+"""The notebooks are notebooks to jupytext; `test_notebooks_long.py` runs them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jupytext
@@ -10,31 +7,12 @@ import pytest
 from tools import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
-SECONDS = 280  # generous, for a loaded machine; pytest's own limit is 300
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def test_there_are_notebooks():
     assert "01_quickstart" in {path.stem for path in NOTEBOOKS}
-
-
-@pytest.mark.slow
-@each
-def test_runs_as_a_script(path: Path, tmp_path: Path):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    environment.pop("XLA_FLAGS", None)  # a reader has no eight devices
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", str(path)],
-        cwd=tmp_path,  # it must not depend on where it is started
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert done.stdout
 
 
 @each

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_per_example import BOTH, assert_exact, truth
+from test_per_example import BOTH, QUICK, assert_exact, truth
 
 import blr_optax as blr
 
@@ -23,6 +23,12 @@ def mean(f):
 
 def layers(p, x, stack):
     return jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, stack(p))[0]
+
+
+def ask(loss, params, *batch, **options):
+    """`per_example` as one program."""
+    f = functools.partial(blr.per_example, loss, **options)
+    return jax.jit(f, compiler_options=QUICK)(params, *batch)
 
 
 SAME_NUMBERS = {
@@ -60,35 +66,33 @@ SAME_NUMBERS = {
 @pytest.mark.parametrize("name", SAME_NUMBERS)
 def test_exact(x64, name):
     f, params = SAME_NUMBERS[name]
-    params, loss = jax.tree.map(jnp.asarray, params), mean(f)
+    loss = mean(f)
     if name == "a bias twice":
         loss = mean(lambda p, x: jnp.concatenate([x, x], 1) + jnp.concatenate([p, p]))
     if name == "two precisions":
-        params = {"a": params["a"].astype(jnp.float32), "b": params["b"]}
-    x = jnp.asarray(X)
-    found = jax.jit(functools.partial(blr.per_example, loss, statistics=BOTH))(params, x)
-    assert_exact(found, truth(loss, params, (x,)), 1e-6 if name == "two precisions" else 1e-10)
+        params = {"a": params["a"].astype(np.float32), "b": params["b"]}
+    found = ask(loss, params, X, statistics=BOTH)
+    assert_exact(found, truth(loss, params, (X,)), 1e-6 if name == "two precisions" else 1e-10)
 
 
 def test_scaled_kernels_in_a_loop_have_no_factors(x64):
     loss = mean(lambda p, x: layers(p, x, lambda p: 3 * p))
-    stacked = jnp.stack([jnp.asarray(SQUARE)] * 3)
-    found = blr.per_example(loss, stacked, X, statistics=("kfac",), labels="true")
+    found = ask(loss, np.stack([SQUARE] * 3), X, statistics=("kfac",), labels="true")
     assert found.kfac == {}
 
 
 def test_low_precision_values_are_summed_in_float32():
-    w, x = jnp.ones((4, 3), jnp.float16), jnp.ones((1024, 4), jnp.float16)
+    w, x = np.ones((4, 3), np.float16), np.ones((1024, 4), np.float16)
     loss = lambda p, x: jnp.mean((x @ p * 5) ** 2)  # noqa: E731
     for microbatch in (None, 1):
-        found = blr.per_example(loss, w, x, microbatch=microbatch)
+        found = ask(loss, w, x, microbatch=microbatch)
         assert found.value == 400.0 and found.value.dtype == jnp.float16
 
 
 def test_a_parameter_without_numbers():
     loss = lambda p, x: jnp.mean((x @ p["w"]) ** 2) + jnp.sum(p["none"])  # noqa: E731
-    params = {"w": jnp.asarray(W), "none": jnp.zeros((0, 3))}
-    assert blr.per_example(loss, params, X).sum_squares["none"].shape == (0, 3)
+    params = {"w": W.astype(np.float32), "none": np.zeros((0, 3), np.float32)}
+    assert ask(loss, params, X).sum_squares["none"].shape == (0, 3)
 
 
 # --- how the loss depends on the number of examples ----------------------------------------------
@@ -185,17 +189,16 @@ MEANS = {
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", MEANS)
 def test_means_however_they_are_written(x64, name):
-    found = jax.jit(functools.partial(blr.per_example, MEANS[name], statistics=BOTH))(W, X)
-    expected = truth(MEANS[name], jnp.asarray(W), (jnp.asarray(X),))
-    assert_exact(found, expected, 1e-10)
-    np.testing.assert_allclose(found.value, MEANS[name](W, X), rtol=1e-10)
+    found = ask(MEANS[name], W, X, statistics=BOTH)
+    assert_exact(found, truth(MEANS[name], W, (X,)), 1e-10)
+    np.testing.assert_allclose(found.value, jax.jit(MEANS[name])(W, X), rtol=1e-10)
 
 
 def test_a_penalty_at_its_own_anchor(x64):
     anchor = jnp.asarray(W)
     loss = lambda p, x: jnp.mean(inner(p, x)) + jnp.sum((p - anchor) ** 2)  # noqa: E731
-    found = blr.per_example(loss, anchor, X, statistics=BOTH)
-    assert_exact(found, truth(loss, anchor, (jnp.asarray(X),)), 1e-10)
+    found = ask(loss, anchor, X, statistics=BOTH)
+    assert_exact(found, truth(loss, anchor, (X,)), 1e-10)
 
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -212,21 +215,22 @@ def test_outputs_that_close_over_their_parameters_are_refused():
 def test_labels_of_a_term(x64):
     term = blr.estimators.glm(lambda x, y: x, lambda f, x, y: 2.0 * (f - y) ** 2)
     loss = lambda p, x, y: jnp.mean(2.0 * (x @ p - y) ** 2)  # noqa: E731
-    ask = functools.partial(blr.per_example, statistics=("kfac",), labels="true")
-    found = ask(term, jnp.asarray(V), X, Y * 1.0).kfac[""]
-    expected = ask(loss, jnp.asarray(V), X, Y * 1.0).kfac[""]
+    options = {"statistics": ("kfac",), "labels": "true"}
+    found = ask(term, V, X, Y * 1.0, **options).kfac[""]
+    expected = ask(loss, V, X, Y * 1.0, **options).kfac[""]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b), tuple(found), tuple(expected))
     with pytest.raises(ValueError, match="a glm term has a loss"):
         blr.per_example(term, V, X, Y * 1.0, statistics=("kfac",), labels="sampled", key=0)
-    for ask in (blr.explain, lambda *a: blr.per_example_dot(a[0], a[1], *a[1:])):
+    for refuses in (blr.explain, lambda *a: blr.per_example_dot(a[0], a[1], *a[1:])):
         with pytest.raises(ValueError, match="loss must be a function"):
-            ask(term, jnp.asarray(V), X, Y * 1.0)
+            refuses(term, jnp.asarray(V), X, Y * 1.0)
 
 
 def test_a_direction_of_another_precision():
     loss = lambda p, x: jnp.mean(inner(p, x))  # noqa: E731
-    w = jnp.asarray(W, jnp.float32)
-    found = [blr.per_example_dot(loss, w, np.ones((D, K), t), X) for t in ("f4", "f8", "i4")]
+    dot = jax.jit(functools.partial(blr.per_example_dot, loss))
+    w = W.astype(np.float32)
+    found = [dot(w, np.ones((D, K), t), X) for t in ("f4", "f8", "i4")]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
 
@@ -247,9 +251,10 @@ def test_a_tree_of_first_precisions():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
     for prior in (1.0, {"a": 1.0, "b": 2.0}):
         tx = blr.vogn(0.1, 10.0, prior_precision=prior, init_precision={"a": 4.0, "b": 5.0})
-        q = blr.posterior(tx.init(params), params)
-        np.testing.assert_allclose(q.variance["a"], 1 / 4, rtol=1e-6)
-        np.testing.assert_allclose(q.variance["b"], 1 / 5, rtol=1e-6)
+        first = jax.jit(lambda p, tx=tx: blr.posterior(tx.init(p), p).variance)
+        variance = first(params)
+        np.testing.assert_allclose(variance["a"], 1 / 4, rtol=1e-6)
+        np.testing.assert_allclose(variance["b"], 1 / 5, rtol=1e-6)
 
 
 def test_bad_arguments_say_which():
@@ -279,9 +284,10 @@ MEAN_FIELD = blr.families.get("gaussian_diagonal")
 
 
 def test_negative_squares_are_skipped_and_counted():
-    params, tx = jnp.zeros(2), blr.vogn(0.1, 10.0)
-    updates, state = tx.update(jnp.ones(2), tx.init(params), params, curvature=-jnp.ones(2))
-    assert int(state[0].skipped) == 1 and not jnp.any(updates)
+    params, one, tx = np.zeros(2, np.float32), np.ones(2, np.float32), blr.vogn(0.1, 10.0)
+    step = jax.jit(lambda p: tx.update(one, tx.init(p), p, curvature=-one))
+    updates, state = step(params)
+    assert int(state[0].skipped) == 1 and not np.any(updates)
 
 
 def test_a_mask_of_each_example(x64):
@@ -292,6 +298,6 @@ def test_a_mask_of_each_example(x64):
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (D,)))(keys)
         return jnp.mean(jnp.sum((x * keep) @ p, -1) ** 2)
 
-    w, x = jnp.asarray(W), jnp.asarray(X)
-    found = blr.per_example(loss, w, x, keys)
-    np.testing.assert_allclose(found.grad, jax.grad(loss)(w, x, keys), rtol=1e-10)
+    w, x = jnp.asarray(W), jnp.asarray(X)  # beside keys, jit takes numpy's float64 for float32
+    found = ask(loss, w, x, keys)
+    np.testing.assert_allclose(found.grad, jax.jit(jax.grad(loss))(w, x, keys), rtol=1e-10)

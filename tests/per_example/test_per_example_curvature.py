@@ -59,9 +59,9 @@ def setting(name):
     r = np.random.default_rng(3)
     if name == "sequence":
         params = {"w": r.normal(size=(D, 4)), "b": r.normal(size=4), "v": r.normal(size=(4, K))}
-        return sequence, cast(params, jnp.float64), jnp.asarray(r.normal(size=(B, T, D)))
+        return sequence, cast(params, jnp.float64), r.normal(size=(B, T, D))
     params = {"w": r.normal(size=(2, 3, 2, 4)), "b": r.normal(size=4), "v": r.normal(size=(4, K))}
-    return image, cast(params, jnp.float64), jnp.asarray(r.normal(size=(B, 5, 7, 2)))
+    return image, cast(params, jnp.float64), r.normal(size=(B, 5, 7, 2))
 
 
 def negative_log_likelihood(likelihood, f, y):
@@ -80,6 +80,7 @@ def hessians(likelihood, f):
     return each.reshape(len(f), f[0].size, f[0].size)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def dense_ggn(model, likelihood, params, x, weights):
     """The diagonal of sum_i c_i J_i^T Lambda_i J_i, from the matrices themselves."""
     flat, unravel = ravel_pytree(params)
@@ -104,14 +105,14 @@ def wine_loss(p, x, y):
 @pytest.mark.parametrize("weights, microbatch", [("map", None), ("random_weights", 10)])
 def test_golden_wine(x64, golden, weights, microbatch):
     data = golden("duality_mlp_wine")
-    x, y, g = jnp.array(data["X"]), jnp.array(data["y"]), data[weights]
+    x, y, g = np.array(data["X"]), np.array(data["y"]), data[weights]
     w1, b1, w2, b2 = np.split(np.array(g["theta"]), [128, 144, 192])
     params = {"W1": w1.reshape(8, 16), "b1": b1, "W2": w2.reshape(16, 3), "b2": b2}
     flat = lambda t: np.concatenate([np.ravel(t[k]) for k in params])  # noqa: E731
-    found = ask(
+    found = jax.device_get(ask(
         wine_loss, params, x, y, statistics=ALL, outputs=wine_outputs, likelihood="categorical",
         microbatch=microbatch,
-    )  # fmt: skip
+    ))  # fmt: skip
     own = ask(wine_loss, params, x, y, statistics=KFAC, labels="true", microbatch=microbatch)
     close(found.value, np.mean(g["loss_per_example"]))
     if weights != "map":  # there it is zero but for the prior
@@ -165,11 +166,14 @@ def test_sampled_labels_are_unbiased(x64, likelihood):
         outputs=model, likelihood=likelihood, weights=WEIGHTS, microbatch=3,
     )  # fmt: skip
     get = lambda found: (found.ggn_diagonal, found.kfac["['w']"].outputs)  # noqa: E731
-    keys = jax.random.split(jax.random.key(4), 500)
-    draws = jax.jit(
-        lambda keys: jax.lax.map(lambda k: get(per_example(labels="sampled", key=k)), keys)
-    )
-    drawn, exact = draws(keys), get(jax.jit(per_example)())
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both():
+        keys = jax.random.split(jax.random.key(4), 500)
+        draws = jax.lax.map(lambda k: get(per_example(labels="sampled", key=k)), keys)
+        return draws, get(per_example())
+
+    drawn, exact = both()
 
     def unbiased(draws, exact):
         error = np.std(draws, axis=0) / np.sqrt(len(draws))
@@ -188,24 +192,29 @@ def patches(x):
     return np.stack([np.reshape(x[:, i : i + 2, j : j + 3], (len(x), -1)) for i, j in at], 1)
 
 
-def direct_kfac(name, labels, positions, weights):
-    """The three factors of `w` from every position's input and output derivative."""
-    model, params, x = setting(name)
-    a = np.asarray(x) if name == "sequence" else patches(x)
-    shape = (B, T, 4) if name == "sequence" else (B, 4, 3, 4)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK)
+def derivatives(model, labels, shape, params, x):
+    """By the outputs of `w` at every position, and what they are multiplied with."""
     eps = jnp.zeros(shape)
     if labels == "true":
         each = lambda e: jax.vmap(  # noqa: E731
             lambda x, e: jnp.mean(jnp.sin(model(params, x[None], e[None])) ** 2)
         )(x, e)
         d = jax.grad(lambda e: each(e).sum())(eps).reshape(B, 1, -1, 4)
-        middle = np.ones((B, 1, 1))
-    else:
-        # example i's outputs see example i's positions only
-        d = jax.vmap(
-            lambda x, e: jax.jacobian(lambda e: model(params, x[None], e[None]).ravel())(e)
-        )(x, eps).reshape(B, -1, np.prod(shape[1:-1]), 4)
-        middle = hessians("categorical", model(params, x))
+        return d, jnp.ones((B, 1, 1))
+    # example i's outputs see example i's positions only
+    d = jax.vmap(lambda x, e: jax.jacobian(lambda e: model(params, x[None], e[None]).ravel())(e))(
+        x, eps
+    ).reshape(B, -1, np.prod(shape[1:-1]), 4)
+    return d, hessians("categorical", model(params, x))
+
+
+def direct_kfac(name, labels, positions, weights):
+    """The three factors of `w` from every position's input and output derivative."""
+    model, params, x = setting(name)
+    a = np.asarray(x) if name == "sequence" else patches(x)
+    shape = (B, T, 4) if name == "sequence" else (B, 4, 3, 4)
+    d, middle = jax.device_get(derivatives(model, labels, shape, params, x))
     if positions == "reduce":
         a, d = a.mean(1, keepdims=True), d.sum(2, keepdims=True)
     n = weights.sum()
@@ -223,7 +232,7 @@ def test_kfac_is_that_of_inputs_and_derivatives(x64, name, labels, positions):
     model, params, x = setting(name)
     found = ask(
         loss_of(model), params, x, statistics=KFAC, labels=labels, positions=positions,
-        outputs=model, likelihood="categorical", weights=jnp.asarray(WEIGHTS), microbatch=2,
+        outputs=model, likelihood="categorical", weights=WEIGHTS, microbatch=2,
     ).kfac  # fmt: skip
     assert set(found) == {"['w']", "['v']"}
     for a, b in zip(found["['w']"], direct_kfac(name, labels, positions, WEIGHTS), strict=True):
@@ -250,7 +259,7 @@ def test_kfac_of_layers_in_a_scan(x64):
     ).kfac
     for i, name in enumerate("abc"):
         for a, b in zip(one["['w']"], three[f"['{name}']"], strict=True):
-            close(a[i], b)
+            close(np.asarray(a)[i], b)
 
 
 def test_kfac_leaves_out_what_is_no_kernel_of_one_layer(x64):
@@ -275,7 +284,7 @@ def test_kfac_leaves_out_what_is_no_kernel_of_one_layer(x64):
 def test_glm_term_is_its_plain_loss(x64, weights):
     r = np.random.default_rng(6)
     x, y = cast((r.normal(size=(B, D)), r.integers(0, 2, B) * 1.0), jnp.float64)
-    params = jnp.asarray(r.normal(size=D))
+    params = r.normal(size=D)
     term = blr.estimators.glm(lambda x, y: x, lambda f, x, y: jax.nn.softplus(f) - y * f)
     loss = lambda p, x, y: jnp.mean(jax.nn.softplus(x @ p) - y * (x @ p))  # noqa: E731
     options = {"statistics": ALL, "weights": weights}
@@ -289,7 +298,7 @@ def test_glm_term_is_its_plain_loss(x64, weights):
     close(a.ggn_diagonal, b.ggn_diagonal, 1e-12)
     for u, v in zip(a.kfac[""], b.kfac[""], strict=True):
         close(u, v, 1e-12)
-    only = ask(term, params, x, y, statistics=BOTH)
+    only = jax.eval_shape(functools.partial(blr.per_example, term, statistics=BOTH), params, x, y)
     assert only.kfac is None and only.ggn_diagonal is None
 
 
@@ -297,8 +306,9 @@ def test_glm_term_is_its_plain_loss(x64, weights):
 def test_products_with_gradients(x64, name):
     row = ROWS[name]
     params, batch = cast((row.params, row.batch), jnp.float64)
-    v = jax.tree.map(lambda x: jnp.cos(3 * x), params)
+    v = jax.tree.map(lambda x: np.cos(3 * x), params)
     _, g = single_gradients(row.loss, params, batch)
     products = jax.tree.map(lambda g, v: g.reshape(len(g), -1) @ v.ravel(), g, v)
-    found = jax.jit(functools.partial(blr.per_example_dot, row.loss))(params, v, *batch)
+    dot = functools.partial(blr.per_example_dot, row.loss)
+    found = jax.jit(dot, compiler_options=QUICK)(params, v, *batch)
     close(found, sum(jax.tree.leaves(products)), 1e-12)

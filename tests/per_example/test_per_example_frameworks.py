@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from per_example_networks import B, K, T, xent
+from per_example_networks import B, K, T, first_fast, xent
 from test_per_example import BOTH, QUICK, assert_exact, cast, truth
 
 import blr_optax as blr
@@ -22,7 +22,7 @@ def data(kind):
     r = np.random.default_rng(7)
     shape = {"images": (B, 6, 6, 2), "tokens": (B, T), "vectors": (B, WIDTH)}[kind]
     x = r.integers(0, 11, shape) if kind == "tokens" else r.normal(size=shape)
-    return jnp.asarray(x), jnp.asarray(r.integers(0, K, B))
+    return np.asarray(x, jnp.asarray(x).dtype), r.integers(0, K, B)
 
 
 # --- models: each returns (params, f), f(params, x) -> logits -------------------------------------
@@ -79,9 +79,9 @@ class LinenDropout(nn.Module):
 
 def linen(module, x):
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    variables = module.init(keys, x)
+    variables = jax.jit(module.init)(keys, x)
     rngs = {"dropout": jax.random.key(2)}
-    return variables, lambda p, x: module.apply(p, x, rngs=rngs)
+    return jax.device_get(variables), lambda p, x: module.apply(p, x, rngs=rngs)
 
 
 class NnxModel(nnx.Module):
@@ -97,8 +97,9 @@ class NnxModel(nnx.Module):
 
 
 def of_nnx(x):
-    graph, params = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param)
-    return params, lambda p, x: nnx.merge(graph, p)(x)
+    # Initialised as one program.
+    graph, params = nnx.split(nnx.jit(lambda: NnxModel(nnx.Rngs(0)))(), nnx.Param)
+    return jax.device_get(params), lambda p, x: nnx.merge(graph, p)(x)
 
 
 class EquinoxModel(eqx.Module):
@@ -139,34 +140,31 @@ class EquinoxRecurrent(eqx.Module):
 
 
 def equinox(model):
-    params, static = eqx.partition(model(jax.random.key(0)), eqx.is_inexact_array)
-    return params, lambda p, x: jax.vmap(eqx.combine(p, static))(x)
+    whole = eqx.filter_jit(model)(jax.random.key(0))
+    params, static = eqx.partition(whole, eqx.is_inexact_array)
+    return jax.device_get(params), lambda p, x: jax.vmap(eqx.combine(p, static))(x)
 
 
-# (model, data, parameters that do not go by their places, slow)
+# (model, data, parameters that do not go by their places)
 MODELS = {
-    "linen convnet": (functools.partial(linen, LinenConvnet()), "images", 0, True),
-    "linen transformer": (functools.partial(linen, LinenTransformer()), "tokens", 0, True),
+    "linen convnet": (functools.partial(linen, LinenConvnet()), "images", 0),
+    "linen transformer": (functools.partial(linen, LinenTransformer()), "tokens", 0),
     "linen remat": (
         functools.partial(linen, LinenTransformer(nn.remat(LinenBlock))),
         "tokens",
         0,
-        True,
     ),
-    "linen scan": (functools.partial(linen, LinenScanned()), "tokens", 0, False),
-    "linen lstm": (functools.partial(linen, LinenRecurrent()), "tokens", 12, False),
-    "linen dropout": (functools.partial(linen, LinenDropout()), "vectors", 0, False),
-    "nnx": (of_nnx, "images", 0, False),
-    "equinox": (lambda x: equinox(EquinoxModel), "images", 0, False),
-    "equinox gru": (lambda x: equinox(EquinoxRecurrent), "tokens", 4, False),
+    "linen scan": (functools.partial(linen, LinenScanned()), "tokens", 0),
+    "linen lstm": (functools.partial(linen, LinenRecurrent()), "tokens", 12),
+    "linen dropout": (functools.partial(linen, LinenDropout()), "vectors", 0),
+    "nnx": (of_nnx, "images", 0),
+    "equinox": (lambda x: equinox(EquinoxModel), "images", 0),
+    "equinox gru": (lambda x: equinox(EquinoxRecurrent), "tokens", 4),
 }
-ROWS = [
-    pytest.param(*rest, id=name, marks=pytest.mark.slow if slow else ())
-    for name, (*rest, slow) in MODELS.items()
-]
+EACH = first_fast((name, name.split()[0], model) for name, model in MODELS.items())
 
 
-@pytest.mark.parametrize("make, kind, looped", ROWS)
+@pytest.mark.parametrize("make, kind, looped", EACH)
 def test_exact(x64, make, kind, looped):
     x, y = data(kind)
     params, f = make(x)
@@ -198,7 +196,7 @@ class NnxBatchNorm(nnx.Module):
 
 
 def linen_batch_norm(train, x):
-    variables = LinenBatchNorm(train).init(jax.random.key(0), x)
+    variables = jax.jit(LinenBatchNorm(train).init)(jax.random.key(0), x)
     stats = variables["batch_stats"]
 
     def f(p, x):
@@ -209,7 +207,8 @@ def linen_batch_norm(train, x):
 
 
 def nnx_batch_norm(train, x):
-    graph, params, stats = nnx.split(NnxBatchNorm(train), nnx.Param, ...)
+    model = nnx.jit(lambda: NnxBatchNorm(train))()
+    graph, params, stats = nnx.split(model, nnx.Param, ...)
     return params, lambda p, x: nnx.merge(graph, p, stats, copy=True)(x)
 
 
@@ -221,5 +220,6 @@ def test_batch_norm_is_refused_in_training_only(make):
         blr.per_example(lambda p, x, y: xent(f(p, x), y), params, x, y)
     params, f = make(False, x)
     loss = lambda p, x, y: xent(f(p, x), y)  # noqa: E731
-    found = blr.per_example(loss, params, x, y, statistics=BOTH)
+    ask = functools.partial(blr.per_example, loss, statistics=BOTH)
+    found = jax.jit(ask, compiler_options=QUICK)(params, x, y)
     assert_exact(found, truth(loss, params, (x, y)), 1e-5)

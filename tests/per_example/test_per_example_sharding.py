@@ -37,7 +37,7 @@ def spread(name, kind):
         x = np.resize(x, (SIZE, *x.shape[1:]))
         if np.issubdtype(x.dtype, np.floating):
             x = x * np.linspace(0.5, 1.5, SIZE).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.asarray(x)
+        return x
 
     params, batch = cast(row.params, jnp.float64), jax.tree.map(longer, row.batch)
     everywhere = jax.device_put(params, NamedSharding(mesh, P()))
@@ -51,12 +51,14 @@ def spread(name, kind):
     )
 
 
-def gathered(f, *args):
+def compiled(f, *args):
+    return jax.jit(f).lower(*args).compile(QUICK)
+
+
+def gathered(program):
     """How many arrays, by the shape of an example, a compiled function moves between devices."""
-    text = jax.jit(f).lower(*args).compile(QUICK).as_text()
-    return Counter(
-        re.findall(r"= \w+\[\d+(\S+) (?:all-gather|all-to-all|collective-permute)", text)
-    )
+    moves = r"= \w+\[\d+(\S+) (?:all-gather|all-to-all|collective-permute)"
+    return Counter(re.findall(moves, program.as_text()))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -67,14 +69,14 @@ def test_same_numbers_and_nothing_gathered(x64, name, kind):
     if name == "convnet":  # XLA gathers the images of a grouped one, in a plain gradient too
         auto, *_, here, there = spread(name, AxisType.Auto)
         with jax.set_mesh(auto):
-            allowed = gathered(jax.grad(loss), here, *there)
+            allowed = gathered(compiled(jax.grad(loss), here, *there))
     for microbatch in (None, 16):
         f = functools.partial(blr.per_example, loss, statistics=BOTH, microbatch=microbatch)
         with jax.set_mesh(mesh):
-            found = jax.jit(f, compiler_options=QUICK)(everywhere, *parts)
-            moved = gathered(f, everywhere, *parts)
+            program = compiled(f, everywhere, *parts)
+            found = program(everywhere, *parts)
         assert_exact(jax.device_get(found), expected, 1e-10)
-        assert moved <= allowed
+        assert gathered(program) <= allowed
         same = jax.tree.map(
             lambda x, p: x.sharding.is_equivalent_to(p.sharding, p.ndim),
             found.sum_squares,
@@ -95,8 +97,9 @@ def test_gauss_newton_and_factors(x64, kind):
         labels="sampled",
         key=jax.random.key(1),
     )
-    expected = jax.jit(f)(params, *batch)
+    whole = jax.jit(f, compiler_options=QUICK)
+    expected = whole(params, *batch)
     with jax.set_mesh(mesh):
-        found = jax.device_get(jax.jit(f)(everywhere, *parts))
+        found = jax.device_get(jax.jit(f, compiler_options=QUICK)(everywhere, *parts))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)

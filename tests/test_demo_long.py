@@ -1,0 +1,62 @@
+"""A demo that is killed, whenever it is, ends as an uninterrupted one."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tools import ROOT
+
+from blr_optax import _demo
+
+# A checkpoint after every epoch, so that a good part of all moments lies inside a save.
+PROGRAM = """
+import sys
+from blr_optax import _demo, cli
+_demo.CHECKPOINT_EVERY = 1
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def launch(out: Path, *arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Eight devices would only make it slower; what compiles cheaply stays (tests/conftest.py).
+    flags = environment.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    command = [sys.executable, "-c", PROGRAM, "demo", "--out", str(out), *arguments]
+    command += ["--optimizer", "sgd,ivon", "--seed", "0", "--epochs", "40", "--samples", "4"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def epochs_behind(out: Path) -> int:
+    """Of both runs, by the numbers of their finished checkpoints."""
+    folders = (out / _demo.STATE).glob("*/*")
+    steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
+    return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
+
+
+@pytest.mark.timeout(1500)
+def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path):
+    out, chance, kills = tmp_path / "killed", random.Random(0), 0
+    for share in (5, 15, 15, 15, 15, 10):  # of the 80 epochs
+        goal = epochs_behind(out) + chance.randint(1, share)
+        process = launch(out, "--resume")
+        while process.poll() is None and epochs_behind(out) < goal:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.2)  # an epoch and its checkpoint take less
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 4
+    for arguments in (["--resume"], []):
+        with launch(out if arguments else tmp_path / "whole", *arguments) as process:
+            process.communicate()
+        assert process.returncode == 0
+    killed, whole = ((tmp_path / name / "results.json").read_text() for name in ("killed", "whole"))
+    assert killed == whole
