@@ -300,7 +300,6 @@ plt.show()
 # %%
 for key, row in ratios.items():
     print(", ".join(key), {model: round(value, 2) for model, value in row.items()})
-assert ratios["time", "vmap(grad)"]["MLP"] > 5 * ratios["time", "per_example"]["MLP"]
 assert ratios["working memory", "vmap(grad)"]["MLP"] > (
     5 * ratios["working memory", "per_example"]["MLP"]
 )
