@@ -1,4 +1,7 @@
-"""Replay of recorded trajectories: the golden problems, their flat vectors, and one step each."""
+"""Replay of recorded trajectories: the golden problems, their flat vectors, and all their steps.
+
+A trajectory is one program (`tools.run_steps`); what it saw is compared step by step in numpy.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,10 @@ def problem_loss(problem):
     """loss(theta, batch indices) of a golden problem; theta is a dict of the named leaves."""
     kind = problem["kind"]
     if kind == "quadratic":
-        a, b = jnp.array(problem["A"]), jnp.array(problem["b"])
+        a, b = np.array(problem["A"]), np.array(problem["b"])
         return lambda w, _: 0.5 * (w["theta"] - b) @ a @ (w["theta"] - b)
     if kind == "doublewell":
-        a, c = jnp.array(problem["a"]), jnp.array(problem["c"])
+        a, c = np.array(problem["a"]), np.array(problem["c"])
         return lambda w, _: (
             jnp.sum(0.25 * w["theta"] ** 4 - 0.5 * a * w["theta"] ** 2 + c * w["theta"])
             + 0.1 * jnp.sum(w["theta"]) ** 2
@@ -41,18 +44,30 @@ def problem_loss(problem):
 
 
 def unflatten(flat, names, shapes):
-    """A dict of leaves from the file's flat vector(s); leading axes stay."""
+    """A dict of leaves from the file's flat vector(s), in numpy; leading axes stay."""
     flat, leaves, start = np.asarray(flat), {}, 0
     for name, shape in zip(names, shapes, strict=True):
         size = int(np.prod(shape))
-        leaves[name] = jnp.array(flat[..., start : start + size].reshape(*flat.shape[:-1], *shape))
+        leaves[name] = flat[..., start : start + size].reshape(*flat.shape[:-1], *shape)
         start += size
     assert start == flat.shape[-1]
     return leaves
 
 
 def flatten(tree, names):
-    return np.concatenate([np.ravel(tree[name]) for name in names])
+    """One flat vector for every step of a dict of stacked leaves."""
+    return np.concatenate([np.reshape(tree[name], (len(tree[name]), -1)) for name in names], 1)
+
+
+def recorded(case, name):
+    """One entry of every step of a case, stacked; None where the file has none."""
+    steps = [step[name] for step in case["steps"]]
+    return None if steps[0] is None else np.array(steps)
+
+
+def noise_and_batches(case, names, shapes):
+    """What `estimate` gets at every step: the recorded noise, as leaves, and the indices."""
+    return unflatten(recorded(case, "eps"), names, shapes), recorded(case, "batch")
 
 
 def follows(actual, expected, relative, what):
@@ -60,6 +75,12 @@ def follows(actual, expected, relative, what):
     expected = np.asarray(expected)
     error = np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-300)
     assert error <= relative, f"{what}: relative error {error:.2e}"
+
+
+def follow(actual, expected, relative, what):
+    """Every step of a trajectory."""
+    for t, (found, wanted) in enumerate(zip(actual, expected, strict=True)):
+        follows(found, wanted, relative, f"{what}, step {t}")
 
 
 def keywords(hyper, **more):
@@ -81,36 +102,64 @@ def keywords(hyper, **more):
 
 def recorded_rates(case):
     """The recorded learning rates as a schedule."""
-    rates = jnp.array([step["lr"] for step in case["steps"]])
+    rates = jnp.array(recorded(case, "lr"))
     return lambda count: rates[count]
 
 
-def averaged(loss, state, params, noise, batches):
+def averaged(loss, state, params, noise, batches, **options):
     """One estimate per recorded sample, each on its own batch, averaged."""
-    estimates = []
-    for s, batch in enumerate(batches):
-        one = jax.tree.map(lambda x, s=s: x[s : s + 1], noise)
-        estimates.append(blr.estimate(loss, state, params, batch, noise=one))
-    return jax.tree.map(lambda *x: sum(x) / len(x), *estimates)
+
+    def one(noise, batch):
+        noise = jax.tree.map(lambda x: x[None], noise)
+        return blr.estimate(loss, state, params, batch, noise=noise, **options)
+
+    return jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(one)(noise, batches))
 
 
-def batches_of(step):
-    samples = len(step["eps"])
-    return [None] * samples if step["batch"] is None else [jnp.array(b) for b in step["batch"]]
-
-
-def check_step(state, params, step, names, relative, weight_decay):
-    inner = optax.tree.get_all_with_path(state, "precision")
-    precision = {k: v for _, tree in inner for k, v in tree.items() if isinstance(v, jax.Array)}
-    momentum = {
-        k: v
-        for _, tree in optax.tree.get_all_with_path(state, "ema")
-        for k, v in tree.items()
-        if isinstance(v, jax.Array)
+def leaves_of(state, field):
+    """The leaves of a field by name, of all groups of a partition."""
+    return {
+        name: x
+        for _, tree in optax.tree.get_all_with_path(state, field)
+        for name, x in tree.items()
+        if isinstance(x, jax.Array)
     }
-    follows(flatten(params, names), step["mean"], relative, "mean")
+
+
+def step_of(tx, loss, **options):
+    """One step of IVON on recorded noise, and what is compared of it."""
+
+    def step(carry, given):
+        params, state = carry
+        est = averaged(loss, state, params, *given, **options)
+        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        params = optax.apply_updates(params, updates)
+        return (params, state), {
+            "gradient": est.grad,
+            "mean": params,
+            "precision": leaves_of(state, "precision"),
+            "momentum": leaves_of(state, "ema"),
+        }
+
+    return step
+
+
+def start_of(tx, params):
+    """The first carry of a trajectory: parameters in jax's own dtypes, and their state."""
+
+    def start():
+        mean = jax.tree.map(jnp.asarray, params)
+        return mean, tx.init(mean)
+
+    return start
+
+
+def check_steps(seen, case, names, relative, weight_decay):
+    """Parameters, h and momentum follow the recorded ones after every step."""
+    follow(flatten(seen["mean"], names), recorded(case, "mean"), relative, "mean")
     # h may pass through zero; its natural scale is the precision h + delta.
-    hess = flatten(precision, names) - weight_decay
-    scale = np.max(np.abs(np.asarray(step["hess"]) + weight_decay))
-    assert np.max(np.abs(hess - np.asarray(step["hess"]))) <= relative * scale
-    follows(flatten(momentum, names), step["momentum"], relative, "momentum")
+    hess, wanted = flatten(seen["precision"], names) - weight_decay, recorded(case, "hess")
+    scale = np.max(np.abs(wanted + weight_decay), axis=1)
+    error = np.max(np.abs(hess - wanted), axis=1)
+    assert np.all(error <= relative * scale), f"h: relative errors {error / scale}"
+    follow(flatten(seen["momentum"], names), recorded(case, "momentum"), relative, "momentum")

@@ -1,6 +1,7 @@
 """What the tests share: where files lie, comparisons in numpy, and functions that compile once."""
 
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -55,12 +57,19 @@ def assert_same(actual: Any, expected: Any, **tolerance: float) -> None:
 # An eager operation is a program of its own, and compiling it costs about as much as compiling a
 # whole small function: a test that calls a family or an optimizer eagerly compiles dozens.
 
-STATIC = ("shape", "with_status", "form", "event_shape")
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns, in numpy, computed by one program."""
+    return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+
+
+STATIC = {"shape", "with_status", "form", "event_shape"}
 
 
 @functools.cache
-def _jitted(method: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    return jax.jit(method, static_argnames=names)
+def _jitted(method: Callable[..., Any]) -> Callable[..., Any]:
+    static = STATIC & set(inspect.signature(method).parameters)
+    return jax.jit(method, static_argnames=tuple(static))
 
 
 class Compiled:
@@ -77,4 +86,36 @@ class Compiled:
         """The attribute, compiled if it is a method."""
         found = getattr(self.thing, name)
         bound = getattr(found, "__self__", None) is self.thing
-        return _jitted(found, STATIC) if bound else found
+        return _jitted(found) if bound else found
+
+
+def run_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    start: Callable[[], Any],
+    inputs: Any = None,
+    length: int | None = None,
+    fused: bool = False,
+) -> tuple[Any, Any]:
+    """A training loop as one program: the last carry, and what was seen of every step, in numpy.
+
+    `start()` is the first carry; `step(carry, input)` the next one and what to see of it, stacked.
+    With `fused` the noise from hashes, which is in float32, is one loop wherever it is derived, as
+    in users' programs, and so rounded alike; under the suite's own flags it is not.
+    """
+    options = {"xla_cpu_use_fusion_emitters": True} if fused else None
+
+    def loop(inputs: Any) -> Any:
+        return jax.lax.scan(step, start(), inputs, length)
+
+    last, seen = jax.jit(loop, compiler_options=options)(inputs)
+    return last, jax.tree.map(np.asarray, seen)
+
+
+def built_inside(
+    make: Callable[[], optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that is built where it is used: what building it computes is traced too."""
+    return optax.GradientTransformationExtraArgs(
+        lambda params: make().init(params),
+        lambda *args, **extra: make().update(*args, **extra),
+    )

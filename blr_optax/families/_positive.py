@@ -335,8 +335,10 @@ class Weibull(RateFamily):
         """scale^2 Gamma(1 + 2 / k) - mean^2, whose terms cancel on paper for large k."""
         step = 1.0 / lam.shape
         # log Gamma(1) + log Gamma(1 + 2 / k) - 2 log Gamma(1 + 1 / k), about step^2 when small:
-        # taken at a step that adding it to one does not round.
-        near = jnp.maximum((1.0 + step) - 1.0, jnp.finfo(step.dtype).eps)
+        # taken at a step that adding it to one does not round. Without the barrier XLA takes
+        # (1 + step) - 1 for step.
+        rounded = jax.lax.optimization_barrier(1.0 + step)
+        near = jnp.maximum(rounded - 1.0, jnp.finfo(step.dtype).eps)
         bend = _log_gamma_divergence(1.0 + near, 1.0 + 2.0 * near)
         bend = bend + _log_gamma_divergence(1.0 + near, jnp.ones_like(near))
         return jnp.square(self.mean(lam)) * jnp.expm1(bend * jnp.square(step / near))

@@ -5,8 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from replay import flatten, follows, problem_loss, unflatten
-from tools import load_golden
+from replay import (
+    flatten,
+    follow,
+    noise_and_batches,
+    problem_loss,
+    recorded,
+    start_of,
+    unflatten,
+)
+from tools import load_golden, run_steps
 
 import blr_optax as blr
 
@@ -35,11 +43,9 @@ def test_vadam_repository(x64, file, case):
     problem = load_golden(file)["problem"]
     names, shapes = problem["leaf_names"], problem["leaf_shapes"]
     tx, loss = transformation(case), problem_loss(problem)
-    params = unflatten(case["init_mean"], names, shapes)
-    state = tx.init(params)
 
-    @jax.jit
-    def advance(params, state, noise, batch):
+    def step(carry, given):
+        (params, state), (noise, batch) = carry, given
         est = blr.estimate(
             lambda w: loss(w, batch),
             state,
@@ -48,62 +54,80 @@ def test_vadam_repository(x64, file, case):
             samples=len(case["steps"][0]["eps"]),
         )
         updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        return optax.apply_updates(params, updates), state, est
+        params = optax.apply_updates(params, updates)
+        return (params, state), (est.grad, params, blr.posterior(state, params).variance)
 
-    for step in case["steps"]:
-        noise = unflatten(step["eps"], names, shapes)
-        params, state, est = advance(params, state, noise, jnp.array(step["batch"]))
-        follows(flatten(est.grad, names), np.mean(step["grad"], 0), 1e-9, "gradient")
-        follows(flatten(params, names), step["mean"], 1e-9, "mean")
-        q = blr.posterior(state, params)
-        precision = flatten(jax.tree.map(lambda v: 1 / v, q.variance), names)
-        follows(precision, step["precision"], 1e-9, "precision")
+    params = unflatten(case["init_mean"], names, shapes)
+    given = noise_and_batches(case, names, shapes)
+    _, (gradient, mean, variance) = run_steps(step, start_of(tx, params), given)
+    wanted = [np.mean(one["grad"], 0) for one in case["steps"]]
+    follow(flatten(gradient, names), wanted, 1e-9, "gradient")
+    follow(flatten(mean, names), recorded(case, "mean"), 1e-9, "mean")
+    follow(1 / flatten(variance, names), recorded(case, "precision"), 1e-9, "precision")
 
 
 def test_vprop_is_the_rule_with_squares_up_to_the_root(x64):
     """On linear losses the precision is that of `blr_update`, and the steps differ by the root."""
     rho, alpha, ess, prior = 0.1, 0.01, 5.0, 2.0
-    gradients = jax.random.normal(jax.random.key(3), (20, 3))
-    params = jnp.zeros(3)
-    tx = blr.vprop(alpha, ess, prior_precision=prior, init_precision=7.0, b2=1 - rho)
-    rule = blr.blr_update(
-        "gaussian_diagonal",
-        lambda w, g: w @ g,
-        rho,
-        ess=ess,
-        prior=blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=params, precision=jnp.full(3, prior))),
-        init=blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=params, precision=jnp.full(3, 7.0))),
-        estimator=blr.estimators.monte_carlo(1, curvature=blr.estimators.squared_gradient(1)),
-        step="plain",
-    )
-    state, state_rule = tx.init(params), rule.init(params)
-    a = b = params
-    for g in gradients:
-        before = a
+    gradients = np.random.default_rng(3).normal(size=(20, 3))
+
+    def both(params):
+        tx = blr.vprop(alpha, ess, prior_precision=prior, init_precision=7.0, b2=1 - rho)
+        flat = lambda x: DIAGONAL.natural(mean=params, precision=jnp.full(3, x))  # noqa: E731
+        rule = blr.blr_update(
+            "gaussian_diagonal",
+            lambda w, g: w @ g,
+            rho,
+            ess=ess,
+            prior=blr.Posterior(DIAGONAL, flat(prior)),
+            init=blr.Posterior(DIAGONAL, flat(7.0)),
+            estimator=blr.estimators.monte_carlo(1, curvature=blr.estimators.squared_gradient(1)),
+            step="plain",
+        )
+        return tx, rule
+
+    def start():
+        params = jnp.zeros(3)
+        tx, rule = both(params)
+        return params, tx.init(params), params, rule.init(params)
+
+    def step(carry, g):
+        a, state, b, state_rule = carry
+        tx, rule = both(jnp.zeros(3))
         step, state = tx.update(g, state, a)
         step_rule, state_rule = rule.update(None, state_rule, b, batch=(g,))
-        a, b = a + step, b + step_rule
-        total = 1 / blr.posterior(state_rule, b).variance
-        np.testing.assert_allclose(1 / blr.posterior(state, a).variance, total, rtol=1e-12)
-        root = np.sqrt((total - prior) / ess) + prior / ess
-        np.testing.assert_allclose(step, -alpha * (g + prior / ess * before) / root, rtol=1e-9)
+        before, a, b = a, a + step, b + step_rule
+        variances = [blr.posterior(s, m).variance for s, m in ((state, a), (state_rule, b))]
+        return (a, state, b, state_rule), (before, step, *variances)
+
+    _, (before, made, variance, variance_rule) = run_steps(step, start, gradients)
+    total = 1 / variance_rule
+    np.testing.assert_allclose(1 / variance, total, rtol=1e-12)
+    root = np.sqrt((total - prior) / ess) + prior / ess
+    wanted = -alpha * (gradients + prior / ess * before) / root
+    np.testing.assert_allclose(made, wanted, rtol=1e-9)
 
 
 def test_batch_size_undoes_the_shrinkage(x64):
     """Near an optimum B g^2 has the mean of the squares of single examples."""
-    x = jax.random.normal(jax.random.key(0), (400, 8, 3))
+    x = np.random.default_rng(0).normal(size=(400, 8, 3))
     loss = lambda w, x: jnp.mean(x @ w)  # noqa: E731  # its gradients have mean zero
-    params = jnp.zeros(3)
 
-    def curvature(batch_size):
-        tx = blr.vadam(0.0, 1.0, b2=0.0, prior_precision=1e-9, init_precision=1.0,
-                       batch_size=batch_size)  # fmt: skip
-        state = tx.init(params)
-        step = lambda batch: tx.update(jax.grad(loss)(params, batch), state, params)[1]  # noqa: E731
-        return jnp.mean(jax.vmap(lambda b: 1 / blr.posterior(step(b), params).variance)(x), 0)
+    @jax.jit
+    def curvature(x):
+        params, found = jnp.zeros(3), []
+        for batch_size in (8, 1):
+            tx = blr.vadam(0.0, 1.0, b2=0.0, prior_precision=1e-9, init_precision=1.0,
+                           batch_size=batch_size)  # fmt: skip
+            state = tx.init(params)
+            step = lambda b, tx=tx, s=state: tx.update(jax.grad(loss)(params, b), s, params)[1]  # noqa: E731
+            precision = jax.vmap(lambda b, step=step: 1 / blr.posterior(step(b), params).variance)
+            found.append(jnp.mean(precision(x), 0))
+        return found
 
-    np.testing.assert_allclose(curvature(8), 1.0, atol=0.3)
-    np.testing.assert_allclose(curvature(8), 8 * curvature(1), rtol=1e-5)
+    of_eight, of_one = map(np.asarray, curvature(x))
+    np.testing.assert_allclose(of_eight, 1.0, atol=0.3)
+    np.testing.assert_allclose(of_eight, 8 * of_one, rtol=1e-5)
 
 
 def test_a_first_precision_below_the_priors_is_refused():

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from replay import flatten, follows, problem_loss, unflatten
-from tools import load_golden
+from replay import flatten, follow, problem_loss, recorded, start_of, unflatten
+from tools import load_golden, run_steps
 
 import blr_optax as blr
 
@@ -45,9 +45,22 @@ def data_loss(problem):
     return mlp
 
 
-def rows_of(problem, step):
-    index = np.asarray(step["batch"])
-    return jnp.array(problem["X"])[index], jnp.array(problem["y"])[index]
+def given(problem, case):
+    """What `estimate` gets at every step: the recorded noise, and the rows of the batch.
+
+    Draws of zero in a first step where the official code has no scale yet.
+    """
+    names, shapes = problem["leaf_names"], problem["leaf_shapes"]
+    none = np.zeros_like(case["steps"][-1]["eps"])
+    noise = np.array([step["eps"] or none for step in case["steps"]])
+    index = recorded(case, "batch")
+    x, y = np.array(problem["X"])[index], np.array(problem["y"])[index]
+    return unflatten(noise, names, shapes), x, y
+
+
+def average(case, name):
+    """The mean over the samples of one entry of every step."""
+    return [np.mean(step[name], 0) for step in case["steps"]]
 
 
 def start(problem, case):
@@ -59,21 +72,40 @@ def total_precision(state, params):
     return jax.tree.map(lambda v: 1 / v, q.variance)
 
 
+def step_of(tx, loss):
+    """One step on recorded noise and rows, and what is compared of it."""
+
+    def step(carry, given):
+        (params, state), (noise, x, y) = carry, given
+        est = blr.estimate(loss, state, params, x, y, noise=noise)
+        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (est, params, total_precision(state, params))
+
+    return step
+
+
 def test_data_loss_is_the_recorded_loss(x64):
     """The two spellings of the golden losses agree, on rows and on indices."""
     for file in FILES:
         golden = load_golden(file)
         problem, case = golden["problem"], golden["cases"][0]
-        params, step = start(problem, case), case["steps"][0]
-        by_index = problem_loss(problem)(params, jnp.array(step["batch"]))
-        np.testing.assert_allclose(data_loss(problem)(params, *rows_of(problem, step)), by_index)
+        params, (_, x, y) = start(problem, case), given(problem, case)
+        both = jax.jit(
+            lambda p, index, x, y, problem=problem: (
+                problem_loss(problem)(p, index),
+                data_loss(problem)(p, x, y),
+            )
+        )
+        by_index, by_rows = both(params, recorded(case, "batch")[0], x[0], y[0])
+        np.testing.assert_allclose(by_rows, by_index)
 
 
 @pytest.mark.parametrize(("file", "case"), CASES)
 def test_vadam_repository(x64, file, case):
     """P <- b P + (1 - b)(N h + p0);  m <- m - lr (N g + p0 m) / P, to 1e-9."""
     problem, hyper = load_golden(file)["problem"], case["hyper"]
-    names, shapes = problem["leaf_names"], problem["leaf_shapes"]
+    names = problem["leaf_names"]
     tx = blr.vogn(
         hyper["lr"],
         ess=hyper["train_set_size"],
@@ -82,24 +114,13 @@ def test_vadam_repository(x64, file, case):
         b1=0.0,
         b2=hyper["beta"],
     )
-    params, loss = start(problem, case), data_loss(problem)
-    state = tx.init(params)
-
-    @jax.jit
-    def advance(params, state, noise, x, y):
-        est = blr.estimate(loss, state, params, x, y, noise=noise)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        return optax.apply_updates(params, updates), state, est
-
-    for step in case["steps"]:
-        noise = unflatten(step["eps"], names, shapes)
-        params, state, est = advance(params, state, noise, *rows_of(problem, step))
-        follows(flatten(est.curvature, names), np.mean(step["ggn"], 0), 1e-9, "squares")
-        follows(flatten(est.grad, names), np.mean(step["grad"], 0), 1e-9, "gradient")
-        follows(flatten(params, names), step["mean"], 1e-9, "mean")
-        follows(
-            flatten(total_precision(state, params), names), step["precision"], 1e-9, "precision"
-        )
+    _, (est, mean, precision) = run_steps(
+        step_of(tx, data_loss(problem)), start_of(tx, start(problem, case)), given(problem, case)
+    )
+    follow(flatten(est.curvature, names), average(case, "ggn"), 1e-9, "squares")
+    follow(flatten(est.grad, names), average(case, "grad"), 1e-9, "gradient")
+    follow(flatten(mean, names), recorded(case, "mean"), 1e-9, "mean")
+    follow(flatten(precision, names), recorded(case, "precision"), 1e-9, "precision")
 
 
 def sso_transformation(case, momentum):
@@ -132,16 +153,10 @@ def sso_transformation(case, momentum):
 def test_pytorch_sso(x64, name, momentum):
     """Both averages of the gradient, the prior inside it, damping: to 1e-9."""
     problem, case = load_golden("vogn_dlwithbayes_mlp")["problem"], SSO[name]
-    names, shapes = problem["leaf_names"], problem["leaf_shapes"]
-    tx, params = sso_transformation(case, momentum(case["hyper"])), start(problem, case)
-    state, n = tx.init(params), case["hyper"]["dataset_size"]
-    for step in case["steps"]:
-        est = blr.estimate(
-            data_loss(problem), state, params, *rows_of(problem, step),
-            noise=unflatten(step["eps"], names, shapes),
-        )  # fmt: skip
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        params = optax.apply_updates(params, updates)
-        follows(flatten(params, names), step["mean"], 1e-9, "mean")
-        precision = flatten(total_precision(state, params), names)
-        follows(precision, n / np.asarray(step["std"]) ** 2, 1e-9, "precision")
+    names, n = problem["leaf_names"], case["hyper"]["dataset_size"]
+    tx = sso_transformation(case, momentum(case["hyper"]))
+    _, (_, mean, precision) = run_steps(
+        step_of(tx, data_loss(problem)), start_of(tx, start(problem, case)), given(problem, case)
+    )
+    follow(flatten(mean, names), recorded(case, "mean"), 1e-9, "mean")
+    follow(flatten(precision, names), n / recorded(case, "std") ** 2, 1e-9, "precision")

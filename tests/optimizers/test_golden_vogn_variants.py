@@ -15,14 +15,16 @@ with q the mean of squared per-example gradients. `test_golden_vogn.py` has the 
 `vogn` and its parts reproduce as they are.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from replay import flatten, follows, unflatten
-from test_golden_vogn import SSO, data_loss, rows_of, start, total_precision
-from tools import load_golden
+from replay import flatten, follow, recorded, start_of, unflatten
+from test_golden_vogn import SSO, average, data_loss, given, start, step_of, total_precision
+from tools import built_inside, load_golden, run_steps
 
 import blr_optax as blr
 
@@ -58,50 +60,56 @@ def log_std_transformation(hyper):
 def test_log_std_form(x64, case):
     """Every step, with the mean's step multiplied by p_new / p_old, which is all that differs."""
     problem, hyper = LOG_STD["problem"], case["hyper"]
-    names, shapes = problem["leaf_names"], problem["leaf_shapes"]
-    tx, params = log_std_transformation(hyper), start(problem, case)
-    state, rho = tx.init(params), 1 - hyper["momentum_hess"]
-    d = hyper["prior_precision"] / hyper["data_size"]
+    names, tx = problem["leaf_names"], log_std_transformation(hyper)
 
-    @jax.jit
-    def advance(params, state, noise, x, y):
+    def step(carry, given):
+        (params, state), (noise, x, y) = carry, given
         est = blr.estimate(data_loss(problem), state, params, x, y, noise=noise)
         updates, after = tx.update(est.grad, state, params, curvature=est.curvature)
         ratio = jax.tree.map(lambda new, old: new / old, precision_of(after), precision_of(state))
-        return est, updates, ratio, after
-
-    old = np.full(len(case["init_mean"]), -np.log(1 / hyper["std_init"]))
-    for step in case["steps"]:
-        noise = unflatten(step["eps"], names, shapes)
-        est, updates, ratio, state = advance(params, state, noise, *rows_of(problem, step))
-        # The factor is the one that the official code has inside its logarithm.
-        target = np.mean(step["gsq"], 0) + d + hyper["dampening"]
-        inside = 1 + rho * (target * np.exp(2 * old) - hyper["temperature"])
-        follows(flatten(ratio, names), inside, 1e-9, "p_new / p_old")
         canonical = optax.apply_updates(params, updates)
-        official = jax.tree.map(lambda u, r: u * r, updates, ratio)
-        assert np.max(np.abs(flatten(canonical, names) - step["mean"])) > 1e-6
-        params = optax.apply_updates(params, official)
-        follows(flatten(est.grad, names), np.mean(step["grad"], 0), 1e-9, "gradient")
-        follows(flatten(est.curvature, names), np.mean(step["gsq"], 0), 1e-9, "squares")
-        follows(flatten(params, names), step["mean"], 1e-9, "mean")
-        follows(flatten(optax.tree.get(state, "ema"), names), step["momentum"], 1e-9, "momentum")
-        total = hyper["data_size"] * np.exp(-2 * np.asarray(step["log_std"]))
-        follows(flatten(total_precision(state, params), names), total, 1e-9, "precision")
-        old = np.asarray(step["log_std"])
+        params = optax.apply_updates(params, jax.tree.map(lambda u, r: u * r, updates, ratio))
+        return (params, after), {
+            "estimate": est,
+            "ratio": ratio,
+            "canonical": canonical,
+            "mean": params,
+            "momentum": optax.tree.get(after, "ema"),
+            "precision": total_precision(after, params),
+        }
+
+    _, seen = run_steps(step, start_of(tx, start(problem, case)), given(problem, case))
+    # The factor is the one that the official code has inside its logarithm.
+    rho, n = 1 - hyper["momentum_hess"], hyper["data_size"]
+    log_std = recorded(case, "log_std")
+    old = np.vstack([np.full(log_std.shape[1], -np.log(1 / hyper["std_init"])), log_std[:-1]])
+    target = np.array(average(case, "gsq")) + hyper["prior_precision"] / n + hyper["dampening"]
+    inside = 1 + rho * (target * np.exp(2 * old) - hyper["temperature"])
+    follow(flatten(seen["ratio"], names), inside, 1e-9, "p_new / p_old")
+    gap = np.abs(flatten(seen["canonical"], names) - recorded(case, "mean"))
+    assert np.all(np.max(gap, axis=1) > 1e-6)
+    est = seen["estimate"]
+    for found, wanted, what in (
+        (est.grad, average(case, "grad"), "gradient"),
+        (est.curvature, average(case, "gsq"), "squares"),
+        (seen["mean"], recorded(case, "mean"), "mean"),
+        (seen["momentum"], recorded(case, "momentum"), "momentum"),
+        (seen["precision"], n * np.exp(-2 * log_std), "precision"),
+    ):
+        follow(flatten(found, names), wanted, 1e-9, what)
 
 
 def test_the_old_precision_is_the_new_one_to_first_order(x64):
     """Ten times smaller 1 - b2: a ten times smaller difference of the first steps."""
     problem, case = LOG_STD["problem"], LOG_STD["cases"][0]
-    params, step = start(problem, case), case["steps"][0]
-    noise = unflatten(step["eps"], problem["leaf_names"], problem["leaf_shapes"])
+    params = start(problem, case)
+    noise, x, y = jax.tree.map(lambda a: a[0], given(problem, case))
 
-    def difference(rho):
+    @jax.jit
+    def difference(params, rho):
         tx = log_std_transformation({**case["hyper"], "momentum_hess": 1 - rho})
         state = tx.init(params)
-        batch = rows_of(problem, step)
-        est = blr.estimate(data_loss(problem), state, params, *batch, noise=noise)
+        est = blr.estimate(data_loss(problem), state, params, x, y, noise=noise)
         updates, after = tx.update(est.grad, state, params, curvature=est.curvature)
         official = jax.tree.map(
             lambda u, new, old: u * new / old, updates, precision_of(after), precision_of(state)
@@ -109,7 +117,7 @@ def test_the_old_precision_is_the_new_one_to_first_order(x64):
         gap = optax.tree.norm(optax.tree.sub(official, updates))
         return gap / optax.tree.norm(updates)
 
-    first, second, third = difference(1e-2), difference(1e-3), difference(1e-4)
+    first, second, third = (float(difference(params, rho)) for rho in (1e-2, 1e-3, 1e-4))
     assert 1e-3 < first < 1e-2  # F is near -1 where the curvature is small
     np.testing.assert_allclose(first / second, 10.0, rtol=0.02)
     np.testing.assert_allclose(second / third, 10.0, rtol=0.002)
@@ -128,93 +136,87 @@ def kl_weight(step):
     return first + (last - first) * ramp
 
 
-def warm_decay(step):
-    return kl_weight(step) / (WARM["hyper"]["dataset_size"] * WARM["hyper"]["prior_variance"])
+@functools.cache
+def kl_weights():
+    """k of every step of the record and of the one after it."""
+    return np.asarray(jax.jit(jax.vmap(kl_weight))(np.arange(len(WARM["steps"]) + 1.0)))
+
+
+def warm_decay(weight):
+    return weight / (WARM["hyper"]["dataset_size"] * WARM["hyper"]["prior_variance"])
 
 
 def warm_start():
     """`vogn` with the warm-up as an ess schedule, begun at the first batch's own squares."""
     problem, hyper = load_golden("vogn_dlwithbayes_mlp")["problem"], WARM["hyper"]
     n, damping = hyper["dataset_size"], hyper["curv"]["damping"]
-    prior, ess = 1 / hyper["prior_variance"], n / float(kl_weight(0))
-    squares = np.mean(WARM["steps"][0]["gsq"], 0)
-    first = unflatten(prior + ess * (squares + damping), *_leaves(problem))
-    tx = blr.vogn(
-        hyper["lr"],
-        lambda count: n / kl_weight(count),
-        prior_precision=prior,
-        init_precision=first,
-        b1=1 - hyper["grad_ema_decay"],
-        b2=1 - hyper["curv"]["ema_decay"],
-        damping=damping,
+    prior, ess = 1 / hyper["prior_variance"], n / float(kl_weights()[0])
+    squares = average(WARM, "gsq")[0]
+    first = unflatten(
+        prior + ess * (squares + damping), problem["leaf_names"], problem["leaf_shapes"]
     )
-    params = start(problem, WARM)
-    return problem, tx, params, tx.init(params)
-
-
-def _leaves(problem):
-    return problem["leaf_names"], problem["leaf_shapes"]
-
-
-def noise_of(step, problem):
-    """The recorded draws; none in the first step, where the official code has no scale yet."""
-    eps = step["eps"] or np.zeros((1, len(step["mean"])))
-    return unflatten(eps, *_leaves(problem))
+    tx = built_inside(
+        lambda: blr.vogn(
+            hyper["lr"],
+            lambda count: n / kl_weight(count),
+            prior_precision=prior,
+            init_precision=first,
+            b1=1 - hyper["grad_ema_decay"],
+            b2=1 - hyper["curv"]["ema_decay"],
+            damping=damping,
+        )
+    )
+    return problem, tx, start_of(tx, start(problem, WARM))
 
 
 def test_kl_warm_up(x64):
     """Every step, with the posterior's prior left where the step's average has put it."""
-    problem, tx, params, state = warm_start()
+    problem, tx, begin = warm_start()
     names, b2 = problem["leaf_names"], 1 - WARM["hyper"]["curv"]["ema_decay"]
     damping = WARM["hyper"]["curv"]["damping"]
     assert WARM["hyper"]["bias_correction"]
     assert WARM["hyper"]["grad_ema_decay"] == WARM["hyper"]["curv"]["ema_decay"]  # quotient 1
-    lagging = warm_decay(0)
-    for t, step in enumerate(WARM["steps"]):
-        np.testing.assert_allclose(warm_decay(t), step["l2_reg"], rtol=1e-12)
-        est = blr.estimate(
-            data_loss(problem),
-            state,
-            params,
-            *rows_of(problem, step),
-            noise=noise_of(step, problem),
-        )
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        params = optax.apply_updates(params, updates)
-        follows(flatten(params, names), step["mean"], 1e-9, "mean")
-        follows(flatten(optax.tree.get(state, "ema"), names), step["grad_ema"], 1e-9, "average")
+    decay = warm_decay(kl_weights())
+    np.testing.assert_allclose(decay[:-1], recorded(WARM, "l2_reg"), rtol=1e-12)
+    step = step_of(tx, data_loss(problem))
+
+    def lagging(carry, given):
         # The canonical precision has the coming step's prior; the official one lags behind.
-        moved = warm_decay(t + 1) - warm_decay(t)
-        precision = jax.tree.map(lambda p, moved=moved: p - moved, precision_of(state))
-        follows(flatten(precision, names), 1 / np.square(step["std"]), 1e-9, "precision")
-        state = with_precision(state, precision)
-        lagging = b2 * lagging + (1 - b2) * warm_decay(t)
-        split = np.square(step["std"]) ** -1 - np.asarray(step["ema"]) - damping
-        np.testing.assert_allclose(split, lagging, rtol=1e-9)
+        *given, moved = given
+        (params, state), _ = step(carry, given)
+        precision = jax.tree.map(lambda p: p - moved, precision_of(state))
+        seen = params, optax.tree.get(state, "ema"), precision
+        return (params, with_precision(state, precision)), seen
+
+    given_and_moved = (*given(problem, WARM), np.diff(decay))
+    _, (mean, average_, precision) = run_steps(lagging, begin, given_and_moved)
+    follow(flatten(mean, names), recorded(WARM, "mean"), 1e-9, "mean")
+    follow(flatten(average_, names), recorded(WARM, "grad_ema"), 1e-9, "average")
+    std = recorded(WARM, "std")
+    follow(flatten(precision, names), 1 / np.square(std), 1e-9, "precision")
+    lag = decay[0]
+    for t, split in enumerate(np.square(std) ** -1 - recorded(WARM, "ema") - damping):
+        lag = b2 * lag + (1 - b2) * decay[t]
+        np.testing.assert_allclose(split, lag, rtol=1e-9, err_msg=f"step {t}")
 
 
 def test_without_the_lag_the_prior_of_the_posterior_is_the_one_in_force(x64):
     """`vogn` as it is: p - d - gamma is the average of squares alone, at every step."""
-    problem, tx, params, state = warm_start()
+    problem, tx, begin = warm_start()
     hyper, names = WARM["hyper"], problem["leaf_names"]
     b2, damping = 1 - hyper["curv"]["ema_decay"], hyper["curv"]["damping"]
-    squares, n = np.mean(WARM["steps"][0]["gsq"], 0), hyper["dataset_size"]
-    for t, step in enumerate(WARM["steps"]):
-        est = blr.estimate(
-            data_loss(problem),
-            state,
-            params,
-            *rows_of(problem, step),
-            noise=noise_of(step, problem),
-        )
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        params = optax.apply_updates(params, updates)
-        squares = b2 * squares + (1 - b2) * flatten(est.curvature, names)
-        total = n / kl_weight(t + 1) * (squares + damping) + 1 / hyper["prior_variance"]
-        follows(flatten(total_precision(state, params), names), total, 1e-9, "precision")
-        gap = np.max(np.abs(flatten(params, names) - step["mean"]))
-        # The first step knows no lag; then the official noise is wider, and the steps are longer.
-        assert gap < 1e-12 if t == 0 else gap > 1e-4
+    _, (est, mean, precision) = run_steps(
+        step_of(tx, data_loss(problem)), begin, given(problem, WARM)
+    )
+    squares, n, totals = average(WARM, "gsq")[0], hyper["dataset_size"], []
+    for weight, curvature in zip(kl_weights()[1:], flatten(est.curvature, names), strict=True):
+        squares = b2 * squares + (1 - b2) * curvature
+        totals.append(n / weight * (squares + damping) + 1 / hyper["prior_variance"])
+    follow(flatten(precision, names), totals, 1e-9, "precision")
+    gap = np.max(np.abs(flatten(mean, names) - recorded(WARM, "mean")), axis=1)
+    # The first step knows no lag; then the official noise is wider, and the steps are longer.
+    assert gap[0] < 1e-12
+    assert np.all(gap[1:] > 1e-4)
 
 
 # --- a first precision without its prior ----------------------------------------------------------

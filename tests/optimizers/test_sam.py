@@ -5,8 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from replay import flatten, follows, problem_loss, unflatten
-from tools import load_golden
+from replay import (
+    flatten,
+    follow,
+    noise_and_batches,
+    problem_loss,
+    recorded,
+    start_of,
+    unflatten,
+)
+from tools import built_inside, load_golden, run_steps
 
 import blr_optax as blr
 
@@ -21,7 +29,7 @@ DIAGONAL = blr.families.get("gaussian_diagonal")
 
 def transformation(case):
     hyper = case["hyper"]
-    factors = jnp.array([step["lrfactor"] for step in case["steps"]])
+    factors = jnp.array(recorded(case, "lrfactor"))
     rate = lambda count: hyper["learningrate"] * factors[count]  # noqa: E731
     if case["algorithm"] == "sgd":
         return optax.chain(
@@ -51,119 +59,154 @@ def test_bayesian_sam_repository(x64, file, case):
     names, shapes = problem["leaf_names"], problem["leaf_shapes"]
     tx, loss = transformation(case), problem_loss(problem)
     params = unflatten(case["init_w"], names, shapes)
-    state = tx.init(params)
+    if "eps" in case["steps"][0]:
+        noise, batch = noise_and_batches(case, names, shapes)
+    else:
+        noise, batch = None, recorded(case, "batch")
+    of_bsam = case["algorithm"] == "bsam"
 
-    @jax.jit
-    def advance(params, state, noise, batch):
+    def step(carry, given):
+        (params, state), (noise, batch) = carry, given
         # The file's sub-batches are rows; `split` deals the examples out one by one.
         found = {"samples": len(batch)} if noise is None else {"noise": noise}
         est = blr.estimate(loss, state, params, batch.T.reshape(-1), split=True, **found)
         updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
-        return optax.apply_updates(params, updates), state, est
+        params = optax.apply_updates(params, updates)
+        average = optax.tree.get(state, "ema" if of_bsam else "trace")
+        variance = blr.posterior(state, params).variance if of_bsam else None
+        return (params, state), (est.grad, params, average, variance)
 
-    for step in case["steps"]:
-        noise = unflatten(step["eps"], names, shapes) if "eps" in step else None
-        params, state, est = advance(params, state, noise, jnp.array(step["batch"]))
-        follows(flatten(est.grad, names), np.mean(step.get("grad_adv", step["grad"]), 0), 1e-9, "g")
-        follows(flatten(params, names), step["w"], 1e-9, "weights")
-        average = optax.tree.get(state, "trace" if case["algorithm"] != "bsam" else "ema")
-        follows(flatten(average, names), step["gm"], 1e-9, "average")
-        if "s" in step:
-            total = jax.tree.map(lambda v: 1 / v, blr.posterior(state, params).variance)
-            follows(flatten(total, names) / case["hyper"]["Ndata"], step["s"], 1e-9, "precision")
+    _, seen = run_steps(step, start_of(tx, params), (noise, batch))
+    gradient, mean, average, variance = seen
+    wanted = [np.mean(one.get("grad_adv", one["grad"]), 0) for one in case["steps"]]
+    follow(flatten(gradient, names), wanted, 1e-9, "g")
+    follow(flatten(mean, names), recorded(case, "w"), 1e-9, "weights")
+    follow(flatten(average, names), recorded(case, "gm"), 1e-9, "average")
+    assert of_bsam == ("s" in case["steps"][0])
+    if of_bsam:
+        total = 1 / flatten(variance, names) / case["hyper"]["Ndata"]
+        follow(total, recorded(case, "s"), 1e-9, "precision")
 
 
 def test_bsam_without_adversary_is_the_rule(x64):
     """Precisions are `blr_update`'s to 1e-12; the mean is divided by the old one."""
     rho, prior = 0.1, 2.0
-    slopes = jax.random.normal(jax.random.key(3), (20, 3))
-    params = jnp.zeros(3)
-    first = {"mean": params, "precision": jnp.full(3, 7.0)}
+    slopes = np.random.default_rng(3).normal(size=(20, 3))
     tx = blr.bsam(
         rho, 1.0, rho=0.0, prior_precision=prior, init_precision=7.0, b1=0.0, b2=1 - rho, damping=0
     )
-    rule = blr.blr_update(
-        "gaussian_diagonal",
-        lambda w, g: w @ g,
-        rho,
-        prior=blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=params, precision=jnp.full(3, prior))),
-        init=blr.Posterior(DIAGONAL, DIAGONAL.natural(**first)),
-        estimator=blr.estimators.delta(blr.estimators.absolute_gradient()),
-        step="plain",
+
+    def posterior(precision):
+        return blr.Posterior(
+            DIAGONAL, DIAGONAL.natural(mean=jnp.zeros(3), precision=jnp.full(3, precision))
+        )
+
+    rule = built_inside(
+        lambda: blr.blr_update(
+            "gaussian_diagonal",
+            lambda w, g: w @ g,
+            rho,
+            prior=posterior(prior),
+            init=posterior(7.0),
+            estimator=blr.estimators.delta(blr.estimators.absolute_gradient()),
+            step="plain",
+        )
     )
-    state, state_rule = tx.init(params), rule.init(params)
-    a = b = params
-    for g in slopes:
+
+    def start():
+        params = jnp.zeros(3)
+        return params, tx.init(params), params, rule.init(params)
+
+    def step(carry, g):
+        a, state, b, state_rule = carry
         before, old = a, 1 / blr.posterior(state, a).variance
         est = blr.estimate(lambda w, g: w @ g, state, a, g)
-        step, state = tx.update(est.grad, state, a, curvature=est.curvature)
-        step_rule, state_rule = rule.update(None, state_rule, b, batch=(g,))
-        a, b = a + step, b + step_rule
+        move, state = tx.update(est.grad, state, a, curvature=est.curvature)
+        move_rule, state_rule = rule.update(None, state_rule, b, batch=(g,))
+        a, b = a + move, b + move_rule
         new = 1 / blr.posterior(state, a).variance
-        np.testing.assert_allclose(new, 1 / blr.posterior(state_rule, b).variance, rtol=1e-12)
-        np.testing.assert_allclose(step, -rho * (g + prior * before) / old, rtol=1e-11)
+        new_rule = 1 / blr.posterior(state_rule, b).variance
+        return (a, state, b, state_rule), (before, old, move, new, new_rule)
+
+    _, (before, old, move, new, new_rule) = run_steps(step, start, slopes)
+    np.testing.assert_allclose(new, new_rule, rtol=1e-12)
+    np.testing.assert_allclose(move, -rho * (slopes + prior * before) / old, rtol=1e-11)
 
 
 def test_sam_without_radius_is_sgd_and_bsam_with_one_the_worst_point(x64):
     loss = lambda w: jnp.sum(jnp.sin(w) + 0.3 * w**4)  # noqa: E731
-    params = jnp.array([0.3, -0.7])
-    grad = jax.grad(loss)(params)
-    sgd, sam = blr.sgd(0.1, 0.9), blr.sam(0.1, rho=0.0, momentum=0.9)
-    est = blr.estimate(loss, sam.init(params), params)
-    np.testing.assert_array_equal(est.grad, grad)
-    np.testing.assert_array_equal(
-        sam.update(est.grad, sam.init(params), params, curvature=est.curvature)[0],
-        sgd.update(grad, sgd.init(params), params)[0],
-    )
-    # To first order no point of the ellipsoid |p^(1/2) x| <= r |p^(-1/2) g| is worse than r g / p.
-    tx = blr.bsam(0.1, 10.0, rho=1e-3, init_precision=jnp.array([3.0, 30.0]), damping=0.0)
-    state = tx.init(params)
-    p = 1 / (10 * blr.posterior(state, params).variance)
-    worst = state[0].rule.adversary(state[0], params, grad) - params
-    radius = 1e-3 * jnp.linalg.norm(grad / jnp.sqrt(p))
-    angles = jnp.linspace(0, 2 * jnp.pi, 1000)
-    others = radius * jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1) / jnp.sqrt(p)
-    np.testing.assert_allclose(jnp.linalg.norm(worst * jnp.sqrt(p)), radius, rtol=1e-9)
-    assert loss(params + worst) > jnp.max(jax.vmap(loss)(params + others)) - 1e-9
+    params = np.array([0.3, -0.7])
+    angles = np.linspace(0, 2 * np.pi, 1000)
+
+    @jax.jit
+    def steps(params):
+        grad = jax.grad(loss)(params)
+        sgd, sam = blr.sgd(0.1, 0.9), blr.sam(0.1, rho=0.0, momentum=0.9)
+        est = blr.estimate(loss, sam.init(params), params)
+        by_sam, _ = sam.update(est.grad, sam.init(params), params, curvature=est.curvature)
+        by_sgd, _ = sgd.update(grad, sgd.init(params), params)
+        # To first order no point of the ellipsoid |p^(1/2) x| <= r |p^(-1/2) g| is worse than
+        # r g / p.
+        tx = blr.bsam(0.1, 10.0, rho=1e-3, init_precision=jnp.array([3.0, 30.0]), damping=0.0)
+        state = tx.init(params)
+        p = 1 / (10 * blr.posterior(state, params).variance)
+        worst = state[0].rule.adversary(state[0], params, grad) - params
+        radius = 1e-3 * jnp.linalg.norm(grad / jnp.sqrt(p))
+        others = radius * jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1) / jnp.sqrt(p)
+        size, losses = jnp.linalg.norm(worst * jnp.sqrt(p)), jax.vmap(loss)(params + others)
+        return (est.grad, grad), (by_sam, by_sgd), (size, radius), loss(params + worst), losses
+
+    gradients, updates, (size, radius), worst, others = steps(params)
+    np.testing.assert_array_equal(*gradients)
+    np.testing.assert_array_equal(*updates)
+    np.testing.assert_allclose(size, radius, rtol=1e-9)
+    assert worst > np.max(others) - 1e-9
 
 
 def test_split_samples_see_their_own_examples(x64):
     """Equals the average of estimates over the sub-batches, for any row and with micro-batches."""
     loss = lambda w, x, c: c * jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
-    x, params = jax.random.normal(jax.random.key(0), (12, 3)), jnp.array([0.3, -0.7, 0.1])
-    noise = jax.random.normal(jax.random.key(1), (3, 3))
-    for tx in (blr.ivon(0.1, 20.0), blr.bsam(0.1, 20.0), blr.sam(0.1)):
-        state, drawn = tx.init(params), {}
-        if hasattr(state[0], "precision"):
-            drawn = {"noise": noise}
-        whole = blr.estimate(loss, state, params, x, 2.0, samples=3, split=True, **drawn)
-        small = blr.estimate(
-            loss, state, params, x, 2.0, samples=3, split=True, microbatch=2, **drawn
-        )
-        each = [
-            blr.estimate(
-                loss, state, params, x[i::3], 2.0, **({"noise": noise[i : i + 1]} if drawn else {})
+    rng, params = np.random.default_rng(0), np.array([0.3, -0.7, 0.1])
+    x, noise = rng.normal(size=(12, 3)), rng.normal(size=(3, 3))
+    makers = (lambda: blr.ivon(0.1, 20.0), lambda: blr.bsam(0.1, 20.0), lambda: blr.sam(0.1))
+
+    @jax.jit
+    def estimates(params, x, noise):
+        found = []
+        for make in makers:
+            state, drawn = make().init(params), {}
+            if hasattr(state[0], "precision"):
+                drawn = {"noise": noise}
+            look = lambda x, state=state, **more: blr.estimate(  # noqa: E731
+                loss, state, params, x, 2.0, **more
             )
-            for i in range(3)
-        ]
+            whole = look(x, samples=3, split=True, **drawn)
+            small = look(x, samples=3, split=True, microbatch=2, **drawn)
+            each = [
+                look(x[i::3], **({"noise": noise[i : i + 1]} if drawn else {})) for i in range(3)
+            ]
+            found.append((whole, small, each))
+        return found
+
+    for whole, small, each in estimates(params, x, noise):
         for name in ("value", "grad", "curvature"):
             mean = np.mean([getattr(e, name) for e in each], 0)
             np.testing.assert_allclose(getattr(whole, name), mean, rtol=1e-12)
         np.testing.assert_allclose(small.value, whole.value, rtol=1e-12)
+    state = jax.jit(makers[-1]().init)(params)
     with pytest.raises(ValueError, match="samples=5 must divide the batch size 12"):
         blr.estimate(loss, state, params, x, 2.0, samples=5, split=True)
 
 
 def test_one_gradient_is_refused():
-    params = jnp.ones(2)
+    params = np.ones(2, np.float32)
     for tx in (blr.sam(0.1), blr.bsam(0.1, 10.0)):
         with pytest.raises(ValueError, match="a step takes two gradients"):
-            tx.update(params, tx.init(params), params)
+            tx.update(params, jax.jit(tx.init)(params), params)
     with pytest.raises(ValueError, match="rho=-1 must be a plain finite number, at least zero"):
         blr.sam(0.1, rho=-1)
     with pytest.raises(ValueError, match="bsam: give init= or init_precision="):
-        q = blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
-        blr.bsam(0.1, 10.0, init=q, init_precision=2.0)
+        blr.bsam(0.1, 10.0, init=posterior_of_ivon(params), init_precision=2.0)
     with pytest.raises(ValueError, match="absolute_gradient"):
         blr.blr_update(
             "normal",
@@ -174,18 +217,27 @@ def test_one_gradient_is_refused():
         )
 
 
+@jax.jit
+def posterior_of_ivon(params):
+    return blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
+
+
+@jax.jit
+def adversary(params, grad):
+    state = blr.sam(0.1, rho=0.5).init(params)
+    return state.rule.adversary(state, params, grad)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-23, 1.0, 1e20, 1e30])
 def test_the_radius_holds_for_gradients_of_any_size(size):
-    params = jnp.zeros(2)
-    state = blr.sam(0.1, rho=0.5).init(params)
-    moved = state.rule.adversary(state, params, size * jnp.array([3.0, -4.0]))
+    params = np.zeros(2, np.float32)
+    moved = adversary(params, np.float32(size) * np.array([3.0, -4.0], np.float32))
     np.testing.assert_allclose(moved, [0.3, -0.4], rtol=1e-6)
-    np.testing.assert_array_equal(state.rule.adversary(state, params, params), params)
+    np.testing.assert_array_equal(adversary(params, params), params)
 
 
 def test_a_first_precision_beside_a_prior_is_refused():
-    params = jnp.ones(2)
-    q = blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
+    q = posterior_of_ivon(np.ones(2, np.float32))
     for make in (blr.bsam, blr.vogn):
         with pytest.raises(ValueError, match="beside prior= give the first posterior"):
             make(0.1, 10.0, prior=q, init_precision=50.0)
@@ -193,16 +245,21 @@ def test_a_first_precision_beside_a_prior_is_refused():
 
 def test_auxiliary_output_and_other_groups_beside_sam():
     """A partition of SAM and IVON: one pair of gradients serves both."""
-    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    tx = optax.partition(
-        {"sam": blr.sam(0.1, rho=0.5), "ivon": blr.ivon(0.1, 1e6)}, {"a": "sam", "b": "ivon"}
-    )
-    state = tx.init(params)
+    params = {"a": np.ones(2, np.float32), "b": np.ones(2, np.float32)}
     loss = lambda w: (jnp.sum(w["a"] ** 2 * w["b"]), w["a"])  # noqa: E731
-    est = blr.estimate(loss, state, params, has_aux=True)
-    updates, _ = tx.update(est.grad, state, params, curvature=est.curvature)
+
+    @jax.jit
+    def step(params):
+        tx = optax.partition(
+            {"sam": blr.sam(0.1, rho=0.5), "ivon": blr.ivon(0.1, 1e6)}, {"a": "sam", "b": "ivon"}
+        )
+        state = tx.init(params)
+        est = blr.estimate(loss, state, params, has_aux=True)
+        return est, tx.update(est.grad, state, params, curvature=est.curvature)[0]
+
+    est, updates = jax.tree.map(np.asarray, step(params))
     moved = params["a"] + 0.5 * 2 * params["a"] / np.sqrt(8.0)
     np.testing.assert_allclose(est.grad["a"], 2 * moved, rtol=1e-2)
     np.testing.assert_allclose(est.grad["b"], moved**2, rtol=1e-2)
     np.testing.assert_allclose(est.aux, params["a"])
-    assert jax.tree.all(jax.tree.map(lambda u: bool(jnp.all(u < 0)), updates))
+    assert all(np.all(u < 0) for u in updates.values())

@@ -5,39 +5,49 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_derivations import DIAGONAL, STEPS, assert_paths, minibatches, problem, run_blr
+from test_derivations import (
+    assert_same_paths,
+    by_rule,
+    diagonal,
+    minibatches,
+    problem,
+)
+from tools import built_inside, run_steps
 
 import blr_optax as blr
 
 ESS, B2, PRIOR, INIT = 40.0, 0.9, 0.8, 12.0
+STEPS = 20
 
 
-def run_estimate(tx, loss, params, batches):
-    """The loop that VOGN's docstring shows."""
+def by_estimate(tx, loss):
+    """(transformation, update) of the loop that VOGN's docstring shows."""
 
-    @jax.jit
-    def step(state, params, batch):
+    def update(params, state, batch):
         est = blr.estimate(loss, state, params, *batch)
         updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
         return optax.apply_updates(params, updates), state
 
-    state, path = tx.init(params), []
-    for batch in batches:
-        params, state = step(state, params, batch)
-        path.append((params, blr.posterior(state, params)))
-    return path
+    return tx, update
 
 
 def rule_of(loss, params, looks):
     """`blr_update` with the stated choices."""
-    posterior = lambda precision: blr.Posterior(  # noqa: E731
-        DIAGONAL, DIAGONAL.natural(mean=params, precision=precision)
+    return by_rule(
+        built_inside(
+            lambda: blr.blr_update(
+                "gaussian_diagonal",
+                loss,
+                1 - B2,
+                ess=ESS,
+                prior=diagonal(0 * params, PRIOR),
+                init=diagonal(params, INIT),
+                estimator=looks,
+                step="plain",
+                key=5,
+            )
+        )
     )
-    prior = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=0 * params, precision=PRIOR))
-    return blr.blr_update(
-        "gaussian_diagonal", loss, 1 - B2, ess=ESS, prior=prior, init=posterior(INIT),
-        estimator=looks, step="plain", key=5,
-    )  # fmt: skip
 
 
 def keywords():
@@ -51,18 +61,16 @@ def test_vogn_is_the_rule_with_squares_of_examples(x64, generator):
         1, curvature=blr.estimators.per_example_squares(), generator=generator
     )
     tx = blr.vogn(1 - B2, ESS, **keywords(), key=5, generator=generator)
-    batches = list(minibatches(batch))
-    found = run_estimate(tx, loss, params, batches)
-    assert_paths(found, run_blr(rule_of(loss, params, looks), params, batches), 1e-9)
+    ways = by_estimate(tx, loss), rule_of(loss, params, looks)
+    assert_same_paths(*ways, params, minibatches(batch), 1e-9, fused=generator == "hash")
 
 
 def test_ogn_is_the_rule_with_the_delta_method(x64):
     loss, params, batch = problem(12)
     looks = blr.estimators.delta(blr.estimators.per_example_squares())
     tx = blr.ogn(1 - B2, ESS, **keywords())
-    batches = list(minibatches(batch))
-    found = run_estimate(tx, loss, params, batches)
-    assert_paths(found, run_blr(rule_of(loss, params, looks), params, batches), 1e-9)
+    ways = by_estimate(tx, loss), rule_of(loss, params, looks)
+    assert_same_paths(*ways, params, minibatches(batch), 1e-9)
 
 
 def test_full_gaussian_squares_are_the_mean_outer_product(x64):
@@ -71,23 +79,41 @@ def test_full_gaussian_squares_are_the_mean_outer_product(x64):
     rule = blr.estimators.natural_gradient(
         "gaussian", loss, blr.estimators.delta(blr.estimators.per_example_squares())
     )
-    lam = blr.families.get("gaussian").natural(mean=params, precision=jnp.eye(len(params)))
-    _, found = rule(None, lam, x, y)
-    g = jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None]))(x, y)
-    np.testing.assert_allclose(found.quadratic, g.T @ g / len(x) / 2, rtol=1e-10)
+
+    @jax.jit
+    def look(params, x, y):
+        lam = blr.families.get("gaussian").natural(mean=params, precision=jnp.eye(len(params)))
+        g = jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None]))(x, y)
+        return rule(None, lam, x, y)[1].quadratic, g
+
+    found, g = map(np.asarray, look(params, x, y))
+    np.testing.assert_allclose(found, g.T @ g / len(x) / 2, rtol=1e-10)
 
 
 def test_fixed_point_is_the_curvature_and_the_prior(x64):
     """At a fixed point the precision is ess * mean g_i^2 + prior_precision, at any temperature."""
     loss, params, batch = problem(14)
+
+    @jax.jit
+    def gradients(p):
+        each = jax.vmap(lambda x, y: jax.grad(loss)(p, x[None], y[None]))(*batch)
+        return each, jax.grad(loss)(p, *batch)
+
     for temperature in (1.0, 0.1):
         ess = len(batch[0]) / temperature
         tx = blr.ogn(0.1, ess, prior_precision=PRIOR, b2=0.9)
-        (params, q) = run_estimate(tx, loss, params, [batch] * 600)[-1]
-        g = jax.vmap(lambda x, y, p=params: jax.grad(loss)(p, x[None], y[None]))(*batch)
-        np.testing.assert_allclose(1 / q.variance, ess * jnp.mean(g**2, 0) + PRIOR, rtol=1e-3)
-        pull = jax.grad(loss)(params, *batch) + PRIOR / ess * params
-        np.testing.assert_allclose(pull, 0, atol=1e-3)
+
+        def step(carry, _, tx=tx):
+            params, state = carry = by_estimate(tx, loss)[1](*carry, batch)
+            return carry, (params, blr.posterior(state, params).variance)
+
+        def start(params=params, tx=tx):
+            return jnp.asarray(params), tx.init(jnp.asarray(params))
+
+        params, variance = (x[-1] for x in run_steps(step, start, length=600)[1])
+        each, mean = map(np.asarray, gradients(params))
+        np.testing.assert_allclose(1 / variance, ess * np.mean(each**2, 0) + PRIOR, rtol=1e-3)
+        np.testing.assert_allclose(mean + PRIOR / ess * params, 0, atol=1e-3)
 
 
 def test_prior_stays_outside_the_average_under_a_schedule(x64):
@@ -95,20 +121,28 @@ def test_prior_stays_outside_the_average_under_a_schedule(x64):
     loss, params, batch = problem(15)
     ess = lambda count: 20.0 + 5.0 * count  # noqa: E731
     tx = blr.ogn(0.05, ess, prior_precision=PRIOR, init_precision=INIT, b2=B2, damping=0.01)
-    state, s = tx.init(params), (INIT - PRIOR) / ess(0) - 0.01
-    for t in range(STEPS):
+
+    def start():
+        return jnp.asarray(params), tx.init(jnp.asarray(params))
+
+    def step(carry, _):
+        params, state = carry
         est = blr.estimate(loss, state, params, *batch)
         updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
         params = params + updates
-        s = B2 * s + (1 - B2) * est.curvature
-        precision = 1 / blr.posterior(state, params).variance
+        return (params, state), (est.curvature, blr.posterior(state, params).variance)
+
+    s = (INIT - PRIOR) / ess(0) - 0.01
+    _, seen = run_steps(step, start, length=STEPS)
+    for t, (curvature, variance) in enumerate(zip(*seen, strict=True)):
+        s = B2 * s + (1 - B2) * curvature
         expected = ess(t + 1) * (s + 0.01) + PRIOR
-        np.testing.assert_allclose(precision, expected, rtol=1e-10)
+        np.testing.assert_allclose(1 / variance, expected, rtol=1e-10, err_msg=f"step {t}")
 
 
 def test_ogn_looks_at_its_mean():
-    params, tx = jnp.ones(3), blr.ogn(0.1, 10.0)
-    np.testing.assert_array_equal(blr.sample(tx.init(params), params), params)
+    params, tx = np.ones(3, np.float32), blr.ogn(0.1, 10.0)
+    np.testing.assert_array_equal(jax.jit(lambda p: blr.sample(tx.init(p), p))(params), params)
 
 
 @pytest.mark.parametrize(
@@ -130,23 +164,29 @@ def test_wrong_arguments(make, message):
 
 
 def test_auxiliary_output_is_refused():
-    params, tx = jnp.ones(2), blr.vogn(0.1, 10.0)
+    params, tx = np.ones(2, np.float32), blr.vogn(0.1, 10.0)
     loss = lambda w, x: (jnp.mean(x @ w), 1.0)  # noqa: E731
     with pytest.raises(ValueError, match="has_aux"):
-        blr.estimate(loss, tx.init(params), params, jnp.ones((4, 2)), has_aux=True)
+        state = jax.jit(tx.init)(params)
+        blr.estimate(loss, state, params, np.ones((4, 2), np.float32), has_aux=True)
 
 
 def test_partition_takes_squares_of_examples_where_they_are_asked_for(x64):
     """VOGN on one leaf, IVON on the other: each gets its own curvature."""
     loss = lambda w, x, y: jnp.mean((jnp.tanh(x @ w["a"]) * w["b"] - y) ** 2)  # noqa: E731
-    params = {"a": jnp.ones(3), "b": jnp.ones(())}
-    x, y = jax.random.normal(jax.random.key(0), (8, 3)), jnp.linspace(-1, 1, 8)
+    x, y = np.random.default_rng(0).normal(size=(8, 3)), np.linspace(-1, 1, 8)
     tx = optax.partition({"v": blr.vogn(0.1, 8.0), "i": blr.ivon(0.1, 8.0)}, {"a": "v", "b": "i"})
-    state = tx.init(params)
-    est, weights = blr.estimate(loss, state, params, x, y), blr.sample(state, params)
-    squares = blr.per_example(loss, weights, x, y).sum_squares
-    np.testing.assert_allclose(est.curvature["a"], squares["a"] / 8, rtol=1e-12)
     alone = optax.partition({"v": optax.sgd(0.1), "i": blr.ivon(0.1, 8.0)}, {"a": "v", "b": "i"})
-    fixed = {"a": weights["a"], "b": params["b"]}
-    other = blr.estimate(loss, alone.init(fixed), fixed, x, y)
-    np.testing.assert_allclose(est.curvature["b"], other.curvature["b"], rtol=1e-9)
+
+    @jax.jit
+    def look(params):
+        state = tx.init(params)
+        est, weights = blr.estimate(loss, state, params, x, y), blr.sample(state, params)
+        squares = blr.per_example(loss, weights, x, y).sum_squares
+        fixed = {"a": weights["a"], "b": params["b"]}
+        other = blr.estimate(loss, alone.init(fixed), fixed, x, y)
+        return est.curvature, squares["a"] / 8, other.curvature["b"]
+
+    found, squares, other = look({"a": np.ones(3), "b": np.ones(())})
+    np.testing.assert_allclose(found["a"], squares, rtol=1e-12)
+    np.testing.assert_allclose(found["b"], other, rtol=1e-9)

@@ -10,6 +10,8 @@ from registry import ROWS, evidence, make_batch, make_params
 import blr_optax as blr
 
 ROW = {row.name: row for row in ROWS}
+# As users' programs are compiled: the suite's own flags are for programs that hardly compute.
+USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def step_of(row, tx, params, state, batch):
@@ -17,14 +19,26 @@ def step_of(row, tx, params, state, batch):
     return tx.update(grads, state, params, **extra)
 
 
+def diagnosed(tx, params, grads, curvature=None, **given):
+    """`diagnostics` of one step, as one program; `curvature` is what `update` gets."""
+
+    @jax.jit
+    def found(params, grads, curvature):
+        before = tx.init(params)
+        more = {} if curvature is None else {"curvature": curvature}
+        updates, after = tx.update(grads, before, params, **more)
+        (one,) = blr.diagnostics(before, after, params, updates, **given)
+        return one
+
+    return found(params, grads, curvature)
+
+
 def test_shares_are_those_of_the_step_that_was_made(x64):
     """u from the curvature given, and the two sums by hand."""
     rho, p, c = 0.3, np.array([2.0, 1.0, 0.5]), np.array([9.0, 0.1, -1.0])
     u = rho * (c - p) / p
-    tx = blr.soba(0.1, ess=10.0, b2=1 - rho, hess_init=jnp.array(p), weight_decay=0.0)
-    before, grads = tx.init(jnp.ones(3)), jnp.ones(3)
-    updates, after = tx.update(grads, before, jnp.ones(3), curvature=jnp.array(c))
-    (found,) = blr.diagnostics(before, after, jnp.ones(3), updates, b2=1 - rho)
+    tx = blr.soba(0.1, ess=10.0, b2=1 - rho, hess_init=p, weight_decay=0.0)
+    found = diagnosed(tx, np.ones(3), np.ones(3), c, b2=1 - rho)
     second = np.sum(p * u**2) / 2
     np.testing.assert_allclose(
         found.correction_of_move, second / (second + np.sum(p * np.abs(u))), rtol=1e-12
@@ -40,39 +54,39 @@ def test_shares_are_those_of_the_step_that_was_made(x64):
 def test_a_fold_counts_as_its_mirror_image(x64):
     """u and -2 - u lead to one precision; only the curvature tells them apart."""
     tx = blr.soba(0.1, ess=1.0, b2=0.0, hess_init=1.0, weight_decay=0.0)
-    before, params = tx.init(jnp.ones(1)), jnp.ones(1)
-    for c, share in ((2.0, 0.5 / 1.5), (-2.0, 4.5 / 7.5)):  # u = 1 and -3
-        curvature = jnp.array([c])
+
+    @jax.jit
+    def both(params, curvature):
+        before = tx.init(params)
         _, after = tx.update(params, before, params, curvature=curvature)
         (blind,) = blr.diagnostics(before, after, params)
         (seeing,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0)
-        np.testing.assert_allclose(blind.correction_of_move, 1 / 3, rtol=1e-12)
-        np.testing.assert_allclose(seeing.correction_of_move, share, rtol=1e-12)
+        return blind.correction_of_move, seeing.correction_of_move
+
+    for c, share in ((2.0, 0.5 / 1.5), (-2.0, 4.5 / 7.5)):  # u = 1 and -3
+        blind, seeing = both(np.ones(1), np.array([c]))
+        np.testing.assert_allclose(blind, 1 / 3, rtol=1e-12)
+        np.testing.assert_allclose(seeing, share, rtol=1e-12)
 
 
 def test_small_moves_of_float32_are_seen():
     """At the usual 1 - b2 = 1e-5 the share is read off p' / p = 1 + 1e-4 without cancellation."""
-    p, rho = jnp.linspace(0.5, 2.0, 1000), 1e-5
+    p, rho = np.linspace(0.5, 2.0, 1000, dtype=np.float32), 1e-5
     tx = blr.soba(0.1, ess=1.0, b2=1 - rho, hess_init=p, weight_decay=0.0)
-    before, params = tx.init(p), p
-    _, after = tx.update(p, before, params, curvature=11.0 * p)  # u = 1e-4
-    (found,) = blr.diagnostics(before, after, params, b2=1 - rho)
+    found = diagnosed(tx, p, p, 11 * p, b2=1 - rho)  # u = 1e-4
     np.testing.assert_allclose(found.correction_of_move, 0.5e-4, rtol=0.01)
     np.testing.assert_allclose(found.correction_of_precision, 0.5e-3, rtol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("rho", "ess"),
-    [(1e-2, 1e10), pytest.param(3e-3, 1e5, marks=pytest.mark.slow)],
-)
-def test_without_curvature_the_correction_sustains_the_precision(rho, ess):
+def sustained(rho, ess):
     """p settles at rho ess E[g^2] / 2, all of it correction, though the moves hardly are."""
     size, steps = 100_000, int(6 / rho)
-    params, scale = jnp.zeros(size), 0.3
+    scale = 0.3
     floor = 0.5 * rho * ess * scale**2
     tx = blr.soba(0.0, ess, b2=1 - rho, hess_init=floor / 3, weight_decay=0.0)
 
     def step(state, key):
+        params = jnp.zeros(size)
         grads = scale * jax.random.normal(key, (size,))  # knows nothing of the sampled weights
         p = optax.tree.get(state, "precision")
         curvature = grads * (blr.sample(state, params) - params) * ess * p
@@ -84,36 +98,50 @@ def test_without_curvature_the_correction_sustains_the_precision(rho, ess):
             found.correction_of_move,
         )
 
-    keys = jax.random.split(jax.random.key(0), steps)
-    last, trace = jax.jit(lambda s: jax.lax.scan(step, s, keys))(tx.init(params))
-    precision, of_precision, of_move = (float(x[-steps // 8 :].mean()) for x in trace)
+    def loop(key):
+        keys = jax.random.split(key, steps)
+        last, trace = jax.lax.scan(step, tx.init(jnp.zeros(size)), keys)
+        return optax.tree.get(last, "precision"), trace
+
+    p, trace = jax.jit(loop, compiler_options=USERS)(jax.random.key(0, impl="unsafe_rbg"))
+    p = np.asarray(p)
+    precision, of_precision, of_move = (np.asarray(x)[-steps // 8 :].mean() for x in trace)
     np.testing.assert_allclose(precision, floor / (1 - rho / 2), rtol=0.01)
     np.testing.assert_allclose(of_precision, 1.0, rtol=0.01)
     # p u is rho sqrt(ess p) eps g, and p exponential: E|eps g| = 2 / pi, E sqrt(p) = sqrt(pi) / 2.
     first = 2 / np.pi * np.sqrt(np.pi) / 2 * np.sqrt(2 * rho)
     np.testing.assert_allclose(of_move, rho / (rho + first), rtol=0.03)
-    p = np.asarray(optax.tree.get(last, "precision"))
     np.testing.assert_allclose(np.median(p), np.log(2) * p.mean(), rtol=0.03)
+
+
+@pytest.mark.parametrize(("rho", "ess"), [(1e-2, 1e10)])
+def test_without_curvature_the_correction_sustains_the_precision(rho, ess):
+    sustained(rho, ess)
 
 
 @pytest.mark.parametrize("name", ["ivon", "soba", "vadam", "vprop", "vogn", "ogn", "sgd", "adam"])
 def test_every_optimizer_masked_partitioned_and_jitted(name):
-    row, params, batch = ROW[name], make_params(), make_batch()
+    row, params, batch = ROW[name], *jax.tree.map(np.asarray, (make_params(), make_batch()))
     mask = {"w": True, "b": False, "c": True}
+    ways = (
+        optax.chain(row.tx(), optax.scale(1.0)),
+        optax.masked(row.tx(), mask),
+        optax.partition({True: row.tx(), False: row.tx()}, mask),
+    )
 
-    def found(tx):
-        def step(params, state):
+    @jax.jit
+    def found(params):
+        def one(tx):
+            state = tx.init(params)
             updates, after = step_of(row, tx, params, state, batch)
             return blr.diagnostics(state, after, params, updates, b2=0.95, bound=1e-3)
 
-        return jax.jit(step)(params, tx.init(params))
+        return [one(tx) for tx in ways]
 
-    (whole,) = found(optax.chain(row.tx(), optax.scale(1.0)))
-    (masked,) = found(optax.masked(row.tx(), mask))
-    both = found(optax.partition({True: row.tx(), False: row.tx()}, mask))
+    (whole,), (masked,), both = jax.tree.map(np.asarray, found(params))
     assert len(both) == 2
     for one in (whole, masked, *both):
-        assert all(x.shape == () and bool(jnp.isfinite(x)) for x in jax.tree.leaves(one))
+        assert all(x.shape == () and np.isfinite(x) for x in jax.tree.leaves(one))
         assert float(one.smallest_precision) > 0.0
         if name in ("ivon", "soba"):
             assert 0.0 < float(one.correction_of_move) < 1.0
@@ -141,102 +169,131 @@ def test_clipped_coordinates_are_counted(dtype, tolerance):
         optax.scale(h),
         optax.scale_by_learning_rate(lr),
     ]
-    chain, params = optax.chain(*parts), jnp.zeros(1000, dtype)
+    chain = optax.chain(*parts)
     ivon = blr.ivon(lr, 50.0, hess_init=h, weight_decay=0.0, clip_radius=radius)
-    grads = (0.05 * jax.random.normal(jax.random.key(0), (1000,))).astype(dtype)
-    for tx in (chain, ivon):
-        state = tx.init(params)
-        updates, after = tx.update(grads, state, params)
-        (found,) = blr.diagnostics(state, after, params, updates, bound=lr * h * radius)
-        assert 0.4 < float(found.clipped) < 0.9
-        if tx is chain:
-            expected = float(optax.tree.get(after, "clipped"))
-        np.testing.assert_allclose(found.clipped, expected, atol=tolerance)
+    grads = (0.05 * np.random.default_rng(0).normal(size=1000)).astype(dtype)
+
+    @jax.jit
+    def found(params, grads):
+        shares = []
+        for tx in (chain, ivon):
+            state = tx.init(params)
+            updates, after = tx.update(grads, state, params)
+            (one,) = blr.diagnostics(state, after, params, updates, bound=lr * h * radius)
+            shares.append(one.clipped)
+            if tx is chain:
+                expected = optax.tree.get(after, "clipped")
+        return shares, expected
+
+    shares, expected = found(np.zeros(1000, dtype), grads)
+    for share in shares:
+        assert 0.4 < float(share) < 0.9
+        np.testing.assert_allclose(share, float(expected), atol=tolerance)
 
 
 def test_signal_to_noise_of_the_curvature(x64):
     """Draws around a known mean; around none the estimate is near zero, not near 1 / sqrt(S)."""
-    tx, params = blr.ivon(0.1, 10.0, hess_init=2.0, weight_decay=0.0), jnp.zeros(5000)
-    state = tx.init(params)
-    _, after = tx.update(params, state, params)
-    noise = jax.random.normal(jax.random.key(0), (2, 5000))
+    tx, params = blr.ivon(0.1, 10.0, hess_init=2.0, weight_decay=0.0), np.zeros(5000)
+    noise = np.random.default_rng(0).normal(size=(2, 5000))
 
-    def ratio(mean):
-        return blr.diagnostics(state, after, params, draws=mean + 3.0 * noise)[0]
+    @jax.jit
+    def step(params):
+        state = tx.init(params)
+        return state, tx.update(params, state, params)[1]
 
-    np.testing.assert_allclose(ratio(1.5).signal_to_noise, 0.5, rtol=0.05)
-    assert float(ratio(0.0).signal_to_noise) < 0.15
+    state, after = step(params)
+
+    @jax.jit
+    def ratio(draws):
+        return blr.diagnostics(state, after, params, draws=draws)[0].signal_to_noise
+
+    np.testing.assert_allclose(ratio(1.5 + 3.0 * noise), 0.5, rtol=0.05)
+    assert float(ratio(3.0 * noise)) < 0.15
     with pytest.raises(ValueError, match="two or more draws"):
-        blr.diagnostics(state, after, params, draws=params[None])
+        ratio(params[None])
 
 
 def test_signal_to_noise_of_antithetic_pairs_is_the_better_one():
     """Separate draws of one batch, by `reseed`: the mirrored noise is the smaller one."""
-    w = jnp.linspace(-1.0, 1.0, 50)
     loss = lambda m: jnp.sum(3.0 * m + 0.5 * jnp.cos(m) + m**2)  # noqa: E731
     tx = blr.ivon(0.1, 1e4)
-    state = tx.init(w)
-    keys = jax.random.split(jax.random.key(0), 100)
 
-    def ratio(**options):
-        draws = jax.vmap(
-            lambda key: blr.estimate(loss, blr.reseed(state, key), w, **options).curvature
-        )(keys)
+    @jax.jit
+    def ratios(w, key):
+        state, keys = tx.init(w), jax.random.split(key, 100)
         _, after = tx.update(w, state, w)
-        return float(blr.diagnostics(state, after, w, draws=draws)[0].signal_to_noise)
 
-    assert ratio(antithetic=True) > 10 * ratio(samples=2)
+        def ratio(**options):
+            draws = jax.vmap(
+                lambda key: blr.estimate(loss, blr.reseed(state, key), w, **options).curvature
+            )(keys)
+            return blr.diagnostics(state, after, w, draws=draws)[0].signal_to_noise
+
+        return ratio(antithetic=True), ratio(samples=2)
+
+    mirrored, separate = ratios(np.linspace(-1.0, 1.0, 50, dtype=np.float32), jax.random.key(0))
+    assert float(mirrored) > 10 * float(separate)
 
 
 def test_skipped_and_retracted_steps_are_told():
-    params = jnp.zeros(2)
-    tx = blr.ivon(0.1, 10.0)
-    state = tx.init(params)
-    _, after = tx.update(jnp.array([jnp.nan, 0.0]), state, params)
-    (found,) = blr.diagnostics(state, after, params, b2=0.99999)
+    zero = np.zeros(2, np.float32)
+    found = diagnosed(blr.ivon(0.1, 10.0), zero, np.array([np.nan, 0.0], np.float32), b2=0.99999)
     assert int(found.skipped) == 1 and float(found.correction_of_move) == 0.0
     rule = blr.blr_update(
         "gaussian_diagonal", lambda w: -jnp.sum(w**2), 1.0, estimator=blr.estimators.delta()
     )
-    state = rule.init(params)
-    _, after = rule.update(None, state, params, batch=())
-    (found,) = blr.diagnostics(state, after, params)
+
+    @jax.jit
+    def of_rule(params):
+        state = rule.init(params)
+        _, after = rule.update(None, state, params, batch=())
+        return blr.diagnostics(state, after, params)[0]
+
+    found = of_rule(zero)
     assert int(found.retracted) > 0 and int(found.skipped) == 0
     assert float(found.smallest_precision) > 0.0
 
 
 def test_an_improper_posterior_is_shown_not_refused():
-    tx, params = blr.scale_by_precision(1.0, b2=0.0, step="plain"), jnp.zeros(2)
-    state = tx.init(params)
-    _, after = tx.update(params, state, params, curvature=jnp.array([1.0, -4.0]))
-    (found,) = blr.diagnostics(state, after, params)
+    tx, zero = blr.scale_by_precision(1.0, b2=0.0, step="plain"), np.zeros(2, np.float32)
+    found = diagnosed(tx, zero, zero, np.array([1.0, -4.0], np.float32))
     assert float(found.smallest_precision) < 0.0
 
 
 def test_states_of_two_makes_are_refused():
-    params = jnp.zeros(2)
-    a, b = blr.ivon(0.1, 10.0).init(params), blr.vadam(0.1, 10.0).init(params)
+    params = np.zeros(2, np.float32)
+    makers = (blr.ivon(0.1, 10.0), blr.vadam(0.1, 10.0), optax.adam(0.1))
+    a, b, plain = jax.jit(lambda p: [tx.init(p) for tx in makers])(params)
     with pytest.raises(ValueError, match="different posteriors"):
         blr.diagnostics(a, b, params)
     with pytest.raises(ValueError, match="carries no posterior"):
-        blr.diagnostics(optax.adam(0.1).init(params), a, params)
+        blr.diagnostics(plain, a, params)
 
 
 def test_a_prior_counts_when_folds_are_told(x64):
     """u = rho (c + d0 - p) / p: a strong prior keeps a step from folding."""
-    params = jnp.ones(1)
+    params, curvature = np.ones(1), np.array([-3.0])
     family = blr.families.get("gaussian_diagonal")
-    prior = blr.Posterior(family, family.natural(mean=jnp.zeros(1), precision=jnp.full(1, 50.0)))
-    for more, given in (
-        ({"weight_decay": 5.0}, {"weight_decay": 5.0}),
-        ({"prior": prior, "weight_decay": 0.0}, {}),
-    ):
-        tx = blr.soba(0.1, ess=10.0, b2=0.0, hess_init=1.0, **more)
-        before, curvature = tx.init(params), jnp.array([-3.0])
-        _, after = tx.update(params, before, params, curvature=curvature)
-        (found,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0, **given)
+
+    @jax.jit
+    def both(params, curvature):
+        natural = family.natural(mean=jnp.zeros(1), precision=jnp.full(1, 50.0))
+        found = []
+        for more, given in (
+            ({"weight_decay": 5.0}, {"weight_decay": 5.0}),
+            ({"prior": blr.Posterior(family, natural), "weight_decay": 0.0}, {}),
+        ):
+            tx = blr.soba(0.1, ess=10.0, b2=0.0, hess_init=1.0, **more)
+            before = tx.init(params)
+            _, after = tx.update(params, before, params, curvature=curvature)
+            (one,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0, **given)
+            found.append(one)
+        return found, before, after
+
+    found, before, after = both(params, curvature)
+    for one in found:
         u = -2.0 / 3.0  # (-3 + 5 - 6) / 6
-        np.testing.assert_allclose(found.correction_of_move, u**2 / 2 / (-u + u**2 / 2), rtol=1e-9)
-        np.testing.assert_allclose(found.correction_of_precision, u**2 / 2, rtol=1e-9)
+        np.testing.assert_allclose(one.correction_of_move, u**2 / 2 / (-u + u**2 / 2), rtol=1e-9)
+        np.testing.assert_allclose(one.correction_of_precision, u**2 / 2, rtol=1e-9)
     with pytest.raises(ValueError, match="curvature= needs b2="):
         blr.diagnostics(before, after, params, curvature=curvature)
