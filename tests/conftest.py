@@ -57,10 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem.endswith("_long"):
             item.add_marker(pytest.mark.slow)
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        part = parameters.get("row", parameters.get("path", ""))
-        name = getattr(part, "name", getattr(part, "stem", ""))
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}"))
+        # Ids begin with the name of the row, or of the notebook.
+        parts = hasattr(item, "callspec") and {"row", "path"} & set(item.callspec.params)
+        part = item.callspec.id.split("-")[0] if parts else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part}"))
     if not ON_DEVICE:
         needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")
         for item in items:

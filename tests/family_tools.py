@@ -1,14 +1,40 @@
 """What several tests of families need."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax.flatten_util import ravel_pytree
+
+
+@functools.cache
+def program(function, *static):
+    """A function or method as one program; the same one whenever it is asked for again."""
+    return jax.jit(function, static_argnames=static)
 
 
 def natural(row, standard):
     """lambda of a member of a row."""
-    return row.family.natural(**{k: jnp.asarray(v) for k, v in standard.items()})
+    return program(row.family.natural)(**{k: np.asarray(v, float) for k, v in standard.items()})
+
+
+def standards(row):
+    """The standard parameters of all members of a row in one batch, in numpy and float64."""
+    return {k: np.stack([s[k] for s in row.members]).astype(float) for k in row.members[0]}
+
+
+@functools.cache
+def stacked(row):
+    """All members of a row in one batch, in numpy and float64."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, natural(row, standards(row)))
+
+
+def member(tree, i):
+    """One of a batch."""
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def learnt(family, x):
@@ -26,6 +52,11 @@ def flat_learnt(family, x):
     return ravel_learnt(family, x)[0]
 
 
+def flat(family, x):
+    """`flat_learnt` in numpy."""
+    return np.concatenate([np.ravel(field) for field in learnt(family, x).values()])
+
+
 def formula(family):
     """A(lambda) as written, without the derivative rule."""
     return lambda lam: getattr(type(family), "plain_log_partition", type(family).log_partition)(
@@ -36,22 +67,25 @@ def formula(family):
 def direction(family, lam, seed=0):
     """A random change of the learnt fields, symmetric where it must be."""
     rng = np.random.default_rng(seed)
-    change = {}
+    change = jax.tree.map(lambda x: jnp.asarray(np.zeros(jnp.shape(x), jnp.result_type(x))), lam)
+    fields = {}
     for name, domain in family.domains.items():
         x = getattr(lam, name)
         z = rng.normal(size=np.shape(x))
         z = (z + z.swapaxes(-1, -2)) / 2 if domain.event_ndim == 2 else z
-        change[name] = jnp.asarray(z, jnp.asarray(x).dtype)
-    return jax.tree.map(jnp.zeros_like, lam)._replace(**change)
+        fields[name] = jnp.asarray(np.asarray(z, jnp.result_type(x)))
+    return change._replace(**fields)
 
 
 def symmetric_projector(family, lam):
     """The matrix that replaces matrix fields by their symmetric part."""
-    vector, to_fields = ravel_learnt(family, lam)
 
-    def project(x):
-        is_matrix = {name: family.domains[name].event_ndim == 2 for name in family.domains}
-        fields = to_fields(x).items()
-        return ravel_pytree([(v + v.T) / 2 if is_matrix[k] else v for k, v in fields])[0]
+    def block(name):
+        size = np.size(getattr(lam, name))
+        if family.domains[name].event_ndim < 2:
+            return np.eye(size)
+        side = np.shape(getattr(lam, name))[-1]
+        units = np.eye(size).reshape(size, side, side)
+        return ((units + units.swapaxes(1, 2)) / 2).reshape(size, size)
 
-    return jax.vmap(project)(jnp.eye(vector.size, dtype=vector.dtype))
+    return scipy.linalg.block_diag(*map(block, family.domains))

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 from family_rows import spd
 from family_rows.gaussian import FIXED, GAUSSIAN, INDEFINITE, MEAN, NORMAL, SHARED
-from family_tools import direction, formula
+from family_tools import direction, formula, program
+from scipy.special import expit
 from tools import close, near
 
 from blr_optax import families
 from blr_optax.families import Domain, Family, GaussianExpectation, GaussianNatural, _domain
 
 # --- the solver -----------------------------------------------------------------------------------
+
+
+def solved(family, mu):
+    """(lambda, converged) of mu, in numpy."""
+    solve = program(family.natural_from_expectation, "with_status")
+    return jax.tree.map(np.asarray, solve(mu, with_status=True))
 
 
 @families.parameters
@@ -81,9 +88,8 @@ CONCENTRATIONS = np.array([1e-3, 1e-2, 0.3, 1.0, 7.0, 1e3, 1e6])
 def test_solve_gamma_at_extreme_concentrations(x64):
     gamma = PlainGamma()
     for rate in (1e-3, 1.0, 1e4):
-        lam = TwoNatural(jnp.asarray(CONCENTRATIONS - 1), jnp.full(CONCENTRATIONS.size, -rate))
-        mu = gamma.expectation(lam)
-        back, converged = gamma.natural_from_expectation(mu, with_status=True)
+        lam = TwoNatural(CONCENTRATIONS - 1, np.full(CONCENTRATIONS.size, -rate))
+        back, converged = solved(gamma, program(gamma.expectation)(lam))
         assert converged.tolist() == [True] * CONCENTRATIONS.size, (rate, converged)
         # What rounding mu costs grows like the concentration.
         error = np.abs(np.asarray(back.shape + 1) / CONCENTRATIONS - 1)
@@ -94,28 +100,35 @@ def test_solve_gamma_at_extreme_concentrations(x64):
 
 def test_solve_in_float32_reports_where_mu_carries_no_concentration(x64):
     gamma, a = PlainGamma(), np.array([1e-2, 3.0, 1e2, 1e6])
-    lam = TwoNatural(jnp.asarray(a - 1, jnp.float32), jnp.full(a.size, -2.0, jnp.float32))
-    back, converged = gamma.natural_from_expectation(gamma.expectation(lam), with_status=True)
+    lam = TwoNatural(np.asarray(a - 1, np.float32), np.full(a.size, -2.0, np.float32))
+    # What becomes of the last one hangs on rounding, and the cheap XLA of the tests rounds
+    # differently: there the solver did not end in a minute. This is what users run.
+    users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    both = jax.jit(
+        lambda lam: gamma.natural_from_expectation(gamma.expectation(lam), with_status=True),
+        compiler_options=users,
+    )
+    back, converged = jax.tree.map(np.asarray, both(lam))
     assert converged.tolist() == [True, True, True, False]
     close(back.shape[:3] + 1, a[:3], rtol=1e-3)
     assert np.isnan(back.shape[3])
 
 
 def test_solve_poisson_over_its_whole_range(x64):
-    mean = jnp.asarray([1e-12, 1e-3, 1.0, 30.0, 1e6, 1e12])
-    lam, converged = PlainPoisson().natural_from_expectation(OneExpectation(mean), with_status=True)
+    mean = np.array([1e-12, 1e-3, 1.0, 30.0, 1e6, 1e12])
+    lam, converged = solved(PlainPoisson(), OneExpectation(mean))
     assert bool(converged.all()), converged
     close(lam.log_rate, np.log(mean), rtol=1e-9)
 
 
 def test_solve_gaussian_with_a_matrix_field(x64):
     plain = PlainGaussian()
-    lam = GAUSSIAN.natural(
-        mean=jnp.asarray([[1.0, 2.0], [30.0, -4.0]]), covariance=jnp.stack([spd(0), 10 * spd(1)])
+    lam = program(GAUSSIAN.natural)(
+        mean=np.array([[1.0, 2.0], [30.0, -4.0]]), covariance=np.stack([spd(0), 10 * spd(1)])
     )
-    mu = plain.expectation(lam)
-    near(mu, GAUSSIAN.expectation(lam))
-    back, converged = plain.natural_from_expectation(mu, with_status=True)
+    mu = program(plain.expectation)(lam)
+    near(mu, program(GAUSSIAN.expectation)(lam))
+    back, converged = solved(plain, mu)
     assert converged.tolist() == [True, True]
     near(back, lam, rtol=1e-8)
 
@@ -123,20 +136,24 @@ def test_solve_gaussian_with_a_matrix_field(x64):
 @pytest.mark.parametrize(
     ("family", "lam"),
     [
-        (PlainGamma(), TwoNatural(jnp.array(1.5), jnp.array(-0.7))),
-        (PlainPoisson(), OneNatural(jnp.array(0.4))),
-        (PlainGaussian(), GaussianNatural(jnp.asarray(MEAN), -0.5 * jnp.asarray(spd(2)))),
+        (PlainGamma(), TwoNatural(np.array(1.5), np.array(-0.7))),
+        (PlainPoisson(), OneNatural(np.array(0.4))),
+        (PlainGaussian(), GaussianNatural(MEAN, -0.5 * spd(2))),
     ],
 )
 def test_derivative_of_the_solve_is_the_inverse_fisher(x64, family, lam):
-    lam = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), lam)
-    mu, v = family.expectation(lam), direction(family, lam, 3)
-    dmu = family.fisher_product(lam, v)
-    solve = family.natural_from_expectation
-    pushed = jax.jit(lambda mu, dmu: jax.jvp(solve, (mu,), (dmu,)))(mu, dmu)
+    solve, v = family.natural_from_expectation, direction(family, lam, 3)
+
+    @jax.jit
+    def derivatives(lam, v):
+        mu, dmu = family.expectation(lam), family.fisher_product(lam, v)
+        pulled = jax.vjp(solve, mu)[1](v)[0]  # F^-1 is symmetric
+        products = family.inner(pulled, dmu), family.inner(v, v)
+        return jax.jvp(solve, (mu,), (dmu,)), products
+
+    pushed, (one, other) = derivatives(lam, v)
     near(pushed, (lam, v), rtol=1e-7, atol=1e-8)
-    pulled = jax.jit(lambda mu, v: jax.vjp(solve, mu)[1](v)[0])(mu, v)  # F^-1 is symmetric
-    close(family.inner(pulled, dmu), family.inner(v, v), rtol=1e-7)
+    close(one, other, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +178,18 @@ def test_derivative_of_the_solve_is_the_inverse_fisher(x64, family, lam):
     ],
 )
 def test_unreachable_mu_is_reported_and_never_a_guess(x64, family, mu):
-    mu = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), mu)
-    lam, status = family.natural_from_expectation(mu, with_status=True)
+    mu = jax.tree.map(lambda x: np.asarray(x, np.float64), mu)
+    lam, status = solved(family, mu)
     assert not bool(status)
-    assert not bool(family.in_domain(lam))
+    assert not bool(program(family.in_domain)(lam))
 
 
 def test_one_bad_element_of_a_batch_leaves_the_others(x64):
-    mu = TwoExpectation(jnp.array([0.1, -0.5]), jnp.array([1.0, 1.0]))
-    lam, status = PlainGamma().natural_from_expectation(mu, with_status=True)
+    mu = TwoExpectation(np.array([0.1, -0.5]), np.array([1.0, 1.0]))
+    lam, status = solved(PlainGamma(), mu)
     assert status.tolist() == [False, True]
     near(
-        PlainGamma().expectation(jax.tree.map(lambda x: x[1], lam)),
+        program(PlainGamma().expectation)(jax.tree.map(lambda x: x[1], lam)),
         jax.tree.map(lambda x: x[1], mu),
         rtol=1e-10,
     )
@@ -194,17 +211,26 @@ def test_one_bad_element_of_a_batch_leaves_the_others(x64):
     ],
 )
 def test_domains(x64, domain, inside, outside):
-    assert all(bool(domain.contains(jnp.asarray(x))) for x in inside)
-    assert not any(bool(domain.contains(jnp.asarray(x))) for x in outside)
-    assert bool(domain.contains(domain.inside(jnp.asarray(inside[0]))))
-    x, d = (
-        jnp.asarray(inside[-1]),
-        0.1 * jnp.asarray(outside[0] if np.all(np.isfinite(outside[0])) else inside[0]),
-    )
+    contains = program(domain.contains)
+
+    def held(x):
+        return bool(contains(np.asarray(x, float)))
+
+    assert all(held(x) for x in inside)
+    assert not any(held(x) for x in outside)
+    x = np.asarray(inside[-1], float)
+    d = 0.1 * np.asarray(outside[0] if np.all(np.isfinite(outside[0])) else inside[0], float)
+
+    @jax.jit
+    def retracted(like, x, d):
+        along = lambda d: domain.retract(x, d)  # noqa: E731
+        zero = jnp.zeros_like(d)
+        return domain.inside(like), along(d), jax.jvp(along, (zero,), (d,))[1]
+
     for t in (-1e3, -1.0, 1.0, 1e3):
-        assert bool(domain.contains(domain.retract(x, t * d)))
-    zero = jnp.zeros_like(d)
-    close(jax.jvp(lambda d: domain.retract(x, d), (zero,), (d,))[1], d, atol=1e-12)
+        start, moved, slope = retracted(np.asarray(inside[0], float), x, t * d)
+        assert held(start) and held(moved)
+        close(slope, t * d, atol=1e-12)
 
 
 # --- known fields and batches through the defaults ------------------------------------------------
@@ -225,29 +251,30 @@ class KnownTotal(families.Family):
 
 def test_known_fields_pass_through_the_defaults(x64):
     family = families.get("test_binomial")
-    lam = family.Natural(jnp.array([0.3, -2.0]), jnp.array([7.0, 3.0]))
-    mu = family.expectation(lam)
-    np.testing.assert_allclose(mu.logit, lam.total * jax.nn.sigmoid(lam.logit), rtol=1e-12)
+    lam = family.Natural(np.array([0.3, -2.0]), np.array([7.0, 3.0]))
+    p = expit(lam.logit)
+    mu = program(family.expectation)(lam)
+    np.testing.assert_allclose(mu.logit, lam.total * p, rtol=1e-12)
     np.testing.assert_array_equal(mu.total, lam.total)
-    back, converged = family.natural_from_expectation(mu, with_status=True)
+    back, converged = solved(family, mu)
     assert np.all(converged)
     np.testing.assert_allclose(back.logit, lam.logit, rtol=1e-9)
     np.testing.assert_array_equal(back.total, lam.total)
-    change = family.fisher_product(lam, family.Natural(jnp.ones(2), jnp.ones(2)))
-    p = jax.nn.sigmoid(lam.logit)
+    change = program(family.fisher_product)(lam, family.Natural(np.ones(2), np.ones(2)))
     np.testing.assert_allclose(change.logit, lam.total * p * (1 - p), rtol=1e-12)
     np.testing.assert_array_equal(change.total, np.zeros(2))
 
 
 def test_the_solve_is_differentiable_for_batches(x64):
     family = families.get("test_binomial")
-    mu = family.Expectation(jnp.array([2.0, 1.0]), jnp.array([7.0, 3.0]))
+    mu = family.Expectation(np.array([2.0, 1.0]), np.array([7.0, 3.0]))
 
     def total(x):
         return jnp.sum(family.natural_from_expectation(mu._replace(logit=x)).logit)
 
     p = mu.logit / mu.total
-    np.testing.assert_allclose(jax.grad(total)(mu.logit), 1 / (mu.total * p * (1 - p)), rtol=1e-9)
+    slope = jax.jit(jax.grad(total))(mu.logit)
+    np.testing.assert_allclose(slope, 1 / (mu.total * p * (1 - p)), rtol=1e-9)
 
 
 def test_families_are_static_and_hashable():

@@ -1,5 +1,7 @@
 """The Gaussian families: golden numbers, published retractions, float32, trees of weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 from family_rows import ROWS, spd
 from family_rows.gaussian import FIXED, GAUSSIAN, MEAN, NORMAL, SHARED
-from family_tools import natural
+from family_tools import member, program, stacked
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 from tools import close, load_golden, near
@@ -41,46 +43,55 @@ def test_retract_forms_are_the_published_formulas(x64, form, rho):
     m, s, g = rng.normal(size=3), spd(4, 3), rng.normal(size=3)
     h = rng.normal(size=(3, 3))
     h = 0.3 * (h + h.T)  # indefinite
-    step = GaussianNatural(
-        jnp.asarray(-rho * (s @ m + g - h @ m)), jnp.asarray(-0.5 * rho * (h - s))
-    )
-    lam = GAUSSIAN.natural(mean=jnp.asarray(m), precision=jnp.asarray(s))
-    new = GAUSSIAN.retract(lam, step, form=form)
+    step = GaussianNatural(-rho * (s @ m + g - h @ m), -0.5 * rho * (h - s))
+    found_mean, found_precision = retracted(form)(m, s, step)
     if form == "square_root":
         mean, precision = square_root_in_mean_and_factor(m, s, g, h, rho)
     else:
         mean, precision = improved_in_mean_and_precision(
             m, s, g, h - s, rho, form == "improved_old"
         )
-    close(GAUSSIAN.precision(new), precision, rtol=1e-10, atol=1e-10)
-    close(GAUSSIAN.mean(new), mean, rtol=1e-10, atol=1e-10)
+    close(found_precision, precision, rtol=1e-10, atol=1e-10)
+    close(found_mean, mean, rtol=1e-10, atol=1e-10)
+
+
+@functools.cache
+def retracted(form):
+    """(mean, precision) of a Gaussian after a step."""
+
+    @jax.jit
+    def run(m, s, step):
+        new = GAUSSIAN.retract(GAUSSIAN.natural(mean=m, precision=s), step, form=form)
+        return GAUSSIAN.mean(new), GAUSSIAN.precision(new)
+
+    return run
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_normal_retracts_like_a_gaussian_of_one_dimension(x64, form):
-    lam, step = (
-        GaussianNatural(jnp.array(0.7), jnp.array(-1.2)),
-        GaussianNatural(jnp.array(-0.4), jnp.array(0.9)),
-    )
-    full = GAUSSIAN.retract(
-        *(GaussianNatural(x.linear[None], x.quadratic[None, None]) for x in (lam, step)), form=form
-    )
-    near(
-        jax.tree.map(jnp.ravel, full), jax.tree.map(jnp.ravel, NORMAL.retract(lam, step, form=form))
-    )
+    @jax.jit
+    def both(lam, step):
+        one = (GaussianNatural(x.linear[None], x.quadratic[None, None]) for x in (lam, step))
+        return GAUSSIAN.retract(*one, form=form), NORMAL.retract(lam, step, form=form)
+
+    lam = GaussianNatural(np.array(0.7), np.array(-1.2))
+    full, single = both(lam, GaussianNatural(np.array(-0.4), np.array(0.9)))
+    near(jax.tree.map(np.ravel, full), jax.tree.map(np.ravel, single))
 
 
 def test_square_root_steps_fall_back_before_the_factor_changes_sign(x64):
-    normal = families.get("normal")
-    lam = normal.natural(mean=0.0, precision=1.0)
+    normal, full = families.get("normal"), families.get("gaussian")
+
+    def precision_after(family, lam, step):
+        return family.precision(family.retract(lam, step, form="square_root"))
+
+    after = program(precision_after, "family")
+    lam = normal.Natural(np.array(0.0), np.array(-0.5))
     for d, wanted in ((1.0, 4.0), (3.0, 1 + 3 + 4.5), (100.0, 1 + 100 + 5000.0)):
-        step = normal.Natural(jnp.array(0.0), jnp.array(-0.5 * d))
-        new = normal.precision(normal.retract(lam, step, form="square_root"))
+        new = after(family=normal, lam=lam, step=normal.Natural(np.array(0.0), np.array(-0.5 * d)))
         np.testing.assert_allclose(new, wanted, rtol=1e-12)
-    full = families.get("gaussian")
-    lam = full.natural(mean=jnp.zeros(2), precision=jnp.eye(2))
-    step = full.Natural(jnp.zeros(2), -0.5 * 100.0 * jnp.eye(2))
-    new = full.precision(full.retract(lam, step, form="square_root"))
+    lam = full.Natural(np.zeros(2), -0.5 * np.eye(2))
+    new = after(family=full, lam=lam, step=full.Natural(np.zeros(2), -0.5 * 100.0 * np.eye(2)))
     np.testing.assert_allclose(new, 5101.0 * np.eye(2), rtol=1e-12)
 
 
@@ -94,10 +105,12 @@ def test_gaussian_broadcasts_means_against_precisions(x64):
 
 
 def test_base_measure_gradient_of_the_fixed_gaussian_is_minus_lambda(x64):
-    lam = natural(ROWS["gaussian_fixed"], ROWS["gaussian_fixed"].members[0])
-    near(FIXED.base_measure_gradient(lam).linear, -lam.linear)
-    near(Family.base_measure_gradient(FIXED, lam).linear, -lam.linear)
-    assert not FIXED.base_measure_gradient(lam).precision.any()
+    lam = member(stacked(ROWS["gaussian_fixed"]), 0)
+    own = program(FIXED.base_measure_gradient)(lam)
+    default = jax.jit(lambda lam: Family.base_measure_gradient(FIXED, lam))(lam)
+    near(own.linear, -lam.linear)
+    near(default.linear, -lam.linear)
+    assert not np.any(own.precision)
 
 
 # --- float32 --------------------------------------------------------------------------------------
@@ -105,11 +118,18 @@ def test_base_measure_gradient_of_the_fixed_gaussian_is_minus_lambda(x64):
 
 def wide(lam):
     """The same lambda in float64."""
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), lam)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), lam)
 
 
-def float32(family, **standard):
-    return family.natural(**{k: jnp.asarray(v, jnp.float32) for k, v in standard.items()})
+def float32(natural, **standard):
+    return natural(**{k: jnp.asarray(np.asarray(v, np.float32)) for k, v in standard.items()})
+
+
+SAID = {"mean": 1e-6, "variance": 1e-6, "entropy": 1e-6, "log_partition": 2e-6}
+
+
+def say(family, lam):
+    return {f: getattr(family, f)(lam) for f in SAID}
 
 
 @pytest.mark.parametrize(
@@ -127,19 +147,21 @@ def float32(family, **standard):
 )
 def test_float32_at_hard_points(x64, family, standard):
     """As good as float32 allows: the truth is the float64 value at the same float32 lambda."""
-    lam = float32(family, **standard)
+    lam = float32(family.natural, **standard)  # eagerly: its checks accept these
     assert {x.dtype for x in jax.tree.leaves(lam)} == {jnp.dtype("float32")}
-    for f, rtol in [("mean", 1e-6), ("variance", 1e-6), ("entropy", 1e-6), ("log_partition", 2e-6)]:
-        found = getattr(family, f)(lam)
-        assert found.dtype == jnp.float32
-        close(found, getattr(family, f)(wide(lam)), rtol=rtol, atol=1e-6)
-    sd = np.sqrt(family.variance(wide(lam)))
-    theta = jnp.asarray(np.asarray(family.mean(wide(lam)) + sd), jnp.float32)
+    said = program(say, "family")
+    found, truth = said(family=family, lam=lam), said(family=family, lam=wide(lam))
+    for f, rtol in SAID.items():
+        assert found[f].dtype == jnp.float32
+        close(found[f], truth[f], rtol=rtol, atol=1e-6)
+    sd = np.sqrt(truth["variance"])
+    theta = np.asarray(truth["mean"] + sd, np.float32)
     # The mean is known to half a unit in its last place, in units of sd:
-    blur = np.max(np.abs(np.spacing(np.asarray(family.mean(lam)))) / sd)
+    blur = np.max(np.abs(np.spacing(np.asarray(found["mean"]))) / sd)
+    log_prob = program(family.log_prob)
     close(
-        family.log_prob(lam, theta),
-        family.log_prob(wide(lam), wide(theta)),
+        log_prob(lam, theta),
+        log_prob(wide(lam), wide(theta)),
         rtol=1e-6,
         atol=1e-5 + 10 * blur,
     )
@@ -162,19 +184,19 @@ def test_kl_of_nearby_gaussians_keeps_its_digits_in_float32(x64, gap, scale):
             {"mean": mean + gap, "precision": scale * spd(0)},
         ),
     ]:
-        lam_p, lam_q = float32(family, **p), float32(family, **q)
-        truth = kl_in_numpy(family, lam_p, lam_q)
+        lam_p, lam_q = (float32(program(family.natural), **s) for s in (p, q))
         if family is NORMAL:  # the means differ by rounding: their term is judged on its own
-            lam_q = lam_q._replace(linear=lam_q.quadratic * 0)
-            lam_p = lam_p._replace(linear=lam_p.quadratic * 0)
-            truth = kl_in_numpy(family, lam_p, lam_q)
+            lam_q = lam_q._replace(linear=np.asarray(lam_q.quadratic) * 0)
+            lam_p = lam_p._replace(linear=np.asarray(lam_p.quadratic) * 0)
+        precisions = [program(family.precision)(x) for x in (lam_p, lam_q)]
+        truth = kl_in_numpy(lam_p, lam_q, *precisions)
         blur = 0.0 if family is not FIXED else 20 * np.spacing(np.float32(2.0)) / gap
-        close(family.kl(lam_p, lam_q), truth, rtol=2e-5 + blur)
+        close(program(family.kl)(lam_p, lam_q), truth, rtol=2e-5 + blur)
 
 
-def kl_in_numpy(family, lam_p, lam_q):
+def kl_in_numpy(lam_p, lam_q, *precisions):
     """KL in float64 from the eigenvalues of S_q S_p^-1 by a series, so that nothing cancels."""
-    sp, sq = (np.atleast_2d(np.asarray(family.precision(x), np.float64)) for x in (lam_p, lam_q))
+    sp, sq = (np.atleast_2d(np.asarray(x, np.float64)) for x in precisions)
     lp, lq = (np.atleast_1d(np.asarray(x.linear, np.float64)) for x in (lam_p, lam_q))
     r = np.linalg.eigvals(np.linalg.solve(sp, sq - sp)).real
     gaps = [
@@ -187,18 +209,16 @@ def kl_in_numpy(family, lam_p, lam_q):
 def test_kl_to_a_vague_prior_is_finite_in_float32():
     """1 + ratio rounds to 0 here, the quotient of the precisions does not."""
     expected = 0.5 * (1e-9 - 1 - np.log(1e-9))
-    p, q = (float32(NORMAL, mean=0.0, precision=s) for s in (1.0, 1e-9))
-    close(NORMAL.kl(p, q), expected, rtol=1e-6)
-    p, q = (float32(GAUSSIAN, mean=np.zeros(2), precision=s * np.eye(2)) for s in (1.0, 1e-9))
-    close(GAUSSIAN.kl(p, q), 2 * expected, rtol=1e-6)
+    for family, mean, unit in [(NORMAL, 0.0, 1.0), (GAUSSIAN, np.zeros(2), np.eye(2))]:
+        p, q = (
+            float32(program(family.natural), mean=mean, precision=s * unit) for s in (1.0, 1e-9)
+        )
+        close(program(family.kl)(p, q), np.size(mean) * expected, rtol=1e-6)
 
 
 def test_kl_between_two_known_precisions(x64):
-    p, q = (
-        FIXED.natural(mean=jnp.asarray(MEAN), precision=jnp.asarray(s))
-        for s in (SHARED, 2 * SHARED)
-    )
-    close(FIXED.kl(p, q), 2 - 1 - np.log(2))
+    p, q = (program(FIXED.natural)(mean=MEAN, precision=s) for s in (SHARED, 2 * SHARED))
+    close(program(FIXED.kl)(p, q), 2 - 1 - np.log(2))
 
 
 # --- golden numbers -------------------------------------------------------------------------------
@@ -218,12 +238,27 @@ def cases_of(name):
 
 
 def golden_natural(name, params):
-    spread = (
-        {"variance": params["var"]}
-        if name == "normal"
-        else {"covariance": jnp.asarray(params["cov"])}
-    )
-    return families.get(name).natural(mean=jnp.asarray(params["mean"]), **spread)
+    spread = {"variance": params["var"]} if name == "normal" else {"covariance": params["cov"]}
+    standard = {"mean": params["mean"], **spread}
+    return program(families.get(name).natural)(**{k: np.asarray(v) for k, v in standard.items()})
+
+
+@functools.cache
+def golden_program(family):
+    @jax.jit
+    def evaluate(lam, points, other, v, mu):
+        return {
+            "mu": family.expectation(lam),
+            "log_partition": family.log_partition(lam),
+            "entropy": family.entropy(lam),
+            "log_prob": jax.vmap(lambda x: family.log_prob(lam, x))(points),
+            "kl": family.kl(lam, other),
+            "fisher": family.fisher(lam),
+            "product": family.fisher_product(lam, v),
+            "solved": family.natural_from_expectation(mu),
+        }
+
+    return lambda *args: jax.tree.map(np.asarray, evaluate(*args))
 
 
 def test_golden_rows_of_both_gaussians_are_found():
@@ -233,7 +268,16 @@ def test_golden_rows_of_both_gaussians_are_found():
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_golden_values(x64, name, case):
     family = families.get(name)
-    lam = family.Natural(*(jnp.asarray(x) for x in case["natural"]))
+    lam = family.Natural(*map(np.asarray, case["natural"]))
+    other = next(c for c in cases_of(name) if c["params"] == case["kl"]["q_params"])["natural"]
+    action = case.get("fisher_action", {"dlam": case["natural"]})
+    said = golden_program(family)(
+        lam,
+        np.asarray([point["x"] for point in case["log_prob"]]),
+        family.Natural(*map(np.asarray, other)),
+        family.Natural(*map(np.asarray, action["dlam"])),
+        family.Expectation(*map(np.asarray, case["expectation"])),
+    )
     d = np.size(case["params"]["mean"])
     # covariance -> precision costs the condition number; from lambda on we compare at 1e-12.
     condition = np.linalg.cond(np.atleast_2d(np.asarray(case["natural"][1])))
@@ -243,38 +287,29 @@ def test_golden_values(x64, name, case):
         golden_natural(name, case["params"]), case["natural"], scale, strict=True
     ):
         close(found, expected, rtol, atol=rtol * unit)
-    mu = family.expectation(lam)
-    for found, expected in zip(mu, case["expectation"], strict=True):
+    for found, expected in zip(said["mu"], case["expectation"], strict=True):
         close(found, expected, rtol, atol=rtol * np.max(np.abs(expected)))
-    close(family.log_partition(lam) + d / 2 * LOG_2PI, case["log_partition"], rtol)
-    close(family.entropy(lam), case["entropy"], rtol, atol=rtol)
+    close(said["log_partition"] + d / 2 * LOG_2PI, case["log_partition"], rtol)
+    close(said["entropy"], case["entropy"], rtol, atol=rtol)
     # theta - m is known to a rounding of m, in units of the smallest sd.
-    for point in case["log_prob"]:
-        x = jnp.asarray(point["x"])
+    for found, point in zip(said["log_prob"], case["log_prob"], strict=True):
         blur = (
             1e-16
             * np.max(np.abs(case["params"]["mean"]))
             * np.sqrt(np.max(np.abs(case["natural"][1])))
         )
-        close(family.log_prob(lam, x), point["value"], 10 * rtol, atol=rtol + 20 * blur)
-    other = next(c for c in cases_of(name) if c["params"] == case["kl"]["q_params"])["natural"]
-    other = family.Natural(*(jnp.asarray(x) for x in other))
-    close(family.kl(lam, other), case["kl"]["kl_p_q"], 10 * rtol)
+        close(found, point["value"], 10 * rtol, atol=rtol + 20 * blur)
+    close(said["kl"], case["kl"]["kl_p_q"], 10 * rtol)
     if "fisher" in case:
-        close(family.fisher(lam), case["fisher"], rtol)
+        close(said["fisher"], case["fisher"], rtol)
     else:
-        action = case["fisher_action"]
-        v = family.Natural(*(jnp.asarray(x) for x in action["dlam"]))
-        for found, expected in zip(family.fisher_product(lam, v), action["dmu"], strict=True):
+        for found, expected in zip(said["product"], action["dmu"], strict=True):
             close(found, expected, 10 * rtol, atol=10 * rtol * np.max(np.abs(expected)))
-    solved = family.natural_from_expectation(
-        family.Expectation(*(jnp.asarray(x) for x in case["expectation"]))
-    )
     amplified = case.get("mu_to_lambda_relative_amplification")
     if amplified is None:
         amplified = condition * (1 + np.max(np.abs(case["expectation"][0])) ** 2)
     if amplified < 1e10:
-        for found, expected, unit in zip(solved, case["natural"], scale, strict=True):
+        for found, expected, unit in zip(said["solved"], case["natural"], scale, strict=True):
             close(found, expected, atol=1e-14 * amplified * unit)
 
 
@@ -286,10 +321,8 @@ HOLE = optax.MaskedNode()
 
 
 def tree_natural(hole=False):
-    mean, precision = (jax.tree.map(jnp.asarray, x) for x in (TREE, PRECISION))
-    if hole:
-        mean, precision = {**mean, "h": HOLE}, {**precision, "h": HOLE}
-    return DIAGONAL.natural(mean=mean, precision=precision)
+    more = {"h": HOLE} if hole else {}
+    return program(DIAGONAL.natural)(mean={**TREE, **more}, precision={**PRECISION, **more})
 
 
 def flat_reference():
@@ -299,67 +332,103 @@ def flat_reference():
 
 @pytest.mark.parametrize("hole", [False, True])
 def test_mean_field_is_a_diagonal_gaussian(x64, hole):
-    lam = tree_natural(hole)
-    other = DIAGONAL.combine((0.7, lam))
-    assert isinstance(lam, GaussianNatural)
-    near(DIAGONAL.mean(lam), {**TREE, **({"h": HOLE} if hole else {})})
-    near(DIAGONAL.variance(lam)["w"], 1 / PRECISION["w"])
-    near(DIAGONAL.precision(lam)["b"], PRECISION["b"])
-    reference = flat_reference()
-    close(DIAGONAL.entropy(lam), reference.entropy())
-    theta = DIAGONAL.sample(jax.random.key(0), lam, (3, 7))
-    assert jax.tree.map(jnp.shape, theta) == {
-        "b": (3, 7, 2),
-        "w": (3, 7, 1, 3),
-        **({"h": HOLE} if hole else {}),
-    }
-    flat = jnp.concatenate([theta["b"], theta["w"][..., 0, :]], -1)
-    log_q = DIAGONAL.log_prob(lam, theta)
-    close(log_q, reference.logpdf(flat))
-    close(Family.log_prob(DIAGONAL, lam, jax.tree.map(lambda x: x[0, 0], theta)), log_q[0, 0])
+    more = {"h": HOLE} if hole else {}
 
     def full(x):
         mean, precision = (ravel_pytree(f(x))[0] for f in (DIAGONAL.mean, DIAGONAL.precision))
         return GAUSSIAN.natural(mean=mean, precision=jnp.diag(precision))
 
-    full_lam, full_other = full(lam), full(other)
-    close(DIAGONAL.kl(lam, other), GAUSSIAN.kl(full_lam, full_other))
-    close(DIAGONAL.log_partition(lam), GAUSSIAN.log_partition(full_lam))
-    near(jax.grad(DIAGONAL.log_partition)(lam), GaussianNatural(*DIAGONAL.expectation(lam)))
-    back, status = DIAGONAL.natural_from_expectation(DIAGONAL.expectation(lam), with_status=True)
-    near(back, lam)
-    assert bool(status) and bool(DIAGONAL.in_domain(lam))
-    assert not bool(DIAGONAL.in_domain(DIAGONAL.combine((-1.0, lam))))
-    near(DIAGONAL.natural(**DIAGONAL.standard(lam)), lam)
-    near(DIAGONAL.natural_at(DIAGONAL.mean(lam), lam), lam)
-    near(DIAGONAL.natural_at(DIAGONAL.mean(lam)).quadratic["b"], np.full(2, -0.5))
+    @jax.jit
+    def say(lam):
+        other = DIAGONAL.combine((0.7, lam))
+        full_lam, full_other = full(lam), full(other)
+        theta = DIAGONAL.sample(jax.random.key(0), lam, (3, 7))
+        one = jax.tree.map(lambda x: x[0, 0], theta)
+        back, status = DIAGONAL.natural_from_expectation(
+            DIAGONAL.expectation(lam), with_status=True
+        )
+        return {
+            "mean": DIAGONAL.mean(lam),
+            "variance": DIAGONAL.variance(lam),
+            "precision": DIAGONAL.precision(lam),
+            "entropy": DIAGONAL.entropy(lam),
+            "theta": theta,
+            "log_q": DIAGONAL.log_prob(lam, theta),
+            "default_log_q": Family.log_prob(DIAGONAL, lam, one),
+            "kl": (DIAGONAL.kl(lam, other), GAUSSIAN.kl(full_lam, full_other)),
+            "log_partition": (DIAGONAL.log_partition(lam), GAUSSIAN.log_partition(full_lam)),
+            "slope": (jax.grad(DIAGONAL.log_partition)(lam), DIAGONAL.expectation(lam)),
+            "back": (back, DIAGONAL.natural(**DIAGONAL.standard(lam)),
+                     DIAGONAL.natural_at(DIAGONAL.mean(lam), lam)),
+            "inside": (status, DIAGONAL.in_domain(lam)),
+            "outside": DIAGONAL.in_domain(DIAGONAL.combine((-1.0, lam))),
+            "fresh": DIAGONAL.natural_at(DIAGONAL.mean(lam)).quadratic["b"],
+        }  # fmt: skip
+
+    lam = tree_natural(hole)
+    assert isinstance(lam, GaussianNatural)
+    said = jax.tree.map(np.asarray, say(lam))
+    near(said["mean"], {**TREE, **more})
+    near(said["variance"]["w"], 1 / PRECISION["w"])
+    near(said["precision"]["b"], PRECISION["b"])
+    reference = flat_reference()
+    close(said["entropy"], reference.entropy())
+    theta = said["theta"]
+    assert jax.tree.map(np.shape, theta) == {"b": (3, 7, 2), "w": (3, 7, 1, 3), **more}
+    flat = np.concatenate([theta["b"], theta["w"][..., 0, :]], -1)
+    close(said["log_q"], reference.logpdf(flat))
+    close(said["default_log_q"], said["log_q"][0, 0])
+    close(*said["kl"])
+    close(*said["log_partition"])
+    slope, mu = said["slope"]
+    near(slope, GaussianNatural(*mu))
+    for back in said["back"]:
+        near(back, lam)
+    assert all(said["inside"]) and not said["outside"]
+    near(said["fresh"], np.full(2, -0.5))
 
 
 def test_mean_field_moves_leaf_by_leaf(x64):
     lam = tree_natural(hole=True)
     step = GaussianNatural(
-        {"b": jnp.ones(2), "w": jnp.ones((1, 3)), "h": HOLE},
-        {"b": jnp.array([10.0, 0.01]), "w": jnp.full((1, 3), 0.2), "h": HOLE},
+        {"b": np.ones(2), "w": np.ones((1, 3)), "h": HOLE},
+        {"b": np.array([10.0, 0.01]), "w": np.full((1, 3), 0.2), "h": HOLE},
     )
-    new, count = DIAGONAL.safe_step(lam, step)
+    leaves = ("b", "w")
+
+    @jax.jit
+    def move(lam, step):
+        alone = {}
+        for leaf in leaves:
+            one, d = (GaussianNatural(x.linear[leaf], x.quadratic[leaf]) for x in (lam, step))
+            alone[leaf] = NORMAL.retract(one, d), NORMAL.safe_step(one, d)[0]
+        return DIAGONAL.safe_step(lam, step), DIAGONAL.retract(lam, step), alone
+
+    (new, count), bent, alone = move(lam, step)
     assert int(count) == 1  # the first number of b
-    bent = DIAGONAL.retract(lam, step)
-    for leaf in ("b", "w"):
-        one, d = (GaussianNatural(x.linear[leaf], x.quadratic[leaf]) for x in (lam, step))
-        near(GaussianNatural(bent.linear[leaf], bent.quadratic[leaf]), NORMAL.retract(one, d))
-        near(GaussianNatural(new.linear[leaf], new.quadratic[leaf]), NORMAL.safe_step(one, d)[0])
-    plain = tree_natural()
-    pairs = zip(ravel_pytree(plain.linear)[0], ravel_pytree(plain.quadratic)[0], strict=True)
-    blocks = [NORMAL.fisher(GaussianNatural(*pair)).sum() for pair in pairs]
-    close(DIAGONAL.fisher(plain).sum(), sum(blocks))
+    for leaf in leaves:
+        near(GaussianNatural(bent.linear[leaf], bent.quadratic[leaf]), alone[leaf][0])
+        near(GaussianNatural(new.linear[leaf], new.quadratic[leaf]), alone[leaf][1])
+
+    @jax.jit
+    def fisher(plain):
+        flat = GaussianNatural(*(ravel_pytree(x)[0] for x in plain))
+        return DIAGONAL.fisher(plain), jax.vmap(NORMAL.fisher)(flat)
+
+    whole, blocks = map(np.asarray, fisher(tree_natural()))
+    close(whole.sum(), blocks.sum())
 
 
 def test_mean_field_draws_differ_between_leaves_and_follow_the_path(x64):
-    q = DIAGONAL.natural(mean={"a": jnp.zeros(50), "b": jnp.zeros(50)}, precision=1.0)
-    draw = DIAGONAL.sample(jax.random.key(0), q)
-    assert not np.any(draw["a"] == draw["b"])
-    alone = DIAGONAL.natural(mean={"a": HOLE, "b": jnp.zeros(50)}, precision=1.0)
-    np.testing.assert_array_equal(DIAGONAL.sample(jax.random.key(0), alone)["b"], draw["b"])
+    @jax.jit
+    def draw(mean):
+        q = DIAGONAL.natural(mean=mean, precision=1.0)
+        return DIAGONAL.sample(jax.random.key(0), q)
+
+    both = draw({"a": np.zeros(50), "b": np.zeros(50)})
+    assert not np.any(np.asarray(both["a"]) == np.asarray(both["b"]))
+    alone = draw({"a": HOLE, "b": np.zeros(50)})
+    np.testing.assert_array_equal(alone["b"], both["b"])
 
 
 def test_mean_field_refuses_vector_families():
@@ -368,51 +437,97 @@ def test_mean_field_refuses_vector_families():
 
 
 def test_pinned_is_its_free_part_and_a_point(x64):
-    free = DIAGONAL.natural(mean={"w": jnp.ones(2), "b": HOLE}, precision=4.0)
     pinned = families.Pinned(DIAGONAL)
-    lam = pinned.natural(free=free, point={"w": HOLE, "b": jnp.array([7.0])})
-    near(pinned.mean(lam), {"w": np.ones(2), "b": np.array([7.0])})
-    near(pinned.variance(lam), {"w": np.full(2, 0.25), "b": np.zeros(1)})
-    draw = pinned.sample(jax.random.key(0), lam, (5,))
+
+    @jax.jit
+    def say(mean, point):
+        free = DIAGONAL.natural(mean=mean, precision=4.0)
+        lam = pinned.natural(free=free, point=point)
+        draw = pinned.sample(jax.random.key(0), lam, (5,))
+        twice = pinned.combine((1.0, lam), (1.0, lam))
+        return {
+            "mean": pinned.mean(lam),
+            "variance": pinned.variance(lam),
+            "draw": draw,
+            "log_prob": (
+                pinned.log_prob(lam, draw),
+                pinned.log_prob(lam, {**draw, "b": HOLE}),
+                DIAGONAL.log_prob(free, {"w": draw["w"], "b": HOLE}),
+            ),
+            "entropy": pinned.entropy(lam),
+            "points": (twice.point, lam.point),
+            "twice": pinned.variance(twice)["w"],
+            "kl": (pinned.kl(lam, twice), DIAGONAL.kl(lam.free, twice.free)),
+            "mu": (pinned.expectation(lam), DIAGONAL.expectation(free)),
+            "inside": pinned.in_domain(lam),
+            "standard": pinned.standard(lam),
+        }
+
+    said = say({"w": np.ones(2), "b": HOLE}, {"w": HOLE, "b": np.array([7.0])})
+    near(said["mean"], {"w": np.ones(2), "b": np.array([7.0])})
+    near(said["variance"], {"w": np.full(2, 0.25), "b": np.zeros(1)})
+    draw = jax.tree.map(np.asarray, said["draw"])
     assert draw["b"].shape == (5, 1) and np.all(draw["b"] == 7.0) and draw["w"].shape == (5, 2)
-    close(pinned.log_prob(lam, draw), pinned.log_prob(lam, {**draw, "b": HOLE}))
-    close(pinned.log_prob(lam, draw), DIAGONAL.log_prob(free, {"w": draw["w"], "b": HOLE}))
-    close(pinned.log_prob(lam, draw), stats.norm(1, 0.5).logpdf(draw["w"]).sum(-1))
-    close(pinned.entropy(lam), 2 * stats.norm(1, 0.5).entropy())
-    twice = pinned.combine((1.0, lam), (1.0, lam))
-    near(twice.point, lam.point)
-    near(pinned.variance(twice)["w"], np.full(2, 0.125))
-    close(pinned.kl(lam, twice), DIAGONAL.kl(lam.free, twice.free))
-    near(pinned.expectation(lam), DIAGONAL.expectation(free))
-    assert bool(pinned.in_domain(lam)) and pinned.standard(lam).keys() == {"free", "point"}
+    log_prob, without_point, free_part = said["log_prob"]
+    close(log_prob, without_point)
+    close(log_prob, free_part)
+    close(log_prob, stats.norm(1, 0.5).logpdf(draw["w"]).sum(-1))
+    close(said["entropy"], 2 * stats.norm(1, 0.5).entropy())
+    near(*said["points"])
+    near(said["twice"], np.full(2, 0.125))
+    close(*said["kl"])
+    near(*said["mu"])
+    assert bool(said["inside"]) and said["standard"].keys() == {"free", "point"}
 
 
 def test_raveled_is_a_gaussian_over_the_flat_vector(x64):
-    theta = {"b": jnp.array(0.5), "w": jnp.array([[1.0, 2.0]])}
+    theta = {"b": np.array(0.5), "w": np.array([[1.0, 2.0]])}
     raveled, cov = families.Raveled.like(GAUSSIAN, theta), spd(9, 3)
-    lam = raveled.natural(mean=theta, covariance=jnp.asarray(cov))
     flat = np.array([0.5, 1.0, 2.0])
-    near(raveled.natural(mean=jnp.asarray(flat), covariance=jnp.asarray(cov)), lam)
-    near(raveled.mean(lam), theta)
-    near(raveled.variance(lam), {"b": cov[0, 0], "w": np.diag(cov)[None, 1:]})
-    near(raveled.natural_at(theta).linear, flat)
-    draw = raveled.sample(jax.random.key(0), lam, (4, 6))
-    assert jax.tree.map(jnp.shape, draw) == {"b": (4, 6), "w": (4, 6, 1, 2)}
+
+    @jax.jit
+    def say(theta, flat, cov):
+        lam = raveled.natural(mean=theta, covariance=cov)
+        draw = raveled.sample(jax.random.key(0), lam, (4, 6))
+        eye = np.eye(3)
+        return {
+            "naturals": (raveled.natural(mean=flat, covariance=cov), lam),
+            "mean": raveled.mean(lam),
+            "variance": raveled.variance(lam),
+            "fresh": raveled.natural_at(theta).linear,
+            "draw": draw,
+            "log_prob": raveled.log_prob(lam, draw),
+            "default_log_prob": Family.log_prob(raveled, lam, theta),
+            "entropy": raveled.entropy(lam),
+            "displaced": (raveled.displace(lam, theta)["w"], GAUSSIAN.displace(lam, flat)),
+            "gradients": (raveled.gradient(lam, theta, eye), GAUSSIAN.gradient(lam, flat, eye)),
+            "mus": (raveled.expectation(lam), GAUSSIAN.expectation(lam)),
+        }
+
+    said = jax.tree.map(np.asarray, say(theta, flat, cov))
+    near(*said["naturals"])
+    near(said["mean"], theta)
+    near(said["variance"], {"b": cov[0, 0], "w": np.diag(cov)[None, 1:]})
+    near(said["fresh"], flat)
+    draw = said["draw"]
+    assert jax.tree.map(np.shape, draw) == {"b": (4, 6), "w": (4, 6, 1, 2)}
     rows = np.concatenate([draw["b"][..., None], draw["w"][..., 0, :]], -1)
     reference = stats.multivariate_normal(flat, cov)
-    close(raveled.log_prob(lam, draw), reference.logpdf(rows), rtol=1e-10)
-    close(Family.log_prob(raveled, lam, theta), reference.logpdf(flat), rtol=1e-10)
-    close(raveled.entropy(lam), reference.entropy())
-    close(raveled.displace(lam, theta)["w"], GAUSSIAN.displace(lam, jnp.asarray(flat))[None, 1:])
-    near(
-        raveled.gradient(lam, theta, jnp.eye(3)),
-        GAUSSIAN.gradient(lam, jnp.asarray(flat), jnp.eye(3)),
-    )
-    near(raveled.expectation(lam), GAUSSIAN.expectation(lam))
+    close(said["log_prob"], reference.logpdf(rows), rtol=1e-10)
+    close(said["default_log_prob"], reference.logpdf(flat), rtol=1e-10)
+    close(said["entropy"], reference.entropy())
+    over_tree, over_vector = said["displaced"]
+    close(over_tree, over_vector[None, 1:])
+    near(*said["gradients"])
+    near(*said["mus"])
 
 
 def test_raveled_log_prob_of_a_batch_of_scalars_keeps_the_sample_axes(x64):
-    theta = {"a": jnp.array(0.0), "b": jnp.array(1.0)}
+    theta = {"a": np.array(0.0), "b": np.array(1.0)}
     raveled = families.Raveled.like(GAUSSIAN, theta)
-    lam = raveled.natural_at(theta)
-    assert raveled.log_prob(lam, raveled.sample(jax.random.key(0), lam, (5,))).shape == (5,)
+
+    def log_prob(theta):
+        lam = raveled.natural_at(theta)
+        return raveled.log_prob(lam, raveled.sample(jax.random.key(0), lam, (5,)))
+
+    assert jax.jit(log_prob)(theta).shape == (5,)

@@ -1,13 +1,13 @@
 """The table of families that drives their test battery: a new family is one more row."""
 
-from collections.abc import Container
+from collections.abc import Callable
 
 import pytest
 
 from family_rows import discrete, gaussian, matrix, positive
 from family_rows._row import Row, spd
 
-__all__ = ["CONDITIONAL", "CORE", "ROWS", "Row", "mark_slow", "rows", "spd"]
+__all__ = ["CONDITIONAL", "ROWS", "Row", "rows", "spd"]
 
 ROWS: dict[str, Row] = {**gaussian.ROWS, **positive.ROWS, **discrete.ROWS, **matrix.ROWS}
 
@@ -20,31 +20,26 @@ CONDITIONAL = (
     "matrix_gaussian",
 )
 
-# What compiles much runs on these in every run, and on all in the slow one.
-CORE = ("normal", "gaussian", "bernoulli", "gamma", "dirichlet")
-# One family of each kind for the rest of the battery; their next of kin in the slow run.
-FAST = (
-    *CORE,
-    "gaussian_fixed",
-    "inverse_gaussian",
-    "categorical",
-    "binomial",
-    "poisson",
-    "von_mises_fisher",
-    "wishart",
-    "normal_gamma",
-)
+# The first row of every kind; the other ones are for the slow run.
+FAST = {row.kind: name for name, row in reversed(ROWS.items())}
 
 
-def mark_slow(name: str, fast: Container[str] = FAST) -> tuple:
-    """The mark of a family that is not among the fast ones."""
-    return () if name in fast else (pytest.mark.slow,)
+def rows(flag: str | None = None, variants: Callable[[str, Row], tuple] | None = None) -> list:
+    """pytest parameters: a row, or a row and a variant of it.
 
-
-def rows(fast: Container[str] = FAST, flag: str | None = None) -> list:
-    """pytest parameters: all rows, or those whose family has a flag."""
-    return [
-        pytest.param(row, id=name, marks=mark_slow(name, fast))
-        for name, row in ROWS.items()
-        if flag is None or getattr(row.family, flag)
-    ]
+    Args:
+        flag: only families that have this attribute.
+        variants: (name, row) -> the variants of a row, which end its id; None adds nothing.
+    """
+    found = []
+    for name, row in ROWS.items():
+        if flag and not getattr(row.family, flag):
+            continue
+        marks = () if FAST[row.kind] == name else (pytest.mark.slow,)
+        if variants is None:
+            found.append(pytest.param(row, id=name, marks=marks))
+            continue
+        for variant in variants(name, row):
+            label = f"{name}-{variant}" if variant else name
+            found.append(pytest.param(row, variant, id=label, marks=marks))
+    return found

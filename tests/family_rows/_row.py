@@ -9,12 +9,14 @@ import numpy as np
 from blr_optax.families import Family
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that results can be cached
 class Row:
     """A family under test.
 
     Attributes:
         family: the family.
+        kind: what theta is; families of a kind share most of their code, and the first row of
+            every kind is tested in every run.
         members: standard parameters of three members (or more) whose arrays stack; they share the
             known fields.
         logpdf: (standard parameters, points) -> log density by scipy, or from its formula in numpy.
@@ -27,6 +29,7 @@ class Row:
     """
 
     family: Family
+    kind: str
     members: tuple[dict, ...]
     logpdf: Callable[[dict, Any], np.ndarray]
     rule: Callable[[dict], tuple[Any, np.ndarray]]

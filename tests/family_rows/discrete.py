@@ -78,6 +78,7 @@ def with_total(bad, total=3):
 ROWS = {
     "bernoulli": Row(
         Bernoulli(),
+        "binary",
         ({"logit": 0.7}, {"logit": -2.0}, {"logit": 0.1}),
         lambda s, x: stats.bernoulli(logistic(s["logit"])).logpmf(x),
         values(0.0, 1.0),
@@ -86,6 +87,7 @@ ROWS = {
     ),
     "rademacher": Row(
         Rademacher(),
+        "binary",
         ({"logit": 0.7}, {"logit": -2.0}, {"logit": 0.1}),
         lambda s, x: stats.bernoulli(logistic(s["logit"])).logpmf((np.asarray(x) + 1) / 2),
         values(-1.0, 1.0),
@@ -94,6 +96,7 @@ ROWS = {
     ),
     "categorical": Row(
         Categorical(),
+        "categories",
         LOGITS,
         lambda s, x: np.log(softmax(s["logits"]))[np.asarray(x)],
         values(0, 1, 2),
@@ -103,6 +106,7 @@ ROWS = {
     ),
     "multinomial": Row(
         Multinomial(),
+        "categories",
         tuple({**s, "total": 5.0} for s in LOGITS),
         lambda s, x: stats.multinomial(int(s["total"]), softmax(s["logits"])).logpmf(x),
         values(*np.array(COUNTS, float)),
@@ -111,6 +115,7 @@ ROWS = {
     ),
     "binomial": Row(
         Binomial(),
+        "counts",
         tuple({"logit": x, "total": 9.0} for x in (0.7, -2.0, 0.1)),
         lambda s, x: stats.binom(int(s["total"]), logistic(s["logit"])).logpmf(x),
         counts(10),
@@ -119,6 +124,7 @@ ROWS = {
     ),
     "poisson": Row(
         Poisson(),
+        "counts",
         ({"rate": 0.6}, {"rate": 7.0}, {"rate": 2.5}),
         lambda s, x: stats.poisson(s["rate"]).logpmf(x),
         counts(80),
@@ -127,6 +133,7 @@ ROWS = {
     ),
     "geometric": Row(
         Geometric(),
+        "counts",
         ({"probability": 0.3}, {"probability": 0.8}, {"probability": 0.15}),
         lambda s, x: stats.geom(s["probability"], loc=-1).logpmf(x),
         counts(400),
@@ -135,6 +142,7 @@ ROWS = {
     ),
     "negative_binomial": Row(
         NegativeBinomial(),
+        "counts",
         tuple({"probability": p, "total": 2.7} for p in (0.3, 0.8, 0.15)),
         lambda s, x: stats.nbinom(s["total"], s["probability"]).logpmf(x),
         counts(500),

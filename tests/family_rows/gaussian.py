@@ -16,6 +16,7 @@ INDEFINITE = np.array([[1.0, 2.0], [2.0, 1.0]])
 ROWS = {
     "normal": Row(
         NORMAL,
+        "real line",
         (
             {"mean": 0.3, "variance": 0.8},
             {"mean": -2.0, "variance": 4.0},
@@ -37,6 +38,7 @@ ROWS = {
     ),
     "gaussian": Row(
         GAUSSIAN,
+        "multivariate",
         (
             {"mean": MEAN, "covariance": spd(0)},
             {"mean": np.array([1.0, 0.5]), "covariance": spd(1)},
@@ -63,6 +65,7 @@ ROWS = {
     ),
     "gaussian_fixed": Row(
         FIXED,
+        "multivariate",
         ({"mean": MEAN, "precision": SHARED}, {"mean": np.array([1.0, 0.5]), "precision": SHARED}),
         lambda s, x: stats.multivariate_normal(s["mean"], np.linalg.inv(s["precision"])).logpdf(x),
         lambda s: plane(s["mean"], np.linalg.inv(s["precision"])),

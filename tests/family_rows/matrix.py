@@ -1,7 +1,7 @@
 """Families of unit vectors, of positive definite matrices, and joint ones of a mean and a scale."""
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from blr_optax.families._inverse_wishart import InverseWishart, InverseWishartNatural
 from blr_optax.families._joint import MeanPrecision, MeanVariance
@@ -108,6 +108,37 @@ def stack_last(x):
     return np.moveaxis(np.asarray(x), 0, -1)
 
 
+def checked_by(law, found, x):
+    """Values of a formula, where scipy (a slow loop over matrices) agrees on some of them."""
+    some = slice(None, None, max(1, len(found) // 200))
+    np.testing.assert_allclose(found[some], law.logpdf(stack_last(x[some])), rtol=1e-11, atol=1e-10)
+    return found
+
+
+def log_det_and_root(x):
+    """By Cholesky: many of the matrices are nearly singular."""
+    root = np.linalg.cholesky(x)
+    return 2 * np.sum(np.log(np.diagonal(root, axis1=-2, axis2=-1)), axis=-1), root
+
+
+def wishart_logpdf(s, x):
+    degrees, scale = s["degrees"], s["scale"]
+    log_det, root = log_det_and_root(x)
+    trace = np.sum(np.linalg.solve(np.linalg.cholesky(scale), root) ** 2, axis=(-2, -1))
+    size = degrees * np.log(2 * np.sqrt(np.linalg.det(scale)))  # d = 2
+    found = 0.5 * ((degrees - 3) * log_det - trace) - size - special.multigammaln(degrees / 2, 2)
+    return checked_by(stats.wishart(degrees, scale), found, x)
+
+
+def inverse_wishart_logpdf(s, x):
+    degrees, scale = s["degrees"], s["scale"]
+    log_det, root = log_det_and_root(x)
+    trace = np.sum(np.linalg.solve(root, np.linalg.cholesky(scale)) ** 2, axis=(-2, -1))
+    size = degrees * np.log(2 / np.sqrt(np.linalg.det(scale)))  # d = 2
+    found = -0.5 * ((degrees + 3) * log_det + trace) - size - special.multigammaln(degrees / 2, 2)
+    return checked_by(stats.invwishart(degrees, scale), found, x)
+
+
 def normal_gamma_logpdf(s, theta):
     x, tau = theta
     normal = stats.norm(s["mean"], 1 / np.sqrt(s["kappa"] * tau)).logpdf(x)
@@ -126,8 +157,7 @@ def normal_wishart_logpdf(s, theta):
     square = s["kappa"] * np.einsum("ni,nij,nj->n", apart, precision, apart)
     log_det = np.linalg.slogdet(precision)[1]
     normal = np.log(s["kappa"]) - np.log(2 * np.pi) + 0.5 * (log_det - square)
-    wishart = stats.wishart(s["degrees"], s["scale"])
-    return normal + wishart.logpdf(stack_last(precision))
+    return normal + wishart_logpdf(s, precision)
 
 
 BAD_SCALES = (
@@ -151,6 +181,7 @@ OUTSIDE_GAMMA = (
 ROWS = {
     "von_mises_fisher": Row(
         VonMisesFisher(),
+        "multivariate",
         (
             {"direction": np.array([0.48, 0.6, 0.64]), "concentration": 3.0},
             {"direction": np.array([-0.6, 0.64, 0.48]), "concentration": 0.7},
@@ -167,12 +198,13 @@ ROWS = {
     ),
     "wishart": Row(
         Wishart(),
+        "matrix",
         (
             {"scale": spd(0), "degrees": 4.5},
             {"scale": spd(1), "degrees": 9.0},
             {"scale": np.array([[1.0, 0.8], [0.8, 1.0]]), "degrees": 6.0},
         ),
-        lambda s, x: stats.wishart(s["degrees"], s["scale"]).logpdf(stack_last(x)),
+        wishart_logpdf,
         wishart_rule,
         BAD_SCALES,
         tuple(
@@ -182,12 +214,13 @@ ROWS = {
     ),
     "inverse_wishart": Row(
         InverseWishart(),
+        "matrix",
         (
             {"scale": spd(0), "degrees": 24.0},
             {"scale": spd(1), "degrees": 20.0},
             {"scale": np.array([[1.0, 0.8], [0.8, 1.0]]), "degrees": 30.0},
         ),
-        lambda s, x: stats.invwishart(s["degrees"], s["scale"]).logpdf(stack_last(x)),
+        inverse_wishart_logpdf,
         inverse_wishart_rule,
         BAD_SCALES,
         tuple(
@@ -197,6 +230,7 @@ ROWS = {
     ),
     "normal_gamma": Row(
         NormalGamma(),
+        "joint",
         (
             GAMMA,
             {"mean": -1.5, "kappa": 0.6, "concentration": 9.0, "rate": 5.0},
@@ -212,6 +246,7 @@ ROWS = {
     ),
     "normal_inverse_gamma": Row(
         NormalInverseGamma(),
+        "joint",
         (
             INVERSE_GAMMA,
             {"mean": -1.5, "kappa": 0.6, "concentration": 11.0, "scale": 5.0},
@@ -227,6 +262,7 @@ ROWS = {
     ),
     "normal_wishart": Row(
         NormalWishart(),
+        "joint",
         (
             WISHART,
             {"mean": np.array([1.0, 0.5]), "kappa": 0.6, "scale": spd(1), "degrees": 15.0},

@@ -47,6 +47,7 @@ def inverse_gaussian(mean, shape):
 ROWS = {
     "gamma": Row(
         Gamma(),
+        "positive",
         (
             {"concentration": 2.5, "rate": 0.7},
             {"concentration": 0.8, "rate": 3.0},
@@ -66,6 +67,7 @@ ROWS = {
     ),
     "inverse_gamma": Row(
         InverseGamma(),
+        "positive",
         (
             {"concentration": 6.5, "scale": 0.7},
             {"concentration": 9.0, "scale": 3.0},
@@ -84,6 +86,7 @@ ROWS = {
     ),
     "exponential": Row(
         Exponential(),
+        "positive",
         ({"rate": 0.7}, {"rate": 3.0}, {"rate": 1.0}),
         lambda s, x: stats.expon(scale=1 / s["rate"]).logpdf(x),
         lambda s: half_line(1 / s["rate"], reach=40.0),
@@ -92,6 +95,7 @@ ROWS = {
     ),
     "inverse_gaussian": Row(
         InverseGaussian(),
+        "positive",
         (
             {"mean": 1.5, "shape": 3.0},
             {"mean": 0.4, "shape": 0.9},
@@ -110,6 +114,7 @@ ROWS = {
     ),
     "dirichlet": Row(
         Dirichlet(),
+        "simplex",
         (
             {"concentration": np.array([2.0, 3.0, 4.5])},
             {"concentration": np.array([6.0, 2.5, 3.0])},
@@ -128,6 +133,7 @@ ROWS = {
     ),
     "beta": Row(
         Beta(),
+        "simplex",
         ({"alpha": 2.0, "beta": 3.5}, {"alpha": 0.8, "beta": 1.5}, {"alpha": 9.0, "beta": 4.0}),
         lambda s, x: stats.beta(s["alpha"], s["beta"]).logpdf(x),
         lambda s: unit_interval(reach=36.0),
@@ -142,6 +148,7 @@ ROWS = {
     ),
     "log_normal": Row(
         LogNormal(),
+        "positive",
         (
             {"location": 0.3, "variance": 0.2},
             {"location": -1.0, "variance": 0.5},
@@ -161,6 +168,7 @@ ROWS = {
     ),
     "laplace": Row(
         Laplace(),
+        "real line",
         (
             {"scale": 0.7, "location": 0.4},
             {"scale": 2.0, "location": 0.4},
@@ -176,6 +184,7 @@ ROWS = {
     ),
     "weibull": Row(
         Weibull(),
+        "positive",
         (
             {"scale": 0.7, "shape": 1.7},
             {"scale": 2.0, "shape": 1.7},
