@@ -6,6 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+MUTANT_ARGS ?=
 
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
@@ -14,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 .DELETE_ON_ERROR:
 # Two pips must never write into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow coverage lint format bench docs clean
+.PHONY: help demo test slow coverage mutants lint format bench docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -31,6 +32,9 @@ slow: $(VENV)/.stamp-test  ## the tests marked slow
 
 coverage: $(VENV)/.stamp-test  ## lines and branches that all tests reach
 	$(PYTEST) -m "not device" --doctest-modules --cov --cov-report=term-missing:skip-covered tests blr_optax
+
+mutants: $(VENV)/.stamp-test  ## seeded faults that tests must notice (MUTANT_ARGS passes options on)
+	$(BIN)/python tests/mutants.py $(MUTANT_ARGS)
 
 lint: $(VENV)/.stamp-lint  ## ruff: rules and format
 	$(BIN)/ruff check .

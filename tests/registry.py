@@ -143,7 +143,7 @@ def make_batch(n=8, dtype=jnp.float32):
 
 def make_stacked(dtype=jnp.float32):
     """Two components of a mixture: the parameters, and others far from them."""
-    return jax.tree.map(lambda x: jnp.asarray(np.stack([x, 0.5 - x])), make_params(dtype))
+    return jax.tree.map(lambda x: jnp.asarray(np.stack([x, 1 - x])), make_params(dtype))
 
 
 def stacked_loss(params, x, y):
