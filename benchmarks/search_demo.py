@@ -10,7 +10,7 @@ subtraction of the mean image come from earlier, smaller rounds on the same vali
 from one run on the whole training half, whose training loss diverged with b2 = 0.999.
 
 Choices and all trials go into `results/search_demo.json`; the choices are copied by hand into
-`blr_optax._demo.DEFAULTS`, and a test compares the two.
+`blr_optax._demo.run.DEFAULTS`, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blr_optax import _demo, metrics
+from blr_optax import metrics
+from blr_optax._demo import run as experiment
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -59,7 +60,7 @@ def configurations(name: str) -> list[dict[str, float]]:
 
 def folds() -> list[tuple[Array, Array, Array, Array]]:
     """Training and validation examples of each fold, all out of the demo's training half."""
-    data = _demo.load_data()
+    data = experiment.load_data()
     quarter = len(data.train_x) // FOLDS
     parts = []
     for fold in range(FOLDS):
@@ -77,16 +78,16 @@ def validate(
     name: str, hyper: dict[str, Array], seed: int, x: Array, y: Array, val_x: Array, val_y: Array
 ) -> dict[str, Array]:
     """Validation scores of one training run."""
-    run = _demo.start(name, hyper, seed, _demo.EPOCHS, len(x))
+    run = experiment.start(name, hyper, seed, experiment.EPOCHS, len(x))
 
-    def epoch(run: _demo.Run, index: Array) -> tuple[_demo.Run, None]:
-        return _demo.train_epoch(name, hyper, run, seed, index, x, y), None
+    def epoch(run: experiment.Run, index: Array) -> tuple[experiment.Run, None]:
+        return experiment.train_epoch(name, hyper, run, seed, index, x, y), None
 
-    run, _ = jax.lax.scan(epoch, run, jnp.arange(_demo.EPOCHS))
+    run, _ = jax.lax.scan(epoch, run, jnp.arange(experiment.EPOCHS))
     if name == "ivon":
-        log_probs = _demo.averaged_log_probabilities(run, val_x, seed, _demo.SAMPLES)
+        log_probs = experiment.averaged_log_probabilities(run, val_x, seed, experiment.SAMPLES)
     else:
-        log_probs = _demo.log_probabilities(run, val_x)
+        log_probs = experiment.log_probabilities(run, val_x)
     nll = metrics.nll(log_probs, val_y, log=True).mean()
     return {"nll": nll, "accuracy": metrics.accuracy(log_probs, val_y)}
 
@@ -137,17 +138,21 @@ def main() -> None:
     choices = {name: {key: best(rows)[key] for key in GRIDS[name]} for name, rows in trials.items()}
     result = {
         "selected_by": "smallest mean_nll, on the validation parts",
-        "epochs": _demo.EPOCHS,
-        "batch": _demo.BATCH,
+        "epochs": experiment.EPOCHS,
+        "batch": experiment.BATCH,
         "folds": FOLDS,
         "configurations_per_optimizer": {name: len(rows) for name, rows in trials.items()},
-        "fixed": {"momentum": _demo.MOMENTUM, "ivon_b2": _demo.IVON_B2, "samples": _demo.SAMPLES},
+        "fixed": {
+            "momentum": experiment.MOMENTUM,
+            "ivon_b2": experiment.IVON_B2,
+            "samples": experiment.SAMPLES,
+        },
         "choices": choices,
         "environment": environment(),
         "trials": trials,
     }
     RESULT.parent.mkdir(exist_ok=True)
-    _demo.write_json(RESULT, result)
+    experiment.write_json(RESULT, result)
     print(choices)
 
 

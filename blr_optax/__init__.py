@@ -3,70 +3,51 @@
 lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from blr_optax import estimators, families, metrics, plots, rule, state
+from blr_optax._distribution import Posterior
+from blr_optax._predict import Predictive, binary_link, predict, predict_regression
+from blr_optax._table import TableRow, table
+from blr_optax.interop import TorchIvon, from_torch_ivon, to_torch_ivon
 
-from blr_optax import metrics
-from blr_optax.predict import Predictive, binary_link, predict, predict_regression
+# The deep-learning rows.
+from blr_optax.optimizers import (
+    adam,
+    bayesbinn,
+    bsam,
+    dropout,
+    evon,
+    gradient_descent,
+    ivon,
+    ivon_lora,
+    kronecker_newton,
+    lie_additive,
+    lie_affine,
+    lie_multiplicative,
+    low_rank_newton,
+    mixture_ivon,
+    mixture_newton,
+    multimodal,
+    newton,
+    ogn,
+    online_newton,
+    random_signs,
+    rmsprop,
+    sam,
+    sgd,
+    signal_to_noise,
+    soba,
+    ste,
+    vadam,
+    variational_online_newton,
+    vogn,
+    vprop,
+    whiten,
+)
+from blr_optax.per_example import PerExample, explain, per_example, per_example_dot
 
-if TYPE_CHECKING:
-    from blr_optax import estimators, families, plots, rule
-    from blr_optax._posterior import Posterior
-    from blr_optax._table import TableRow, table
-    from blr_optax.estimators import PerExample, explain, per_example, per_example_dot
-
-    # The deep-learning rows.
-    from blr_optax.optimizers import (
-        TorchIvon,
-        adam,
-        bayesbinn,
-        bsam,
-        dropout,
-        evon,
-        from_torch_ivon,
-        gradient_descent,
-        ivon,
-        ivon_lora,
-        kronecker_newton,
-        lie_additive,
-        lie_affine,
-        lie_multiplicative,
-        low_rank_newton,
-        mixture_ivon,
-        mixture_newton,
-        multimodal,
-        newton,
-        ogn,
-        online_newton,
-        random_signs,
-        rmsprop,
-        sam,
-        sgd,
-        signal_to_noise,
-        soba,
-        ste,
-        to_torch_ivon,
-        vadam,
-        variational_online_newton,
-        vogn,
-        vprop,
-        whiten,
-    )
-
-    # The rule, and reading any optimizer state.
-    from blr_optax.rule import (
-        Diagnostics,
-        Estimate,
-        blr_update,
-        diagnostics,
-        estimate,
-        natural_step,
-        posterior,
-        reseed,
-        sample,
-        scale_by_precision,
-        with_posterior,
-    )
+# The rule, and reading any optimizer state.
+from blr_optax.rule import blr_update, natural_step, scale_by_precision, with_posterior
+from blr_optax.state import Diagnostics, Estimate, diagnostics, estimate, posterior, reseed, sample
 
 __version__ = "0.1.0"
 
@@ -123,6 +104,7 @@ __all__ = [
     "sgd",
     "signal_to_noise",
     "soba",
+    "state",
     "ste",
     "table",
     "to_torch_ivon",
@@ -133,39 +115,3 @@ __all__ = [
     "whiten",
     "with_posterior",
 ]
-
-# Everything else is imported when first asked for: a module, a name of one, or an optimizer.
-_MODULES = ("estimators", "families", "optimizers", "plots", "rule")
-_FROM = {
-    "_posterior": ("Posterior",),
-    "_table": ("TableRow", "table"),
-    "estimators": ("PerExample", "explain", "per_example", "per_example_dot"),
-    "rule": (
-        "Diagnostics",
-        "Estimate",
-        "blr_update",
-        "diagnostics",
-        "estimate",
-        "natural_step",
-        "posterior",
-        "reseed",
-        "sample",
-        "scale_by_precision",
-        "with_posterior",
-    ),
-}
-_HOME = {name: home for home, names in _FROM.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOME.get(name, 'optimizers')}")
-    globals()[name] = getattr(home, name)
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})

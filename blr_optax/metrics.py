@@ -17,7 +17,7 @@ import numpy as np
 from jax.scipy import stats
 from jax.scipy.special import erf, ndtri
 
-from blr_optax._checks import require
+from blr_optax._validate import require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -103,7 +103,7 @@ def entropy_split(sample_probs: Float[Array, "s *n k"], *, axis: int = 0) -> Ent
 
     ``total = H(mean_s p_s)``, ``aleatoric = mean_s H(p_s)`` and ``epistemic = total - aleatoric``,
     the mutual information of label and weights (BALD, never negative); the samples ``s`` lie along
-    `axis` (static). `blr_optax.predict` needs no stored samples. Houlsby et al., arXiv:1112.5745.
+    `axis` (static). `blr_optax._predict` needs no stored samples. Houlsby et al., arXiv:1112.5745.
 
     >>> split = entropy_split(jnp.array([[1.0, 0.0], [0.0, 1.0]]))  # certain, and opposed
     >>> [round(float(part), 4) for part in split]

@@ -42,7 +42,7 @@ from sklearn.datasets import load_digits
 
 import blr_optax as blr
 from blr_optax import metrics, plots
-from blr_optax.predict import predict_regression
+from blr_optax._predict import predict_regression
 
 # %% [markdown]
 # ## A curve with a hole in it

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from tools import ROOT
 
-from blr_optax import _demo, _demo_report, cli
+from blr_optax._demo import cli, report
+from blr_optax._demo import run as experiment
 
 SEARCH = json.loads((ROOT / "benchmarks" / "results" / "search_demo.json").read_text())
 ROWS = ["SGD", "AdamW", "IVON at its mean", "IVON, 3 samples"]
@@ -28,7 +29,7 @@ def demo(out: Path, *arguments: str) -> dict:
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests of flags and of going on: the figures of `small` are enough."""
-    monkeypatch.setattr(_demo_report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def small(tmp_path_factory):
 
 
 def test_the_halves_are_disjoint_and_the_shift_is_a_shift():
-    data = _demo.load_data()
+    data = experiment.load_data()
     assert (len(data.train_x), len(data.test_x)) == (898, 899)
     from sklearn.datasets import load_digits
 
@@ -61,12 +62,12 @@ def test_the_halves_are_disjoint_and_the_shift_is_a_shift():
 
 
 def test_the_defaults_are_the_choices_of_the_search():
-    assert SEARCH["choices"] == _demo.DEFAULTS
-    assert (SEARCH["epochs"], SEARCH["batch"]) == (_demo.EPOCHS, _demo.BATCH)
+    assert SEARCH["choices"] == experiment.DEFAULTS
+    assert (SEARCH["epochs"], SEARCH["batch"]) == (experiment.EPOCHS, experiment.BATCH)
     assert SEARCH["fixed"] == {
-        "momentum": _demo.MOMENTUM,
-        "ivon_b2": _demo.IVON_B2,
-        "samples": _demo.SAMPLES,
+        "momentum": experiment.MOMENTUM,
+        "ivon_b2": experiment.IVON_B2,
+        "samples": experiment.SAMPLES,
     }
 
 
@@ -81,7 +82,7 @@ def test_the_search_sees_the_training_half_only(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import search_demo
 
-    data = _demo.load_data()
+    data = experiment.load_data()
     for name, trials in SEARCH["trials"].items():
         points = [{key: t[key] for key in search_demo.GRIDS[name]} for t in trials]
         assert points == search_demo.configurations(name)
@@ -106,7 +107,7 @@ def test_the_results_hold_every_number(small):
     assert [entry["prediction"] for entry in results["table"]] == ROWS
     assert set(results["versions"]) == {"jax", "optax", "flax", "blr_optax"}
     assert results["settings"]["seeds"] == [0, 1]
-    assert results["settings"]["hyperparameters"] == _demo.DEFAULTS
+    assert results["settings"]["hyperparameters"] == experiment.DEFAULTS
     for entry in results["table"]:
         runs = [run for run in results["runs"] if run["prediction"] == entry["prediction"]]
         assert [run["seed"] for run in runs] == [0, 1]
@@ -136,16 +137,16 @@ def test_one_line_per_run_and_the_table_are_printed(small):
 
 def test_the_figures_are_images(small):
     out, _, _ = small
-    assert {path.name for path in out.glob("*.png")} == set(_demo_report.FIGURES)
-    for name in _demo_report.FIGURES:
+    assert {path.name for path in out.glob("*.png")} == set(report.FIGURES)
+    for name in report.FIGURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.partial"))
 
 
 def test_the_scores_of_a_known_prediction():
-    data = _demo.Data(*[None] * 3, jnp.array([0, 1]), None, None)
+    data = experiment.Data(*[None] * 3, jnp.array([0, 1]), None, None)
     sure, unsure = jnp.log(jnp.array([[0.75, 0.25]] * 2)), jnp.log(jnp.full((2, 2), 0.5))
-    scores = _demo_report.scores(_demo_report.Prediction("row", "sgd", 0, sure, unsure), data)
+    scores = report.scores(report.Prediction("row", "sgd", 0, sure, unsure), data)
     expected = {
         "accuracy": 0.5,
         "nll": -np.log(0.75 * 0.25) / 2,
@@ -162,19 +163,19 @@ def test_the_comparison_says_what_the_table_says():
         return {"optimizer": optimizer, **{key: {"mean": value} for key, value in row.items()}}
 
     table = [entry("adamw", 0.97, 0.1, 0.02), entry("ivon", 0.9, 9, 9), entry("ivon", 0.96, 0.2, 0)]
-    said = _demo_report.comparison(table)
+    said = report.comparison(table)
     assert said.pop("accuracy_points_behind_best") == pytest.approx(1.0)
     assert said == {
         "lower_nll_than_adamw": False,
         "lower_ece_than_adamw": True,
         "accuracy_within_half_a_point": False,
     }
-    assert _demo_report.comparison(table[1:]) is None
+    assert report.comparison(table[1:]) is None
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with _demo_report.progress(screen, 4) as (advance, finished):
+    with report.progress(screen, 4) as (advance, finished):
         advance("SGD seed 0", 3)
         finished("a line")
     assert "SGD seed 0" in screen.file.getvalue() and "75%" in screen.file.getvalue()
@@ -201,7 +202,7 @@ def test_optimizers_seeds_and_epochs_are_chosen(tmp_path):
 )  # fmt: skip
 def test_a_list_can_be_written_in_three_ways(arguments, monkeypatch):
     seen = []
-    monkeypatch.setattr(_demo_report, "demo", lambda settings, *_: seen.append(settings))
+    monkeypatch.setattr(report, "demo", lambda settings, *_: seen.append(settings))
     assert cli.main(["demo", *arguments, "--seed", "3,1"]) == 0
     assert (seen[0].optimizers, seen[0].seeds) == (("sgd", "ivon"), (3, 1))
 
@@ -273,7 +274,7 @@ def test_a_missing_extra_is_named(name, monkeypatch, tmp_path, capsys):
 @pytest.mark.usefixtures("no_figures")
 def test_resume_trains_no_finished_run_again(tmp_path, monkeypatch):
     first = demo(tmp_path, *QUICK)
-    monkeypatch.setattr(_demo, "_train_epoch", None)
+    monkeypatch.setattr(experiment, "_train_epoch", None)
     assert demo(tmp_path, *QUICK, "--resume") == first
 
 
@@ -292,9 +293,9 @@ def test_resume_without_anything_to_go_on_from_starts(tmp_path, small):
     ],
 )
 def test_resume_with_other_settings_is_an_error(arguments, message, tmp_path, capsys):
-    record = _demo.Settings(("sgd",), (0,), 2).record()
-    (tmp_path / _demo.STATE).mkdir()
-    _demo.write_json(tmp_path / _demo.STATE / "settings.json", record)
+    record = experiment.Settings(("sgd",), (0,), 2).record()
+    (tmp_path / experiment.STATE).mkdir()
+    experiment.write_json(tmp_path / experiment.STATE / "settings.json", record)
     quick = QUICK if arguments[0] != "--seed" else QUICK[:2] + QUICK[4:]
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", *quick, *arguments, "--resume", "--out", str(tmp_path)])
@@ -305,8 +306,8 @@ def test_resume_with_other_settings_is_an_error(arguments, message, tmp_path, ca
 
 @pytest.mark.usefixtures("no_figures")
 def test_an_interrupted_epoch_is_made_again(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(_demo, "CHECKPOINT_EVERY", 1)
-    train_epoch, calls = _demo._train_epoch, []
+    monkeypatch.setattr(experiment, "CHECKPOINT_EVERY", 1)
+    train_epoch, calls = experiment._train_epoch, []
 
     def stops(*arguments):
         calls.append(arguments)
@@ -314,7 +315,7 @@ def test_an_interrupted_epoch_is_made_again(tmp_path, monkeypatch, small):
             raise KeyboardInterrupt
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(_demo, "_train_epoch", stops)
+    monkeypatch.setattr(experiment, "_train_epoch", stops)
     ivon = ["--optimizer", "ivon", "--seed", "1", "--epochs", "2", "--samples", "3"]
     with pytest.raises(SystemExit) as stop:
         demo(tmp_path, *ivon)

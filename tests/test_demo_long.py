@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 from tools import ROOT
 
-from blr_optax import _demo
+from blr_optax._demo import run
 
-# A checkpoint after every epoch, so that a good part of all moments lies inside a save.
 PROGRAM = """
 import sys
 from blr_optax import _demo, cli
-_demo.CHECKPOINT_EVERY = 1
+run.CHECKPOINT_EVERY = 1
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -35,7 +34,7 @@ def launch(out: Path, *arguments: str) -> subprocess.Popen:
 
 def epochs_behind(out: Path) -> int:
     """Of both runs, by the numbers of their finished checkpoints."""
-    folders = (out / _demo.STATE).glob("*/*")
+    folders = (out / run.STATE).glob("*/*")
     steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
     return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
 

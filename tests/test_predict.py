@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blr_optax import Posterior, families, metrics
-from blr_optax.predict import binary_link, predict, predict_regression
+from blr_optax._predict import binary_link, predict, predict_regression
 
 KEY = jax.random.key(3)
 

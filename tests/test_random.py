@@ -15,8 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scipy import stats
 
-from blr_optax.estimators import _noise
-from blr_optax.estimators._noise import (
+from blr_optax import _random
+from blr_optax._random import (
     GENERATORS,
     canonical_key,
     check_generator,
@@ -249,7 +249,7 @@ def test_log_over_the_numbers_it_is_given():
     """Within 1.5e-7 relative of numpy's float64 logarithm (1.2e-7 over all 2^24), never above 0."""
     words = np.r_[0 : 2**16, 2**16 : 2**24 : 15, 2**24 - 2**18 : 2**24].astype(np.float32)
     u = (words + np.float32(0.5)) * np.float32(2.0**-24)
-    found = np.asarray(jax.jit(_noise._log)(u), np.float64)
+    found = np.asarray(jax.jit(_random._log)(u), np.float64)
     truth = np.log(u.astype(np.float64))
     assert found.max() <= 0.0
     np.testing.assert_allclose(found, truth, rtol=1.5e-7, atol=0)
@@ -258,7 +258,7 @@ def test_log_over_the_numbers_it_is_given():
 def test_cosine_over_its_range():
     """Within 5e-6 of numpy's float64 cosine for |t| <= 1/2."""
     t = np.linspace(-0.5, 0.5, 2**22, dtype=np.float32)
-    found = jax.jit(lambda t: _noise._polynomial(t * t, _noise._COS))(t)
+    found = jax.jit(lambda t: _random._polynomial(t * t, _random._COS))(t)
     truth = np.cos(2 * np.pi * t.astype(np.float64))
     np.testing.assert_allclose(np.asarray(found, np.float64), truth, rtol=0, atol=5e-6)
 

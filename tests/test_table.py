@@ -6,9 +6,8 @@ import functools
 from tools import ROOT
 
 import blr_optax as blr
-from blr_optax import cli
+from blr_optax._demo import cli
 
-# Which test proves that an algorithm of the table is the rule with the choices of its row.
 PROOFS = {
     "Gradient descent": (
         "optimizers/test_derivations.py",

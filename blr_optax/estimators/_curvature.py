@@ -183,7 +183,7 @@ class PerExampleSquares:
 
     def matrix(self, at: Sample) -> Array:
         """Plain per-example gradients: the matrix has no shortcut."""
-        from blr_optax.estimators._separate import batch_size, checked  # with all layer taps
+        from blr_optax.per_example._separable import batch_size, checked  # with all layer taps
 
         batch = self._batch(at)
         batch_size("per_example_squares", batch)
@@ -193,7 +193,7 @@ class PerExampleSquares:
         return g.T @ g / g.shape[0]
 
     def diagonal(self, at: Sample) -> Any:
-        from blr_optax.estimators._per_example import batch_size, per_example
+        from blr_optax.per_example._statistics import batch_size, per_example
 
         batch = self._batch(at)
         size = batch_size("per_example_squares", batch)

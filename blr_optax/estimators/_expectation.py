@@ -19,6 +19,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax._random import check_generator, standard_normal
 from blr_optax.estimators._curvature import (
     Curvature,
     Exact,
@@ -28,7 +29,6 @@ from blr_optax.estimators._curvature import (
     SquaredGradient,
 )
 from blr_optax.estimators._estimator import Estimator, check_key, check_samples, others
-from blr_optax.estimators._noise import check_generator, standard_normal
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

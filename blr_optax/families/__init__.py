@@ -3,30 +3,48 @@
 `register(name)`, `get(name, **static)` and `names()` are the registry.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
-
-from blr_optax.families._composed import Pinned, PinnedNatural, Raveled
-from blr_optax.families._conditional import Conditional
-from blr_optax.families._domain import Domain
-from blr_optax.families._family import Family
-from blr_optax.families._gaussian import (
+from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.domain import Domain
+from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.parameters import parameters
+from blr_optax.families._base.registry import REGISTRY, get, names, register
+from blr_optax.families._conditional.low_rank import GaussianLowRank
+from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian
+from blr_optax.families._conditional.mixture import Mixture
+from blr_optax.families._conditional.skew_gaussian import SkewGaussian
+from blr_optax.families._conditional.student_t import StudentT
+from blr_optax.families._continuous.dirichlet import Beta, Dirichlet
+from blr_optax.families._continuous.gamma import Exponential, Gamma, InverseGamma
+from blr_optax.families._continuous.gaussian import (
     Gaussian,
     GaussianExpectation,
     GaussianNatural,
     Normal,
 )
-from blr_optax.families._gaussian_fixed import FixedExpectation, FixedNatural, GaussianFixed
-from blr_optax.families._leafwise import Leafwise, LeafwiseNatural
-from blr_optax.families._mean_field import MeanField
-from blr_optax.families._parameters import parameters
-from blr_optax.families._product import Product, ProductExpectation, ProductNatural
-from blr_optax.families._raveled_conditional import RaveledConditional
-from blr_optax.families._registry import REGISTRY, get, names, register
+from blr_optax.families._continuous.gaussian_fixed import (
+    FixedExpectation,
+    FixedNatural,
+    GaussianFixed,
+)
+from blr_optax.families._continuous.inverse_gaussian import InverseGaussian
+from blr_optax.families._continuous.joint import MeanPrecision, MeanVariance
+from blr_optax.families._continuous.normal_gamma import NormalGamma, NormalInverseGamma
+from blr_optax.families._continuous.positive import Laplace, LogNormal, Weibull
+from blr_optax.families._continuous.von_mises_fisher import VonMisesFisher
+from blr_optax.families._discrete.bernoulli import Bernoulli, Rademacher
+from blr_optax.families._discrete.categorical import Categorical
+from blr_optax.families._discrete.counts import Binomial, Geometric, NegativeBinomial, Poisson
+from blr_optax.families._discrete.multinomial import Multinomial
+from blr_optax.families._lifts.leafwise import Leafwise, LeafwiseNatural
+from blr_optax.families._lifts.mean_field import MeanField
+from blr_optax.families._lifts.product import Product, ProductExpectation, ProductNatural
+from blr_optax.families._lifts.raveled import Pinned, PinnedNatural, Raveled
+from blr_optax.families._lifts.raveled_conditional import RaveledConditional
+from blr_optax.families._lifts.side_by_side import SideBySide, SideBySideNatural
+from blr_optax.families._matrix.inverse_wishart import InverseWishart
+from blr_optax.families._matrix.normal_wishart import NormalWishart
+from blr_optax.families._matrix.wishart import Wishart
 from blr_optax.families._rotated import Basis, Rotated, RotatedNatural
-from blr_optax.families._side_by_side import SideBySide, SideBySideNatural
 
 __all__ = [
     "Basis",
@@ -90,98 +108,38 @@ __all__ = [
     "register",
 ]
 
-# Where the other families are: a file is imported when one of its families is first asked for.
-_FILES = {
-    "_bernoulli": (
-        "Bernoulli",
-        "Rademacher",
-    ),
-    "_categorical": ("Categorical",),
-    "_counts": (
-        "Binomial",
-        "Geometric",
-        "NegativeBinomial",
-        "Poisson",
-    ),
-    "_dirichlet": (
-        "Beta",
-        "Dirichlet",
-    ),
-    "_gamma": (
-        "Exponential",
-        "Gamma",
-        "InverseGamma",
-    ),
-    "_inverse_gaussian": ("InverseGaussian",),
-    "_inverse_wishart": ("InverseWishart",),
-    "_joint": (
-        "MeanPrecision",
-        "MeanVariance",
-    ),
-    "_low_rank": ("GaussianLowRank",),
-    "_matrix_gaussian": ("MatrixGaussian",),
-    "_mixture": ("Mixture",),
-    "_multinomial": ("Multinomial",),
-    "_normal_gamma": (
-        "NormalGamma",
-        "NormalInverseGamma",
-    ),
-    "_normal_wishart": ("NormalWishart",),
-    "_positive": (
-        "Laplace",
-        "LogNormal",
-        "Weibull",
-    ),
-    "_skew_gaussian": ("SkewGaussian",),
-    "_student_t": ("StudentT",),
-    "_von_mises_fisher": ("VonMisesFisher",),
-    "_wishart": ("Wishart",),
-}
-_HOME = {name: file for file, members in _FILES.items() for name in members}
-
-
-def __getattr__(name: str) -> Any:
-    """A family class that is not imported yet."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = found
-    return found
-
-
-# A string is the name of a class of this module.
 REGISTRY |= {
     "normal": Normal,
     "gaussian": Gaussian,
     "gaussian_fixed": GaussianFixed,
     "gaussian_diagonal": lambda: MeanField(Normal()),
-    "log_normal": "LogNormal",
-    "laplace": "Laplace",
-    "exponential": "Exponential",
-    "gamma": "Gamma",
-    "inverse_gamma": "InverseGamma",
-    "inverse_gaussian": "InverseGaussian",
-    "weibull": "Weibull",
-    "beta": "Beta",
-    "dirichlet": "Dirichlet",
-    "bernoulli": "Bernoulli",
-    "rademacher": "Rademacher",
-    "binomial": "Binomial",
-    "geometric": "Geometric",
-    "negative_binomial": "NegativeBinomial",
-    "poisson": "Poisson",
-    "categorical": "Categorical",
-    "multinomial": "Multinomial",
-    "von_mises_fisher": "VonMisesFisher",
-    "wishart": "Wishart",
-    "inverse_wishart": "InverseWishart",
-    "normal_gamma": "NormalGamma",
-    "normal_inverse_gamma": "NormalInverseGamma",
-    "normal_wishart": "NormalWishart",
+    "log_normal": LogNormal,
+    "laplace": Laplace,
+    "exponential": Exponential,
+    "gamma": Gamma,
+    "inverse_gamma": InverseGamma,
+    "inverse_gaussian": InverseGaussian,
+    "weibull": Weibull,
+    "beta": Beta,
+    "dirichlet": Dirichlet,
+    "bernoulli": Bernoulli,
+    "rademacher": Rademacher,
+    "binomial": Binomial,
+    "geometric": Geometric,
+    "negative_binomial": NegativeBinomial,
+    "poisson": Poisson,
+    "categorical": Categorical,
+    "multinomial": Multinomial,
+    "von_mises_fisher": VonMisesFisher,
+    "wishart": Wishart,
+    "inverse_wishart": InverseWishart,
+    "normal_gamma": NormalGamma,
+    "normal_inverse_gamma": NormalInverseGamma,
+    "normal_wishart": NormalWishart,
     # Conditional families: no exponential families themselves, with one inside.
-    "mixture": "Mixture",
-    "skew_gaussian": "SkewGaussian",
-    "student_t": "StudentT",
-    "gaussian_low_rank": "GaussianLowRank",
-    "matrix_gaussian": "MatrixGaussian",
+    "mixture": Mixture,
+    "skew_gaussian": SkewGaussian,
+    "student_t": StudentT,
+    "gaussian_low_rank": GaussianLowRank,
+    "matrix_gaussian": MatrixGaussian,
 }

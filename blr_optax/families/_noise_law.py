@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import _tree
-from blr_optax.families._conditional import Conditional
-from blr_optax.families._parameters import parameters
+from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float

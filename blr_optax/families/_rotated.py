@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from blr_optax import _tree
-from blr_optax.families._conditional import Conditional
-from blr_optax.families._parameters import parameters
-from blr_optax.families._special import LOG_2PI
+from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.parameters import parameters
+from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -1,31 +1,28 @@
 """The deep-learning rows of the table, each a short composition of the rule's parts."""
 
-from blr_optax.optimizers.adaptive import adam, rmsprop
-from blr_optax.optimizers.binary import bayesbinn, random_signs, ste
-from blr_optax.optimizers.checkpoint import TorchIvon, from_torch_ivon, to_torch_ivon
+from blr_optax.optimizers.adam import adam, rmsprop
+from blr_optax.optimizers.bayesbinn import bayesbinn, random_signs, ste
 from blr_optax.optimizers.dropout import dropout
 from blr_optax.optimizers.evon import evon, whiten
-from blr_optax.optimizers.gradient import gradient_descent, sgd
 from blr_optax.optimizers.ivon import ivon, soba
+from blr_optax.optimizers.ivon_lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.lie_group import lie_additive, lie_affine
 from blr_optax.optimizers.lie_multiplicative import lie_multiplicative
-from blr_optax.optimizers.lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
-from blr_optax.optimizers.multimodal import mixture_newton, multimodal
+from blr_optax.optimizers.mixture_newton import mixture_newton, multimodal
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
-from blr_optax.optimizers.per_example import ogn, vogn
 from blr_optax.optimizers.sam import bsam, sam
-from blr_optax.optimizers.structured import kronecker_newton, low_rank_newton
+from blr_optax.optimizers.sgd import gradient_descent, sgd
+from blr_optax.optimizers.structured_newton import kronecker_newton, low_rank_newton
 from blr_optax.optimizers.vadam import vadam, vprop
+from blr_optax.optimizers.vogn import ogn, vogn
 
 __all__ = [
-    "TorchIvon",
     "adam",
     "bayesbinn",
     "bsam",
     "dropout",
     "evon",
-    "from_torch_ivon",
     "gradient_descent",
     "ivon",
     "ivon_lora",
@@ -47,7 +44,6 @@ __all__ = [
     "signal_to_noise",
     "soba",
     "ste",
-    "to_torch_ivon",
     "vadam",
     "variational_online_newton",
     "vogn",

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._noise import step_key
+from blr_optax._distribution import Posterior
+from blr_optax._random import step_key
+from blr_optax._validate import is_zero
 from blr_optax.families._rotated import (
     Basis,
     Rotated,
@@ -42,7 +43,6 @@ from blr_optax.families._rotated import (
     to_basis,
 )
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._numbers import is_zero
 from blr_optax.rule._precision import PrecisionRule
 
 if TYPE_CHECKING:

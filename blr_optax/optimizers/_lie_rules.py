@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._noise import canonical_key, check_generator, standard_normal, step_key
-from blr_optax.families import MeanField, Normal
-from blr_optax.families._noise_law import SYMMETRIC, Law, LocationScale
-from blr_optax.rule import Rule
-from blr_optax.rule._numbers import (
+from blr_optax._distribution import Posterior
+from blr_optax._random import canonical_key, check_generator, standard_normal, step_key
+from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
     squares_finite,
     zero_unless,
 )
+from blr_optax.families import MeanField, Normal
+from blr_optax.families._noise_law import SYMMETRIC, Law, LocationScale
 from blr_optax.rule._precision import filled
+from blr_optax.state import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array

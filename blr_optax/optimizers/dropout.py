@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._checks import holds
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._noise import canonical_key, standard_normal, step_key
+from blr_optax._distribution import Posterior
+from blr_optax._random import canonical_key, standard_normal, step_key
+from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
 from blr_optax.families._units import UnitMixture
-from blr_optax.rule import posterior
-from blr_optax.rule._numbers import at, check_number, check_positive, squares_finite, zero_unless
-from blr_optax.rule._protocol import (
+from blr_optax.state import posterior
+from blr_optax.state._reader import (
     Rule,
     carries_posterior,
     check_transformation,

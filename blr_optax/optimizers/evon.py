@@ -22,11 +22,11 @@ import optax
 import optax.contrib
 
 from blr_optax import _tree
+from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators._curvature import PerExampleSquares
 from blr_optax.families._rotated import is_split, on_every_device, placed_like
 from blr_optax.optimizers._eigenbasis import scale_by_eigenbasis
 from blr_optax.optimizers.ivon import steps_after
-from blr_optax.rule._numbers import check_positive, check_unit_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval, is_zero
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._posterior import Posterior
+    from blr_optax._distribution import Posterior
     from blr_optax.estimators import Curvature
 
 WEIGHT_DECAY = 1e-4

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blr_optax._validate import at, check_positive
 from blr_optax.families._noise_law import as_law
 from blr_optax.optimizers._lie_rules import (
     LARGEST_EXPONENT,
@@ -46,7 +47,6 @@ from blr_optax.optimizers._lie_rules import (
     zeros,
 )
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
-from blr_optax.rule._numbers import at, check_positive
 from blr_optax.rule._precision import filled
 
 if TYPE_CHECKING:

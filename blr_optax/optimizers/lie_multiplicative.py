@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._noise import standard_normal
+from blr_optax._distribution import Posterior
+from blr_optax._random import standard_normal
+from blr_optax._validate import at, check_positive
 from blr_optax.families._noise_law import Law, SignedScale, as_law
 from blr_optax.optimizers._lie_rules import (
     average_of,
@@ -36,9 +37,8 @@ from blr_optax.optimizers._lie_rules import (
     zeros,
 )
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
-from blr_optax.rule import Rule
-from blr_optax.rule._numbers import at, check_positive
 from blr_optax.rule._precision import filled
+from blr_optax.state import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array

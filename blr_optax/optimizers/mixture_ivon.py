@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._noise import step_key
+from blr_optax._distribution import Posterior
+from blr_optax._random import step_key
+from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Pinned, RaveledConditional, get
 from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._numbers import at, check_positive, check_unit_interval, is_zero
 from blr_optax.rule._precision import PrecisionRule, ScaleByPrecisionState, prior_precision
 
 if TYPE_CHECKING:

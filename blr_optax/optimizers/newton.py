@@ -20,7 +20,7 @@ from blr_optax.rule import blr_update
 if TYPE_CHECKING:
     import optax
 
-    from blr_optax._posterior import Posterior
+    from blr_optax._distribution import Posterior
     from blr_optax.estimators import Estimator
 
 

@@ -24,22 +24,22 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
-from blr_optax.optimizers.gradient import StepSizeRule
-from blr_optax.optimizers.per_example import (
+from blr_optax.optimizers.sgd import StepSizeRule
+from blr_optax.optimizers.vogn import (
     check_one_start,
     curvature_at_start,
     decay_of,
     zero_mean_prior,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
-from blr_optax.rule._numbers import check_positive, check_unit_interval
-from blr_optax.rule._protocol import refuse_one_gradient
+from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._posterior import Posterior
+    from blr_optax._distribution import Posterior
     from blr_optax.rule import WithPosteriorState
 
 

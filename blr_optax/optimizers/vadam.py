@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import optax
 
+from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import squared_gradient
-from blr_optax.optimizers.per_example import curvature_at_start, decay_of
+from blr_optax.optimizers.vogn import curvature_at_start, decay_of
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._numbers import check_positive, check_unit_interval
 
 if TYPE_CHECKING:
     from jaxtyping import Array

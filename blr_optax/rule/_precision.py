@@ -22,29 +22,29 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._checks import holds
-from blr_optax._posterior import Posterior
-from blr_optax.estimators._curvature import (
-    AbsoluteGradient,
-    PerExampleSquares,
-    SquaredGradient,
-    from_gradient,
-)
-from blr_optax.estimators._noise import canonical_key, check_generator, step_key
-from blr_optax.families._domain import LARGEST_RELATIVE_STEP
-from blr_optax.rule._numbers import (
+from blr_optax._distribution import Posterior
+from blr_optax._random import canonical_key, check_generator, step_key
+from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
+    holds,
     is_zero,
     near,
     positive,
     squares_finite,
     zero_unless,
 )
+from blr_optax.estimators._curvature import (
+    AbsoluteGradient,
+    PerExampleSquares,
+    SquaredGradient,
+    from_gradient,
+)
+from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._precision_rule import PrecisionRule
 from blr_optax.rule._prior import EmpiricalPrior, filled, prior_precision, prior_trees
-from blr_optax.rule._protocol import refuse_one_gradient
+from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

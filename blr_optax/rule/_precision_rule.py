@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
+from blr_optax._distribution import Posterior
+from blr_optax._random import standard_normal
 from blr_optax.estimators._curvature import Curvature, PerExampleSquares, Sample
-from blr_optax.estimators._noise import standard_normal
 from blr_optax.families import MeanField, Normal
 from blr_optax.rule._prior import prior_precision
-from blr_optax.rule._protocol import Rule
+from blr_optax.state._reader import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array

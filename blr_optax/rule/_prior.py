@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._posterior import Posterior
+from blr_optax._distribution import Posterior
+from blr_optax._validate import at
 from blr_optax.families import GaussianNatural, MeanField, Normal
-from blr_optax.rule._numbers import at
-from blr_optax.rule._step import own_part, spread
+from blr_optax.rule._natural_step import own_part, spread
 
 if TYPE_CHECKING:
     from jaxtyping import Array

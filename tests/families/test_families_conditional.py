@@ -25,11 +25,11 @@ from scipy import special, stats
 
 import blr_optax as blr
 from blr_optax.families import Gaussian
-from blr_optax.families._low_rank import GaussianLowRank, LowRankGradient, LowRankNoise
-from blr_optax.families._matrix_gaussian import MatrixGaussian, MatrixGaussianNatural
-from blr_optax.families._mixture import Mixture
-from blr_optax.families._skew_gaussian import SHIFT, SkewGaussian
-from blr_optax.families._student_t import StudentT, StudentTNoise
+from blr_optax.families._conditional.low_rank import GaussianLowRank, LowRankGradient, LowRankNoise
+from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian, MatrixGaussianNatural
+from blr_optax.families._conditional.mixture import Mixture
+from blr_optax.families._conditional.skew_gaussian import SHIFT, SkewGaussian
+from blr_optax.families._conditional.student_t import StudentT, StudentTNoise
 
 KEY = jax.random.key(0)
 

@@ -8,7 +8,7 @@ from family_rows._row import spd
 from scipy import special
 from tools import close
 
-from blr_optax.families._student_t import StudentT
+from blr_optax.families._conditional.student_t import StudentT
 
 KEY = jax.random.key(0)
 

@@ -9,7 +9,7 @@ from tools import close
 
 import blr_optax as blr
 from blr_optax import Posterior, estimators, families
-from blr_optax.families import _domain
+from blr_optax.families._base import domain
 
 SPD = np.array([[2.0, 0.5], [0.5, 1.0]])
 
@@ -17,7 +17,7 @@ SPD = np.array([[2.0, 0.5], [0.5, 1.0]])
 def test_a_matrix_step_is_differentiable_where_it_is_zero(x64):
     """At the fixed point of a conjugate problem the step vanishes; S + t D has slope D there."""
     change = np.array([[0.3, -0.2], [-0.2, 0.1]])
-    retract = _domain.positive_definite().retract
+    retract = domain.positive_definite().retract
 
     def along(t):
         return retract(jnp.asarray(SPD), t * change)
@@ -37,7 +37,7 @@ def test_a_matrix_stays_definite_up_to_the_largest_number(x64, dtype, spread):
     direction = np.array([[1.0, 0.3], [0.3, -0.5]], dtype)
     for power in (0.5, 0.8, 0.95, 1.0):
         step = direction * dtype(float(jnp.finfo(dtype).max) ** power)
-        new = program(_domain.positive_definite().retract)(s, step)
+        new = program(domain.positive_definite().retract)(s, step)
         assert new.dtype == dtype
         assert np.all(np.linalg.eigvalsh(np.asarray(new)) > 0)
 

@@ -15,9 +15,8 @@ from scipy.special import expit
 from tools import close, near
 
 from blr_optax import families
-from blr_optax.families import Domain, Family, GaussianExpectation, GaussianNatural, _domain
-
-# --- the solver -----------------------------------------------------------------------------------
+from blr_optax.families import Domain, Family, GaussianExpectation, GaussianNatural
+from blr_optax.families._base import domain
 
 
 def solved(family, mu):
@@ -54,7 +53,7 @@ class PlainGamma(Family):
 
     Natural: ClassVar[type] = TwoNatural
     Expectation: ClassVar[type] = TwoExpectation
-    domains: ClassVar[dict] = {"shape": _domain.above(-1.0), "rate": _domain.negative()}
+    domains: ClassVar[dict] = {"shape": domain.above(-1.0), "rate": domain.negative()}
 
     def log_partition(self, lam):
         a = lam.shape + 1.0
@@ -65,7 +64,7 @@ class PlainGamma(Family):
 class PlainPoisson(Family):
     Natural: ClassVar[type] = OneNatural
     Expectation: ClassVar[type] = OneExpectation
-    domains: ClassVar[dict] = {"log_rate": _domain.real()}
+    domains: ClassVar[dict] = {"log_rate": domain.real()}
 
     def log_partition(self, lam):
         return jnp.exp(lam.log_rate)
@@ -75,7 +74,7 @@ class PlainPoisson(Family):
 class PlainGaussian(Family):
     Natural: ClassVar[type] = GaussianNatural
     Expectation: ClassVar[type] = GaussianExpectation
-    domains: ClassVar[dict] = {"linear": _domain.real(1), "quadratic": _domain.negative_definite()}
+    domains: ClassVar[dict] = {"linear": domain.real(1), "quadratic": domain.negative_definite()}
     event_ndim: ClassVar[int] = 1
 
     def log_partition(self, lam):
@@ -198,16 +197,16 @@ def test_one_bad_element_of_a_batch_leaves_the_others(x64):
 @pytest.mark.parametrize(
     ("domain", "inside", "outside"),
     [
-        (_domain.real(), [-1e30, 0.0, 1e30], [np.nan, np.inf]),
-        (_domain.positive(), [1e-30, 1.0], [0.0, -1.0, np.nan, np.inf]),
-        (_domain.negative(), [-1e-30, -1.0], [0.0, 1.0, np.nan, -np.inf]),
-        (_domain.above(-1.0), [-0.999, 5.0], [-1.0, -2.0]),
+        (domain.real(), [-1e30, 0.0, 1e30], [np.nan, np.inf]),
+        (domain.positive(), [1e-30, 1.0], [0.0, -1.0, np.nan, np.inf]),
+        (domain.negative(), [-1e-30, -1.0], [0.0, 1.0, np.nan, -np.inf]),
+        (domain.above(-1.0), [-0.999, 5.0], [-1.0, -2.0]),
         (
-            _domain.positive_definite(),
+            domain.positive_definite(),
             [spd(0)],
             [INDEFINITE, -np.eye(2), np.zeros((2, 2)), np.eye(2) * np.nan],
         ),
-        (_domain.negative_definite(), [-spd(0)], [INDEFINITE, np.eye(2)]),
+        (domain.negative_definite(), [-spd(0)], [INDEFINITE, np.eye(2)]),
     ],
 )
 def test_domains(x64, domain, inside, outside):
@@ -304,4 +303,4 @@ def test_tracing_checks_nothing_and_returns_nan_free_errors_only_eagerly():
 
 
 def test_domain_is_a_value():
-    assert Domain(2, -1) == _domain.negative_definite() and Domain() == _domain.real()
+    assert Domain(2, -1) == domain.negative_definite() and Domain() == domain.real()

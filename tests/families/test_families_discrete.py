@@ -14,7 +14,7 @@ from scipy import special, stats
 from tools import close, compiled, load_golden
 
 from blr_optax.families import Family
-from blr_optax.families import _log_factorial as lf
+from blr_optax.families._numerics import log_factorial as lf
 
 ROUNDINGS = 100  # the accuracy bar, in roundings of what is given
 BERNOULLI, RADEMACHER = ROWS["bernoulli"].family, ROWS["rademacher"].family

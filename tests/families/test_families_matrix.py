@@ -12,9 +12,9 @@ from family_tools import direction
 from scipy import stats
 from tools import close, compiled, load_golden
 
-from blr_optax.families._bessel import bessel
-from blr_optax.families._joint import MeanPrecision
-from blr_optax.families._sphere_sample import attach
+from blr_optax.families._continuous.joint import MeanPrecision
+from blr_optax.families._numerics.bessel import bessel
+from blr_optax.families._numerics.sphere_draws import attach
 
 NAMES = ("von_mises_fisher", "wishart", "normal_gamma", "normal_wishart")
 GOLDEN = {name: load_golden("expfam_values")["families"][name]["cases"] for name in NAMES}

@@ -23,7 +23,7 @@ from tools import load_golden
 
 import blr_optax as blr
 from blr_optax.families import Gaussian, Normal
-from blr_optax.families._mixture import Mixture, MixtureNatural
+from blr_optax.families._conditional.mixture import Mixture, MixtureNatural
 
 KEY = jax.random.key(0)
 

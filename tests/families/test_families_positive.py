@@ -11,8 +11,11 @@ from family_rows.positive import ROWS
 from scipy import stats
 from tools import compiled, load_golden
 
-from blr_optax.families._gamma_sample import _follow_gamma, gamma_slope
-from blr_optax.families._inverse_gaussian import _follow_inverse_gaussian, inverse_gaussian_slopes
+from blr_optax.families._continuous.inverse_gaussian import (
+    _follow_inverse_gaussian,
+    inverse_gaussian_slopes,
+)
+from blr_optax.families._numerics.gamma_draws import _follow_gamma, gamma_slope
 
 RENAMED = {
     "gamma": {"alpha": "concentration", "beta": "rate"},

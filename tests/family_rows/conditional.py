@@ -8,11 +8,11 @@ from scipy import special, stats
 from tools import compiled
 
 from blr_optax.families import Normal
-from blr_optax.families._low_rank import GaussianLowRank, LowRankNoise
-from blr_optax.families._matrix_gaussian import MatrixGaussian
-from blr_optax.families._mixture import Mixture
-from blr_optax.families._skew_gaussian import SkewGaussian, SkewNoise
-from blr_optax.families._student_t import StudentT
+from blr_optax.families._conditional.low_rank import GaussianLowRank, LowRankNoise
+from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian
+from blr_optax.families._conditional.mixture import Mixture
+from blr_optax.families._conditional.skew_gaussian import SkewGaussian, SkewNoise
+from blr_optax.families._conditional.student_t import StudentT
 from family_rows._row import spd
 
 RNG = np.random.default_rng(0)

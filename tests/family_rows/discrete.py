@@ -5,17 +5,17 @@ import itertools
 import numpy as np
 from scipy import stats
 
-from blr_optax.families._bernoulli import (
+from blr_optax.families._discrete.bernoulli import (
     Bernoulli,
     BernoulliNatural,
     Rademacher,
     RademacherNatural,
 )
-from blr_optax.families._categorical import (
+from blr_optax.families._discrete.categorical import (
     Categorical,
     CategoricalNatural,
 )
-from blr_optax.families._counts import (
+from blr_optax.families._discrete.counts import (
     Binomial,
     BinomialNatural,
     Geometric,
@@ -25,7 +25,7 @@ from blr_optax.families._counts import (
     Poisson,
     PoissonNatural,
 )
-from blr_optax.families._multinomial import Multinomial, MultinomialNatural
+from blr_optax.families._discrete.multinomial import Multinomial, MultinomialNatural
 from family_rows._row import Row
 
 

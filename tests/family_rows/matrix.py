@@ -3,17 +3,17 @@
 import numpy as np
 from scipy import special, stats
 
-from blr_optax.families._inverse_wishart import InverseWishart, InverseWishartNatural
-from blr_optax.families._joint import MeanPrecision, MeanVariance
-from blr_optax.families._normal_gamma import (
+from blr_optax.families._continuous.joint import MeanPrecision, MeanVariance
+from blr_optax.families._continuous.normal_gamma import (
     NormalGamma,
     NormalGammaNatural,
     NormalInverseGamma,
     NormalInverseGammaNatural,
 )
-from blr_optax.families._normal_wishart import NormalWishart, NormalWishartNatural
-from blr_optax.families._von_mises_fisher import VonMisesFisher, VonMisesFisherNatural
-from blr_optax.families._wishart import Wishart, WishartNatural
+from blr_optax.families._continuous.von_mises_fisher import VonMisesFisher, VonMisesFisherNatural
+from blr_optax.families._matrix.inverse_wishart import InverseWishart, InverseWishartNatural
+from blr_optax.families._matrix.normal_wishart import NormalWishart, NormalWishartNatural
+from blr_optax.families._matrix.wishart import Wishart, WishartNatural
 from family_rows._row import Row, half_line, spd
 
 INDEFINITE = np.array([[1.0, 2.0], [2.0, 1.0]])

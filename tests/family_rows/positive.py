@@ -3,8 +3,8 @@
 import numpy as np
 from scipy import stats
 
-from blr_optax.families._dirichlet import Beta, BetaNatural, Dirichlet, DirichletNatural
-from blr_optax.families._gamma import (
+from blr_optax.families._continuous.dirichlet import Beta, BetaNatural, Dirichlet, DirichletNatural
+from blr_optax.families._continuous.gamma import (
     Exponential,
     ExponentialNatural,
     Gamma,
@@ -12,8 +12,8 @@ from blr_optax.families._gamma import (
     InverseGamma,
     InverseGammaNatural,
 )
-from blr_optax.families._inverse_gaussian import InverseGaussian, InverseGaussianNatural
-from blr_optax.families._positive import (
+from blr_optax.families._continuous.inverse_gaussian import InverseGaussian, InverseGaussianNatural
+from blr_optax.families._continuous.positive import (
     Laplace,
     LaplaceNatural,
     LogNormal,

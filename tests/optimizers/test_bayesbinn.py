@@ -11,7 +11,7 @@ from replay import flatten, follow, problem_loss, recorded, start_of, unflatten
 from tools import built_inside, load_golden, run_steps
 
 import blr_optax as blr
-from blr_optax.estimators._noise import standard_logistic
+from blr_optax._random import standard_logistic
 
 FILES = ("bayesbinn_ste_logreg", "bayesbinn_ste_mlp")
 CASES = [

@@ -12,7 +12,7 @@ from registry import make_batch, make_params, mean_loss
 from tools import run_steps
 
 import blr_optax as blr
-from blr_optax.families._mixture import Mixture
+from blr_optax.families._conditional.mixture import Mixture
 
 close = np.testing.assert_allclose
 PI = 0.7

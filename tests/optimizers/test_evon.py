@@ -14,7 +14,7 @@ from tools import run_steps
 
 import blr_optax as blr
 from blr_optax.families import Basis, Rotated
-from blr_optax.rule._protocol import map_posterior_states, posterior_states
+from blr_optax.state._reader import map_posterior_states, posterior_states
 
 NEVER = 10**9
 OPTIONS = {"hess_init": 0.5, "b1": 0.8, "b2": 0.9, "weight_decay": 0.1}

@@ -9,8 +9,8 @@ from registry import make_batch, make_params, mean_loss
 from tools import built_inside, run_steps
 
 import blr_optax as blr
-from blr_optax.rule._protocol import posterior_states
-from blr_optax.rule._read import noise_of
+from blr_optax.state._reader import posterior_states
+from blr_optax.state._reading import noise_of
 
 
 def walk(make, params, steps=4):

@@ -10,7 +10,7 @@ import pytest
 from per_example_networks import ROWS, K, rows, xent
 
 import blr_optax as blr
-from blr_optax.estimators._taps import _moments
+from blr_optax.per_example._taps import _moments
 
 BOTH = ("sum_squares", "norms")
 # What halves the time that XLA takes for a program.

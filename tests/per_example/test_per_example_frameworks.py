@@ -13,7 +13,7 @@ from per_example_networks import B, K, T, first_fast, xent
 from test_per_example import BOTH, QUICK, assert_exact, cast, truth
 
 import blr_optax as blr
-from blr_optax.estimators._taps._sums import traced
+from blr_optax.per_example._taps._sums import traced
 
 WIDTH = 8
 

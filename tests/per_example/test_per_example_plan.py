@@ -11,8 +11,8 @@ import pytest
 from per_example_networks import ROWS, xent
 
 import blr_optax as blr
-from blr_optax.estimators._taps._coupling import coupling
-from blr_optax.estimators._taps._sums import traced
+from blr_optax.per_example._taps._coupling import coupling
+from blr_optax.per_example._taps._sums import traced
 
 B = 6
 X, Y = jnp.ones((B, 5)), jnp.arange(B) % 3

@@ -1,0 +1,1 @@
+"""`blr-optax demo`: train, predict and draw, from the command line."""

@@ -1,0 +1,143 @@
+"""The posterior as a value: a family with its natural parameters.
+
+Multiplying densities adds natural parameters, q1 q2 ~ exp(<lambda1 + lambda2, T>), so products,
+quotients and powers are exact for any family. They never check: a likelihood site may be improper.
+Asking an improper one for a mean, a sample or a density is the error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax._validate import holds
+from blr_optax.families import Family
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+    """A member of an exponential family: a pytree whose leaves are its natural parameters.
+
+    Attributes:
+        family: the family (static).
+        natural: lambda, of the family's natural type.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> normal = blr.families.get("normal")
+      >>> prior = blr.Posterior(normal, normal.natural(mean=0.0, precision=1.0))
+      >>> site = blr.Posterior(normal, normal.natural(mean=2.0, precision=3.0))
+      >>> q = prior * site
+      >>> print(q.mean, q.variance, (q / site).mean)
+      1.5 0.25 0.0
+    """
+
+    family: Family = dataclasses.field(metadata={"static": True})
+    natural: Any
+
+    def __post_init__(self) -> None:
+        """Catches a name in place of a family; natural may be anything while jax builds trees."""
+        if isinstance(self.family, str):
+            raise ValueError(
+                f"Posterior: family={self.family!r} is a name; give the family itself, "
+                f"families.get({self.family!r})."
+            )
+
+    @property
+    def proper(self) -> Bool[Array, ""]:
+        """Whether lambda is in the domain, so that q is a normalisable density."""
+        return jnp.all(self.family.in_domain(self.natural))
+
+    def _proper(self, what: str) -> Any:
+        """lambda, after an eager check; traced ones go unchecked, `proper` tells."""
+        if not holds(self.family.in_domain, self.natural):
+            raise ValueError(
+                f"Posterior.{what}: the natural parameters are outside the domain of "
+                f"{type(self.family).__name__}, so this is no density. A site may be improper: "
+                "multiply it by a prior first."
+            )
+        return self.natural
+
+    @property
+    def mean(self) -> Any:
+        """E_q[theta]."""
+        return self.family.mean(self._proper("mean"))
+
+    @property
+    def variance(self) -> Any:
+        """Marginal variances."""
+        return self.family.variance(self._proper("variance"))
+
+    def standard(self) -> dict[str, Any]:
+        """Standard parameters, by name."""
+        return self.family.standard(self._proper("standard"))
+
+    def expectation(self) -> Any:
+        """mu = E_q[T(theta)]."""
+        return self.family.expectation(self._proper("expectation"))
+
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Any:
+        """Draws of theta with leading `shape`; `key` is a typed key."""
+        if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+            raise ValueError(
+                "Posterior.sample: key must be a typed key, jax.random.key(seed); got an array of "
+                f"dtype {jnp.result_type(key)}."
+            )
+        shape = (shape,) if isinstance(shape, int) else shape
+        return self.family.sample(key, self._proper("sample"), shape)
+
+    def log_prob(self, theta: Any) -> Float[Array, ...]:
+        """log q(theta)."""
+        return self.family.log_prob(self._proper("log_prob"), theta)
+
+    def entropy(self) -> Float[Array, ...]:
+        """H(q) in nats."""
+        return self.family.entropy(self._proper("entropy"))
+
+    def kl(self, other: Posterior) -> Float[Array, ...]:
+        """KL(q || other) in nats."""
+        self._same_family(other, "kl")
+        return self.family.kl(self._proper("kl"), other._proper("kl"))
+
+    def _same_family(self, other: Any, what: str) -> None:
+        if not isinstance(other, Posterior) or other.family != self.family:
+            found = other.family if isinstance(other, Posterior) else type(other).__name__
+            raise ValueError(
+                f"Posterior: {what} needs two members of one family; got {self.family} and {found}."
+            )
+        ours, theirs = (jax.tree.leaves(x.natural) for x in (self, other))
+        for a, b in zip(ours, theirs, strict=False):
+            try:
+                jnp.broadcast_shapes(jnp.shape(a), jnp.shape(b))
+            except ValueError:
+                raise ValueError(
+                    f"Posterior: {what} needs members of one size; their natural parameters have "
+                    f"shapes {jnp.shape(a)} and {jnp.shape(b)}."
+                ) from None
+        if isinstance(self.family, Family):  # conditional families have no arithmetic
+            self.family.check_sizes(self.natural, other.natural)
+
+    def __mul__(self, other: Posterior) -> Posterior:
+        """The (unnormalised) product of two densities: lambda1 + lambda2."""
+        self._same_family(other, "*")
+        return Posterior(
+            self.family, self.family.combine((1.0, self.natural), (1.0, other.natural))
+        )
+
+    def __truediv__(self, other: Posterior) -> Posterior:
+        """The (unnormalised) quotient: lambda1 - lambda2."""
+        self._same_family(other, "/")
+        return Posterior(
+            self.family, self.family.combine((1.0, self.natural), (-1.0, other.natural))
+        )
+
+    def __pow__(self, a: float) -> Posterior:
+        """The (unnormalised) power q^a: a lambda."""
+        return Posterior(self.family, self.family.combine((a, self.natural)))

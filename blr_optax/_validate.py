@@ -1,0 +1,146 @@
+"""Checks of arguments, where Python may look at their values, and hyper-parameters as numbers."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+def concrete(*values: Any) -> bool:
+    """Whether all arrays in these trees have values that Python may look at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def holds(test: Callable[[Any], Any], value: Any) -> bool:
+    """Whether a test holds for all of a value; True for traced ones, which Python cannot see.
+
+    Constants are looked at outside any trace that the caller may be in, such as a scan's.
+    """
+    if not concrete(value):
+        return True
+    with jax.ensure_compile_time_eval():
+        return bool(jnp.all(test(value)))
+
+
+def require(name: str, value: Any, valid: str, test: Callable[[Any], Any]) -> None:
+    """Raises ValueError when a concrete standard parameter is outside its range."""
+    if not holds(lambda x: test(jnp.asarray(x)), value):
+        raise ValueError(f"{name} must be {valid}; got {value}.")
+
+
+def at(hyper: Any, count: Any) -> Any:
+    """The value of a number, array, tree or schedule at a step."""
+    return hyper(count) if callable(hyper) else hyper
+
+
+def check_positive(name: str, hyper: Any, *, zero: bool = False, scalar: bool = False) -> None:
+    """Raises ValueError for concrete numbers out of range; schedules and traced ones pass.
+
+    With `scalar` also for whatever is not one number for all weights.
+    """
+    if hyper is None:
+        raise ValueError(f"{name}=None must be a number, an array or a schedule.")
+    if scalar and not callable(hyper) and not isinstance(hyper, (str, bool)):
+        one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
+        if not one or jnp.ndim(hyper):
+            found = f"shape {jnp.shape(hyper)}" if one else repr(hyper)
+            raise ValueError(
+                f"{name} must be one number or a schedule, for all weights; got {found}. Other "
+                "numbers for other leaves: one optimizer each, in optax.partition."
+            )
+    for number in jax.tree.leaves(hyper):
+        if callable(number):
+            continue
+        if isinstance(number, (str, bool)):
+            raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
+        if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
+            raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")
+
+
+def check_number(name: str, number: Any, *, zero: bool = False) -> None:
+    """Raises ValueError for what is not one number in range; schedules are none."""
+    if callable(number):
+        raise ValueError(f"{name} must be one number, not a schedule.")
+    check_positive(name, number, zero=zero, scalar=True)
+
+
+def is_zero(hyper: Any) -> bool:
+    """Whether a hyper-parameter is the plain number zero."""
+    return isinstance(hyper, (int, float)) and hyper == 0
+
+
+def check_unit_interval(name: str, number: Any) -> None:
+    """Raises ValueError for a plain number outside [0, 1), or what is no number."""
+    if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
+        raise ValueError(f"{name}={number!r} must be a number or a schedule.")
+    if isinstance(number, (int, float)) and not 0.0 <= number < 1.0:
+        raise ValueError(f"{name}={number} must be in [0, 1).")
+
+
+def check_count(name: str, number: Any, least: int = 1) -> None:
+    """Raises ValueError for what is not a whole number, or too small a one."""
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        number = operator.index(number)  # of a traced one it is an error
+    except TypeError:
+        raise ValueError(
+            f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
+            "static_args=."
+        ) from None
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}.")
+
+
+def all_finite(*trees: Any) -> Any:
+    """One boolean: whether every entry is finite.
+
+    Sizes are compared over the leading axes first, whole rows at a time.
+    """
+
+    def rows(x: Array) -> Array:
+        return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
+
+    checks = [jnp.all(jnp.isfinite(rows(x))) for x in jax.tree.leaves(trees)]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def squares_finite(grads: Any, curvature: Any = None) -> Any:
+    """One boolean: whether all entries, and what follows from squares of gradients, are finite.
+
+    A gradient that is finite but so large that its square is not within reach of the curvatures'
+    arithmetic counts as non-finite. One pass over both trees: a second would read them again.
+    """
+    leaves = jax.tree.leaves(grads)
+    beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
+    checks = []
+    for g, c in zip(leaves, beside, strict=True):
+        size = g * g if c is None else g * g + jnp.abs(c)
+        rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
+        checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def zero_unless(finite: Any, tree: Any) -> Any:
+    """The tree where all is finite, else zeros."""
+    return optax.tree.where(finite, tree, optax.tree.zeros_like(tree))
+
+
+def near(a: Array, b: Array) -> Array:
+    """Whether a mean and a parameter agree up to the parameter's rounding."""
+    rounding = 10 * jnp.finfo(b.dtype).eps
+    return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
+
+
+def positive(tree: Any) -> Array:
+    """Whether all entries of a tree are positive."""
+    return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])

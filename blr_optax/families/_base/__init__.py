@@ -1,0 +1,1 @@
+"""The root of all families: exponential, conditional, their parameters, domains, registry."""

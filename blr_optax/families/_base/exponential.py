@@ -1,0 +1,325 @@
+"""The exponential family: q(theta) = h(theta) exp(<lambda, T(theta)> - A(lambda)).
+
+    lambda   natural parameters, the state of record          A(lambda)  log-partition
+    mu       expectation parameters, E_q[T] = grad A(lambda)  F(lambda)  Fisher matrix, Hess A
+    T, h     sufficient statistics and base measure
+
+A family is a frozen dataclass without arrays: a static node of any pytree. What a subclass must
+define is listed in `Family`; everything else follows from A by automatic differentiation and from
+the declared domains, and is overridden only where a closed form is more accurate or faster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+
+from blr_optax.families._base.domain import Domain
+from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Base of all exponential families.
+
+    A subclass defines the class attributes below and the methods that raise here: `natural`,
+    `standard`, `log_partition`, `sufficient_statistics`, `log_base_measure`, `sample`, `mean`,
+    `variance`; and `expected_log_base_measure` unless the base measure is constant. All take and
+    return arrays with any leading batch dimensions.
+
+    Attributes:
+        Natural: NamedTuple type of lambda (and of natural gradients).
+        Expectation: NamedTuple type of mu, with the same fields.
+        domains: the domain of each learnt field of lambda.
+        known: fields of lambda that are given and never move (a known covariance, a total).
+        event_ndim: number of trailing axes of theta that are one event.
+        joint: whether theta is a NamedTuple of parts (mean and precision, say), not one array.
+        location: whether `natural_at` can centre the family at a point.
+        constant_base_measure: whether h does not depend on theta.
+        reparameterized: whether samples carry exact gradients in lambda.
+        enumerable: whether there are few values of theta, which `support` lists.
+        relaxable: whether `relaxed_sample` exists.
+    """
+
+    Natural: ClassVar[type]
+    Expectation: ClassVar[type]
+    domains: ClassVar[dict[str, Domain]]
+    known: ClassVar[tuple[str, ...]] = ()
+    event_ndim: ClassVar[int] = 0
+    joint: ClassVar[bool] = False
+    location: ClassVar[bool] = False
+    constant_base_measure: ClassVar[bool] = True
+    reparameterized: ClassVar[bool] = True
+    enumerable: ClassVar[bool] = False
+    relaxable: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+        if "log_partition" not in cls.__dict__ or cls.known:
+            return
+        plain = cls.log_partition
+        ruled = jax.custom_jvp(plain, nondiff_argnums=(0,))
+
+        @ruled.defjvp
+        def _(self: Family, primals: Any, tangents: Any) -> Any:
+            (lam,), (dlam,) = primals, tangents
+            return ruled(self, lam), self.inner(dlam, self.expectation(lam))
+
+        cls.plain_log_partition = plain
+        cls.log_partition = functools.wraps(plain)(lambda self, lam: ruled(self, lam))
+
+    # What a family says about itself.
+
+    def natural(self, **standard: Array) -> Any:
+        """lambda from standard parameters (keywords)."""
+        raise NotImplementedError
+
+    def standard(self, lam: Any) -> dict[str, Array]:
+        """The standard parameters of lambda; `natural(**standard(lam))` is lambda."""
+        raise NotImplementedError
+
+    def log_partition(self, lam: Any) -> Float[Array, ...]:
+        """A(lambda), one number per batch element; its derivative is mu."""
+        raise NotImplementedError
+
+    def sufficient_statistics(self, theta: Array, lam: Any = None) -> Any:
+        """T(theta), in the expectation type; lambda is passed for what is known of it."""
+        raise NotImplementedError
+
+    def log_base_measure(self, lam: Any, theta: Array) -> Float[Array, ...]:
+        """log h(theta); lambda is passed for its known fields only."""
+        raise NotImplementedError
+
+    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
+        """Draws of theta with leading `shape`."""
+        raise NotImplementedError
+
+    def mean(self, lam: Any) -> Array:
+        """E_q[theta]."""
+        raise NotImplementedError
+
+    def variance(self, lam: Any) -> Array:
+        """Marginal variance of every coordinate of theta."""
+        raise NotImplementedError
+
+    def support(self, lam: Any, total: int | None = None) -> Array:
+        """All values of theta, along a new leading axis; `enumerable` families.
+
+        `total` is the known one of counts, where that is traced.
+        """
+        raise NotImplementedError
+
+    def probabilities(self, mu: Any, total: int | None = None) -> Array:
+        """The probabilities of `support`, along a new leading axis, as polynomials of mu."""
+        raise NotImplementedError
+
+    def relaxed_sample(
+        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
+    ) -> Array:
+        """Draws of a continuous relaxation, differentiable in lambda; `relaxable` families."""
+        raise NotImplementedError
+
+    def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
+        """E_q[log h(theta)]; the constant itself unless h depends on theta."""
+        if not self.constant_base_measure:
+            raise NotImplementedError
+        return self.log_base_measure(lam, self.mean(lam))
+
+    # What follows.
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether lambda, mu and theta are arrays of one shape, so that `MeanField` can lift it."""
+        events = (d.event_ndim for d in self.domains.values())
+        return not (self.joint or self.event_ndim or any(events))
+
+    def inner(self, a: Any, b: Any) -> Float[Array, ...]:
+        """<a, b> over the learnt fields, one number per batch element."""
+        return sum(
+            jnp.sum(getattr(a, name) * getattr(b, name), axis=tuple(range(-d.event_ndim, 0)))
+            for name, d in self.domains.items()
+        )
+
+    def combine(self, *terms: tuple[Any, Any]) -> Any:
+        """sum_k a_k lambda_k over the learnt fields; known fields are the first term's."""
+        self.check_sizes(*(lam for _, lam in terms))
+        total = jax.tree.map(
+            lambda *leaves: sum(a * leaf for (a, _), leaf in zip(terms, leaves, strict=True)),
+            *(lam for _, lam in terms),
+        )
+        return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
+
+    def check_sizes(self, *lams: Any) -> None:
+        """Raises ValueError where vectors or matrices would broadcast, as a sum of lambdas does."""
+        events = {name: d.event_ndim for name, d in self.domains.items() if d.event_ndim}
+        for name, ndim in events.items():
+            shapes = [jnp.shape(getattr(lam, name)) for lam in lams]
+            if len({shape[len(shape) - ndim :] for shape in shapes}) > 1:
+                raise ValueError(
+                    f"{type(self).__name__}: the members have different sizes; their natural "
+                    f"parameters `{name}` have shapes {', '.join(map(str, shapes))}."
+                )
+
+    def coordinates(self, like: Any) -> tuple[Any, Any]:
+        """Minimal coordinates of the learnt fields: (fields -> flat vector, and back)."""
+        return coordinates(self, like)
+
+    def _cotangent(self, kind: type, gradient: Any) -> Any:
+        """A gradient by autodiff in another type: symmetric where due, zero where known."""
+
+        def field(name: str) -> Any:
+            x = getattr(gradient, name)
+            if name in self.known:
+                return jax.tree.map(jnp.zeros_like, x)
+            if self.domains[name].event_ndim == 2:
+                return 0.5 * (x + jnp.swapaxes(x, -1, -2))
+            return x
+
+        return kind(**{name: field(name) for name in self.Natural._fields})
+
+    def gradient_in_mu(self, gradient: Any) -> Any:
+        """A gradient in mu as the natural gradient that it is, of the natural type."""
+        return self._cotangent(self.Natural, gradient)
+
+    def gradient_in_lambda(self, lam: Any, gradient: Any) -> Any:
+        """A gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
+        return self.inverse_fisher_product(lam, self._cotangent(self.Expectation, gradient))
+
+    def expectation(self, lam: Any) -> Any:
+        """mu = grad A(lambda) over the learnt fields; known ones pass through."""
+        plain = getattr(type(self), "plain_log_partition", type(self).log_partition)
+        learnt = {name: getattr(lam, name) for name in self.domains}
+        gradient = jax.grad(lambda x: jnp.sum(plain(self, lam._replace(**x))))(learnt)
+        return self.Expectation(**gradient, **{name: getattr(lam, name) for name in self.known})
+
+    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+        """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
+
+        Args:
+            mu: expectation parameters.
+            with_status: also return whether the solve converged, per batch element.
+
+        Returns:
+            lambda, or (lambda, converged). Where it did not converge lambda is NaN, never a guess.
+        """
+        lam, converged = solve_natural(self, mu)
+        return (lam, converged) if with_status else lam
+
+    def log_prob(self, lam: Any, theta: Array) -> Float[Array, ...]:
+        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
+        exponent = self.inner(lam, self.sufficient_statistics(theta, lam))
+        return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
+
+    def entropy(self, lam: Any) -> Float[Array, ...]:
+        """H(q) = A(lambda) - <lambda, mu> - E_q[log h]."""
+        exponent = self.inner(lam, self.expectation(lam))
+        return self.log_partition(lam) - exponent - self.expected_log_base_measure(lam)
+
+    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
+        """KL(p || q) = A(lambda_q) - A(lambda_p) - <lambda_q - lambda_p, mu_p>."""
+        move = self.combine((1.0, lam_q), (-1.0, lam_p))
+        gap = self.log_partition(lam_q) - self.log_partition(lam_p)
+        return gap - self.inner(move, self.expectation(lam_p))
+
+    def fisher_product(self, lam: Any, v: Any) -> Any:
+        """F(lambda) v, the change of mu along v (matrix fields: v symmetric); zero where known."""
+        learnt, along = ({n: getattr(x, n) for n in self.domains} for x in (lam, v))
+
+        def mu(x: Any) -> Any:
+            found = self.expectation(lam._replace(**x))
+            return {name: getattr(found, name) for name in self.domains}
+
+        change = jax.jvp(mu, (learnt,), (along,))[1]
+        zero = {name: jnp.zeros_like(getattr(lam, name)) for name in self.known}
+        return self.Expectation(**change, **zero)
+
+    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+        """F(lambda)^{-1} v: a gradient in lambda as the natural gradient, which is one in mu.
+
+        Args:
+            lam: natural parameters.
+            v: of the expectation type, like a gradient in lambda (matrix fields symmetric).
+
+        Returns:
+            Natural type; zero where known.
+        """
+        return solve_fisher(self, lam, v)
+
+    def fisher(self, lam: Any) -> Float[Array, "... p p"]:
+        """F(lambda) over the flattened learnt fields, in their order; batches through vmap.
+
+        A matrix field enters entry by entry and F maps the antisymmetric part to zero.
+        """
+        batch = jnp.shape(self.log_partition(lam))
+        if batch:
+            inner = jax.tree.map(lambda x: jnp.broadcast_to(x, batch + x.shape[len(batch) :]), lam)
+            return jax.vmap(self.fisher)(inner)
+        flat, unravel = jax.flatten_util.ravel_pytree([getattr(lam, name) for name in self.domains])
+
+        def symmetric(name: str, v: Array) -> Array:
+            return 0.5 * (v + v.T) if self.domains[name].event_ndim == 2 else v
+
+        def column(e: Array) -> Array:
+            pairs = zip(self.domains, unravel(e), strict=True)
+            zero = jax.tree.map(jnp.zeros_like, lam)
+            v = zero._replace(**{name: symmetric(name, x) for name, x in pairs})
+            change = self.fisher_product(lam, v)
+            return jax.flatten_util.ravel_pytree([getattr(change, k) for k in self.domains])[0]
+
+        return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+    def in_domain(self, lam: Any) -> Bool[Array, ...]:
+        """Whether lambda is a proper member, per batch element."""
+        checks = [d.contains(getattr(lam, name)) for name, d in self.domains.items()]
+        return functools.reduce(jnp.logical_and, checks)
+
+    def retract(self, lam: Any, step: Any) -> Any:
+        """lambda + step to first order, inside the domain for any finite step."""
+        return lam._replace(
+            **{
+                name: d.retract(getattr(lam, name), getattr(step, name))
+                for name, d in self.domains.items()
+            }
+        )
+
+    def safe_step(self, lam: Any, step: Any) -> tuple[Any, Array]:
+        """The plain step where it stays in the domain, `retract` where it would not.
+
+        Returns:
+            The new lambda, and how many batch elements were retracted (int32).
+        """
+        plain = self.combine((1.0, lam), (1.0, step))
+        inside = self.in_domain(plain)
+        retracted = self.retract(lam, step)
+
+        def choose(name: str) -> Array:
+            ndim = self.domains[name].event_ndim
+            where = jnp.expand_dims(inside, tuple(range(-ndim, 0)))
+            return jnp.where(where, getattr(plain, name), getattr(retracted, name))
+
+        chosen = plain._replace(**{name: choose(name) for name in self.domains})
+        return chosen, jnp.sum(~inside, dtype=jnp.int32)
+
+    def base_measure_gradient(self, lam: Any) -> Any:
+        """grad_mu E_q[log h], in the natural type; zero when h is constant."""
+        if self.constant_base_measure:
+            return jax.tree.map(jnp.zeros_like, lam)
+        mu = self.expectation(lam)
+        gradient = jax.grad(
+            lambda m: jnp.sum(self.expected_log_base_measure(self.natural_from_expectation(m)))
+        )(mu)
+        return self.Natural(*gradient)
+
+    def natural_at(self, location: Array, like: Any = None) -> Any:
+        """A lambda centred at `location`, with the scale of `like` (else one)."""
+        raise ValueError(f"{type(self).__name__} has no location: pass init=.")

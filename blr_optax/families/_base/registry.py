@@ -1,0 +1,79 @@
+"""The registry: families by name, with the structure that a name leaves open."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.exponential import Family
+
+REGISTRY: dict[str, Callable[..., Family | Conditional]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
+    """Decorator that registers a family, or a function that builds one, under a name.
+
+    Raises:
+        ValueError: when the name is taken.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> @blr.families.register("wide_normal")
+      ... class WideNormal(blr.families.Normal):
+      ...     '''A normal.'''
+      >>> print("wide_normal" in blr.families.names())
+      True
+    """
+    if name in REGISTRY:
+        raise ValueError(f"families.register: the name {name!r} is taken by {REGISTRY[name]}.")
+
+    def add(build: Callable[..., Family]) -> Callable[..., Family]:
+        REGISTRY[name] = build
+        return build
+
+    return add
+
+
+def get(name: str | Family | Conditional, **static: Any) -> Family | Conditional:
+    """The family registered under `name`, with its static choices; a Family passes through.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones, or for a choice that the family
+            does not have.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> print(blr.families.get("normal").natural(mean=2.0, precision=3.0).linear)
+      6.0
+    """
+    if isinstance(name, (Family, Conditional)):
+        return name
+    if inspect.isclass(name) and issubclass(name, (Family, Conditional)):
+        raise ValueError(
+            f"families.get: {name.__name__} is a class; give a family of it, {name.__name__}()."
+        )
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise ValueError(f"unknown family {name!r}; known: {', '.join(names())}.")
+    build = REGISTRY[name]
+    known = inspect.signature(build).parameters
+    strays = [key for key in static if key not in known]
+    if strays:
+        raise ValueError(
+            f"families.get({name!r}): unknown choice {strays[0]!r}; it takes "
+            f"{', '.join(known) or 'none'}. Standard parameters belong to natural(...), as in "
+            f"get({name!r}).natural({strays[0]}=...)."
+        )
+    return build(**static)
+
+
+def names() -> tuple[str, ...]:
+    """The registered names, sorted.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> print("gaussian" in blr.families.names())
+      True
+    """
+    return tuple(sorted(REGISTRY))

@@ -1,0 +1,1 @@
+"""Conditional families: not exponential themselves, with an exponential one inside."""

@@ -1,0 +1,1 @@
+"""Families over numbers, vectors, and points of a simplex or a sphere."""

@@ -1,0 +1,1 @@
+"""Families over signs, categories and counts."""

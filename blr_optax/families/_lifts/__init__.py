@@ -1,0 +1,1 @@
+"""Families over pytrees and several variables, made of families over one."""

@@ -1,0 +1,179 @@
+"""Independent members of a matrix family, one per leaf of a tree of weights.
+
+A leaf is a matrix whose columns are its last axis and whose rows are all its others; a vector is a
+column, a number is 1 x 1. So `matrix_gaussian` over a vector is a full Gaussian.
+
+    q(theta) = prod_l q_l(theta_l)          gradient_l = that of theta_l -> loss, at a draw of all
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.parameters import parameters
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+@parameters
+class LeafwiseNatural(NamedTuple):
+    """Natural parameters of every leaf's member, in the order of the tree."""
+
+    members: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Leafwise(Conditional):
+    """A matrix family over every leaf of a tree: theta, mean and samples are trees.
+
+    lambda: that of the wrapped family, once per leaf.
+
+    Attributes:
+        family: a conditional family whose event is one matrix, such as `matrix_gaussian`.
+        treedef: the structure of theta.
+        shapes: the shapes of its leaves, in order.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> theta = {"b": jnp.ones(2), "w": jnp.zeros((3, 2))}
+      >>> family = blr.families.Leafwise.like(blr.families.get("matrix_gaussian"), theta)
+      >>> lam = family.natural_at(theta)
+      >>> print([member.row_precision.shape for member in lam.members], family.variance(lam)["b"])
+      [(2, 2), (3, 3)] [1. 1.]
+    """
+
+    family: Conditional
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    Natural: ClassVar[type] = LeafwiseNatural
+
+    @classmethod
+    def like(cls, family: Conditional, theta: Any) -> Leafwise:
+        """The family over trees shaped like theta.
+
+        Raises:
+            ValueError: for a family whose event is no matrix.
+        """
+        if family.event_ndim != 2:
+            raise ValueError(
+                f"Leafwise: an event of {type(family).__name__} is no matrix; RaveledConditional "
+                "takes vector families over a tree."
+            )
+        leaves, treedef = jax.tree.flatten(theta)
+        return cls(family, treedef, tuple(jnp.shape(leaf) for leaf in leaves))
+
+    location = property(lambda self: self.family.location)
+    hessians = property(lambda self: self.family.hessians)
+    at_means = property(lambda self: self.family.at_means)
+
+    def matrices(self, theta: Any) -> list[Array]:
+        """The leaves as matrices; leading sample axes stay."""
+        found = []
+        for leaf, shape in zip(self.treedef.flatten_up_to(theta), self.shapes, strict=True):
+            leaf = jnp.asarray(leaf)
+            columns = shape[-1] if len(shape) > 1 else 1
+            batch = leaf.shape[: leaf.ndim - len(shape)]
+            found.append(leaf.reshape(*batch, math.prod(shape) // max(columns, 1), columns))
+        return found
+
+    def tree(self, matrices: list[Array]) -> Any:
+        """The tree of its leaves as matrices; leading sample axes stay."""
+        pairs = zip(matrices, self.shapes, strict=True)
+        return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
+
+    def _sum(self, f: Callable[..., Array], *columns: Any) -> Array:
+        return sum((f(*row) for row in zip(*columns, strict=True)), start=jnp.zeros(()))
+
+    def natural(self, *, members: tuple) -> LeafwiseNatural:
+        """lambda from the members' own, in the order of the tree."""
+        return LeafwiseNatural(tuple(members))
+
+    def natural_at(self, location: Any, like: Any = None) -> LeafwiseNatural:
+        old = [None] * len(self.shapes) if like is None else like.members
+        pairs = zip(self.matrices(location), old, strict=True)
+        return LeafwiseNatural(tuple(self.family.natural_at(x, lam) for x, lam in pairs))
+
+    def standard(self, lam: LeafwiseNatural) -> dict[str, Any]:
+        return {"members": lam.members}
+
+    def mean(self, lam: LeafwiseNatural) -> Any:
+        return self.tree([self.family.mean(member) for member in lam.members])
+
+    def variance(self, lam: LeafwiseNatural) -> Any:
+        return self.tree([self.family.variance(member) for member in lam.members])
+
+    def sample(self, key: Array, lam: LeafwiseNatural, shape: tuple[int, ...] = ()) -> Any:
+        keys = jax.random.split(key, len(self.shapes))
+        pairs = zip(keys, lam.members, strict=True)
+        return self.tree([self.family.sample(k, member, shape) for k, member in pairs])
+
+    def log_prob(self, lam: LeafwiseNatural, theta: Any) -> Array:
+        return self._sum(self.family.log_prob, lam.members, self.matrices(theta))
+
+    def entropy(self, lam: LeafwiseNatural) -> Array:
+        return self._sum(self.family.entropy, lam.members)
+
+    def kl(self, lam_p: LeafwiseNatural, lam_q: LeafwiseNatural) -> Array:
+        return self._sum(self.family.kl, lam_p.members, lam_q.members)
+
+    def in_domain(self, lam: LeafwiseNatural) -> Array:
+        return jnp.all(jnp.array([self.family.in_domain(member) for member in lam.members]))
+
+    def noise(
+        self, key: Array, lam: LeafwiseNatural, samples: int, antithetic: bool = False
+    ) -> tuple:
+        keys = jax.random.split(key, len(self.shapes))
+        pairs = zip(keys, lam.members, strict=True)
+        return tuple(self.family.noise(k, member, samples, antithetic) for k, member in pairs)
+
+    def natural_gradient_at(
+        self,
+        lam: LeafwiseNatural,
+        loss: Callable,
+        noise: tuple,
+        weights: Array,
+        hessian: str = "exact",
+    ) -> tuple[Array, LeafwiseNatural]:
+        """Draw by draw, and leaf by leaf with the others held at the draw."""
+        one = jnp.ones((1,), weights.dtype)
+
+        def look(z: tuple) -> tuple:
+            drawn = [
+                member.mean + self.family.displace(member, x)
+                for member, x in zip(lam.members, z, strict=True)
+            ]
+
+            def alone(i: int) -> tuple:
+                def with_others(x: Array) -> Array:
+                    return loss(self.tree([*drawn[:i], x, *drawn[i + 1 :]]))
+
+                return self.family.natural_gradient_at(
+                    lam.members[i], with_others, z[i][None], one, hessian
+                )
+
+            found = [alone(i) for i in range(len(drawn))]
+            return found[0][0], LeafwiseNatural(tuple(gradient for _, gradient in found))
+
+        looked = jax.lax.map(look, noise)
+        return jax.tree.map(lambda x: jnp.tensordot(weights, x, 1), looked)
+
+    def move(
+        self,
+        lam: LeafwiseNatural,
+        gradient: LeafwiseNatural,
+        learning_rate: Any,
+        form: str = "auto",
+    ) -> LeafwiseNatural:
+        pairs = zip(lam.members, gradient.members, strict=True)
+        return LeafwiseNatural(
+            tuple(self.family.move(member, d, learning_rate, form) for member, d in pairs)
+        )

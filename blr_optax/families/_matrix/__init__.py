@@ -1,0 +1,1 @@
+"""Families over positive definite matrices, alone or with a mean."""

@@ -1,0 +1,1 @@
+"""Special functions, solvers and samplers, exact where jax.scipy loses digits."""

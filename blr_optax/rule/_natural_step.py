@@ -1,0 +1,160 @@
+"""THE RULE, one step: how lambda moves and stays in its domain.
+
+    no prior     lambda <- lambda - rho ( lambda + ess grad_mu E_q[l] + grad_mu E_q[log h] )
+    with prior   lambda <- lambda + rho ( lambda_0 - lambda - ess grad_mu E_q[l] )
+
+l is a mean loss, `ess` the number of examples it stands for. The first line's density is flat; with
+a prior of the family log h cancels (DESIGN section 1; Khan and Rue 2023, Eq. 5).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax._distribution import Posterior
+from blr_optax.families import Conditional, Family, MeanField, Pinned, Product, SideBySide, get
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
+
+
+def check_step(step: str, family: Family | None = None) -> str:
+    """Raises ValueError for an unknown step, or one that the family does not have."""
+    if step not in STEPS:
+        raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
+    learns_scale = getattr(family, "curvature", None) in ("matrix", "diagonal")
+    if family is not None and step in ("improved_old", "square_root") and not learns_scale:
+        raise ValueError(
+            f"step={step!r} needs a Gaussian family that learns its precision; got "
+            f"{type(family).__name__}. Use 'auto', 'plain' or 'improved'."
+        )
+    return step
+
+
+def own_part(prior: Any, family: Family) -> Any:
+    """Of a joint posterior with points or of several families the part of one family, as prior.
+
+    Args:
+        prior: a posterior; without such a part it comes back as it is.
+        family: the family.
+    """
+    joint = getattr(prior, "family", None)
+    if isinstance(joint, Pinned):
+        return own_part(Posterior(joint.family, prior.natural.free), family)
+    if isinstance(joint, SideBySide) and family in joint.families:
+        return Posterior(family, prior.natural.parts[joint.families.index(family)])
+    return prior
+
+
+def spread(prior: Any, family: Any, like: Any) -> Any:
+    """A prior of one number as that of every number of a tree; other priors as they are.
+
+    Args:
+        prior: a posterior of the family; anything else comes back as it is.
+        family: the family.
+        like: a tree of parameters; for a product, of every factor by name.
+    """
+    lam = getattr(prior, "natural", None)
+    if not isinstance(family, Family) or not isinstance(lam, family.Natural):
+        return prior
+    if isinstance(family, Product):
+        parts = {
+            name: spread(Posterior(factor, lam.parts[name]), factor, like[name]).natural
+            for name, factor in family.factors
+        }
+        return Posterior(family, family.Natural(parts))
+    is_number = all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam)
+    if not (isinstance(family, MeanField) and is_number):
+        return prior
+
+    def everywhere(x: Array) -> Any:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(x, jnp.shape(leaf)), like)
+
+    return Posterior(family, family.Natural(*map(everywhere, lam)))
+
+
+def _tree_of(family: Any, lam: Any) -> Any:
+    """A tree of the parameters' structure and shapes, as `spread` takes it."""
+    if isinstance(family, Product):
+        return {name: _tree_of(factor, lam.parts[name]) for name, factor in family.factors}
+    return lam[0]
+
+
+def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess: Any) -> Any:
+    """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
+    if prior is None:
+        pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
+    else:
+        pull = family.combine(
+            (-1.0, lam), (1.0, spread(prior, family, _tree_of(family, lam)).natural)
+        )
+    return family.combine((1.0, pull), (-ess, grad_mu))
+
+
+def move(family: Any, lam: Any, step: Any, how: str) -> tuple[Any, Array]:
+    """lambda after a step, and how many of its members had to be retracted."""
+    if how == "auto":
+        return family.safe_step(lam, step)
+    if how == "plain":
+        return family.combine((1.0, lam), (1.0, step)), jnp.zeros((), jnp.int32)
+    form = {} if how == "improved" else {"form": how}
+    return family.retract(lam, step, **form), jnp.zeros((), jnp.int32)
+
+
+def natural_step(
+    family: str | Family,
+    lam: Any,
+    grad_mu: Any,
+    learning_rate: Any,
+    prior: Posterior | None = None,
+    ess: Any = 1.0,
+    step: str = "auto",
+) -> Any:
+    """One step of the Bayesian learning rule on natural parameters.
+
+    lambda <- lambda + rho ( lambda_0 - lambda - ess grad_mu E_q[mean loss] ), kept in the domain.
+
+    Args:
+        family: a registered name or a family.
+        lam: natural parameters.
+        grad_mu: grad_mu E_q[mean loss], of the natural type (from `estimators.natural_gradient`).
+        learning_rate: rho; 1 solves a conjugate problem in one step.
+        prior: a posterior of the same family; None is a flat density.
+        ess: effective sample size, the number of examples the mean loss stands for.
+        step: "auto" is the plain step where it stays in the domain and the retraction where it
+            would not; "plain" may leave it; "improved" is the second-order retraction, the mean
+            preconditioned with the new precision; "improved_old" with the old one; "square_root"
+            steps in the Cholesky factor of the covariance.
+
+    Returns:
+        The new natural parameters.
+
+    Raises:
+        ValueError: for an unknown or a conditional family, or an unknown step.
+
+    Source: Khan and Rue (2023), Eq. 5; retraction: Lin, Schmidt and Khan (2020). `blr_update` is
+    `estimators.natural_gradient` followed by this.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> normal = blr.families.get("normal")
+      >>> lam = normal.natural(mean=0.0, precision=1.0)
+      >>> site = normal.natural(mean=2.0, precision=3.0)
+      >>> gradient = normal.combine((-1.0, site))  # of the loss -<site, T>
+      >>> new = blr.natural_step("normal", lam, gradient, 1.0, prior=blr.Posterior(normal, lam))
+      >>> print(normal.mean(new), normal.precision(new))
+      1.5 4.0
+    """
+    family = get(family)
+    if isinstance(family, Conditional):
+        raise ValueError(
+            f"natural_step: {type(family).__name__} is a conditional family without a common mu; "
+            "use blr_update, or the family's own move(lam, gradient, learning_rate)."
+        )
+    d = direction(family, lam, grad_mu, prior, ess)
+    return move(family, lam, family.combine((learning_rate, d)), check_step(step, family))[0]

@@ -1,0 +1,139 @@
+"""`with_posterior`: an optax transformation that also carries the posterior the rule assigns to it.
+
+The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite moves
+nothing, neither the weights nor that transformation's state, and is counted. The posterior is a
+mean-field normal centred at the parameters whose precision is a function of that state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax import _tree
+from blr_optax._distribution import Posterior
+from blr_optax._validate import all_finite, at, zero_unless
+from blr_optax.families import MeanField, Normal
+from blr_optax.state._reader import Rule, refuse_own_weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+@jax.tree_util.register_static
+class Covered:
+    """The paths of the parameters that a state was made for, as a static pytree node.
+
+    Plain SGD keeps no tree that would tell, and a group of `optax.partition` must not claim the
+    others' leaves. Equal to a `Covered` without paths, so that the empty placeholder with which
+    `optax.tree.map_params` calls `init` fits any state.
+    """
+
+    def __init__(self, paths: frozenset[str]) -> None:
+        self.paths = paths
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Covered) and (
+            not self.paths or not other.paths or self.paths == other.paths
+        )
+
+    def __hash__(self) -> int:
+        return hash(Covered)
+
+
+class WithPosteriorState(NamedTuple):
+    """State of an optimizer that follows optax's and carries a posterior.
+
+    Attributes:
+        count: steps made, without skipped ones (int32).
+        rule: static, how the precision is read off `inner`.
+        covered: static, the parameters that the state was made for.
+        hyper: the numbers that the precision needs, at the coming step.
+        inner: state of the wrapped transformation.
+        skipped: steps skipped because the gradient was not finite (int32).
+    """
+
+    count: Array
+    rule: PointRule
+    covered: Covered
+    hyper: dict[str, Array]
+    inner: Any
+    skipped: Array
+
+
+class PointRule(Rule):
+    """A delta-method rule: the loss is looked at the parameters themselves."""
+
+    who = "with_posterior"  # the optimizer's name, in errors
+
+    def part(self, state: WithPosteriorState, params: Any) -> Any:
+        return _tree.mask_to(params, state.covered.paths)
+
+    def precision(self, state: WithPosteriorState, mean: Any) -> Any:
+        """Total posterior precision, a tree like `mean`."""
+        raise NotImplementedError
+
+    def posterior(self, state: WithPosteriorState, params: Any) -> Posterior:
+        """N(params, 1 / precision)."""
+        mean = jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
+        family = MeanField(Normal())
+        return Posterior(family, family.from_mean(mean, self.precision(state, mean)))
+
+
+def with_posterior(
+    tx: optax.GradientTransformation, rule: PointRule, **hyper: float | Array | Callable
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
+
+    A step whose gradient is not finite is skipped: `tx` keeps its state.
+
+    Args:
+        tx: any optax transformation that looks at its parameters.
+        rule: how the precision follows from its state.
+        hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
+
+    Raises:
+        ValueError: for integer parameters, or a `tx` that has weights of its own.
+
+    Source: Khan and Rue (2023), Table 1. Special case of `blr_update` with `estimator=delta()`, in
+    the limit that the rule's docstring states.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, blr_optax as blr
+      >>> tx = blr.sgd(0.5, ess=10.0)  # with_posterior(optax.sgd(0.5), ...)
+      >>> params = jnp.ones(2)
+      >>> print(blr.posterior(tx.init(params), params).variance)
+      [0.05 0.05]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def numbers(count: Any) -> dict[str, Array]:
+        return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
+
+    def init_fn(params: Any) -> WithPosteriorState:
+        _tree.check_float_leaves(params, rule.who)
+        count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
+        inner = tx.init(params)
+        refuse_own_weights(inner, rule.who)
+        paths = Covered(frozenset(_tree.paths(params)))
+        return WithPosteriorState(count, rule, paths, numbers(count), inner, skipped)
+
+    def update_fn(
+        updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any
+    ) -> tuple[Any, WithPosteriorState]:
+        finite = all_finite(updates)
+        out, inner = tx.update(updates, state.inner, params, **extra)
+        # Skipped steps do not count: `tx`, whose schedules and averages the rule reads, has none.
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        return zero_unless(finite, out), state._replace(
+            count=count,
+            hyper=numbers(count),
+            inner=optax.tree.where(finite, inner, state.inner),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

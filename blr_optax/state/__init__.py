@@ -1,0 +1,17 @@
+"""Reading the posterior in any optimizer state: sample, estimate, posterior, diagnostics."""
+
+from blr_optax.state._diagnostics import Diagnostics, diagnostics
+from blr_optax.state._estimate import Estimate, estimate
+from blr_optax.state._reader import Rule
+from blr_optax.state._reading import posterior, reseed, sample
+
+__all__ = [
+    "Diagnostics",
+    "Estimate",
+    "Rule",
+    "diagnostics",
+    "estimate",
+    "posterior",
+    "reseed",
+    "sample",
+]

@@ -1,0 +1,200 @@
+"""What a step did to the posterior, read off the states before and after it.
+
+    p, p'  precision per example before and after       u  relative step:  p' = p (1 + u + u^2 / 2)
+    c_s    curvature per example of draw s of S         rho = 1 - b2
+
+    correction_of_move       sum p u^2/2  /  sum ( p |u| + p u^2/2 )
+    correction_of_precision  sum p u^2/2  /  ( rho sum p )
+    signal_to_noise^2        sum ( (mean_s c)^2 - var_s c / S ) / p^2  /  sum var_s c / p^2
+
+Nothing is computed, and nothing kept in the state, unless it is asked for.
+
+The second line is what the correction does in the long run. Where the precision neither grows nor
+shrinks, rho (E[c] + d0 - p) + p E[u^2] / 2 = 0, so that p = E[c] + d0 + (its share of p): a floor
+made of the noise of c. With one draw var c is about ess p E[g^2], and without any curvature or
+prior p settles at rho ess E[g^2] / (2 - rho) on average, all of it correction (for small rho its
+distribution over coordinates is exponential); the move then is hardly correction at all, as |u| is
+of the order of sqrt(rho) and u^2 of rho.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax._validate import check_positive, check_unit_interval
+from blr_optax.state._reader import posterior_states
+from blr_optax.state._reading import covered
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+class Diagnostics(NamedTuple):
+    """What `diagnostics` returns for one posterior; scalars, None where something is not known.
+
+    Attributes:
+        correction_of_move: share of the retraction's second-order term in the precision's move; 0
+            for plain steps.
+        correction_of_precision: share of the precision that this term sustains (noisy, and above 1
+            while the precision grows by it); needs `b2`.
+        clipped: share of coordinates whose update was clipped; needs `updates` and `bound`.
+        smallest_precision: one over the largest marginal variance.
+        smallest_per_example: the same per example, divided by ess.
+        signal_to_noise: of the curvature of one draw; needs `draws`.
+        retracted: of `blr_update`, the members of lambda that the step had to retract.
+        skipped: steps skipped so far because something was not finite.
+    """
+
+    correction_of_move: Array | None
+    correction_of_precision: Array | None
+    clipped: Array | None
+    smallest_precision: Array
+    smallest_per_example: Array | None
+    signal_to_noise: Array | None
+    retracted: Array | None
+    skipped: Array | None
+
+
+def _clipped(part: Any, updates: Any, bound: Any) -> Array | None:
+    """Share of coordinates at the bound, up to rounding."""
+    if updates is None or bound is None:
+        return None
+    updates = _tree.matching_leaves(updates, part, "updates")
+    bound = _tree.prefix_leaves(bound, part, "bound")
+
+    def count(x: Array, b: Any) -> Array:
+        edge = jnp.asarray(b, _tree.statistics_dtype(x.dtype)) * (1 - 2 * jnp.finfo(x.dtype).eps)
+        return jnp.sum(jnp.abs(x.astype(edge.dtype)) >= edge)
+
+    size = sum(x.size for x in jax.tree.leaves(updates))
+    return _tree.total(count, updates, bound) / size
+
+
+def _signal_to_noise(part: Any, scale: Any, draws: Any) -> Array | None:
+    """Over draws in front: the noise's own share is taken out of the square of their mean."""
+    if draws is None or scale is None:
+        return None
+    draws = _tree.matching_leaves(draws, part, "draws", leading=1)
+    sizes = {x.shape[0] for x in jax.tree.leaves(draws)}
+    if len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(
+            f"diagnostics: draws= needs one leading axis of two or more draws; got {sizes}. One "
+            "draw says nothing about its own noise."
+        )
+    (count,) = sizes
+    relative = jax.tree.map(lambda c, p: c / p, draws, scale)
+    noise = _tree.total(lambda c: jnp.sum(jnp.var(c, axis=0, ddof=1)), relative)
+    square = _tree.total(lambda c: jnp.sum(jnp.square(jnp.mean(c, axis=0))), relative)
+    return jnp.sqrt(_tree.ratio(jnp.maximum(square - noise / count, 0.0), noise))
+
+
+def diagnostics(
+    before: Any,
+    after: Any,
+    params: Any,
+    updates: Any = None,
+    *,
+    curvature: Any = None,
+    b2: Any = None,
+    bound: Any = None,
+    draws: Any = None,
+    weight_decay: Any = 0.0,
+) -> tuple[Diagnostics, ...]:
+    """How healthy a step was: scalars per posterior, from the states before and after it.
+
+    p' = p (1 + u + u^2 / 2):  sum p u^2/2 / sum (p |u| + p u^2/2), and the like; see `Diagnostics`.
+
+    It is a pure function, also under jit, of what a training step has at hand, so that it costs
+    nothing in the steps that do not call it. The shares of the correction are read off p' / p,
+    which is the same for u and -2 - u: without `curvature` a step down by more than p itself, which
+    the retraction folds back, counts as its mirror image, and the shares come out smaller.
+
+    Args:
+        before: the optimizer state that `update` got; any chain, mask, partition or wrapper.
+        after: the one that it returned.
+        params: the parameters, before or after.
+        updates: what `update` returned beside it, for `clipped`.
+        curvature: what `update` got, to tell folded steps; needs `b2` and `weight_decay`.
+        b2: the decay of the precision, for `correction_of_precision`.
+        bound: the largest update that clipping lets through, learning_rate * (hess_init +
+            weight_decay) * clip_radius for `ivon`; a number or a prefix tree. (In a chain of your
+            own, `optax.snapshot("clipped", lambda x: jnp.mean(jnp.abs(x) > radius))` in front of
+            `optax.clip` measures the same without it.)
+        draws: the curvature of two or more separate draws on one batch, a tree like params
+            with the draws in front, for `signal_to_noise`: one estimate, also of many draws, does
+            not know its own noise. Of S draws in one estimate it is sqrt(S) times better.
+        weight_decay: the optimizer's, with its damping (a `prior` is in the state); a number,
+            prefix tree or schedule.
+
+    Returns:
+        A tuple of `Diagnostics`, one per posterior in the state (one but for `optax.partition`).
+
+    Raises:
+        ValueError: for states without a posterior or of different make, for fewer than two draws,
+            trees of another structure.
+
+    Source: Shen et al. (2024), Algorithm 1, whose second-order term it watches; the stationary
+    floor is derived at the head of this file. For every row of `blr_update`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> tx, params = blr.soba(0.5, ess=10.0, b2=0.5, weight_decay=0.0), jnp.ones(1)
+      >>> before = tx.init(params)
+      >>> updates, after = tx.update(jnp.ones(1), before, params, curvature=jnp.array([3.0]))
+      >>> (found,) = blr.diagnostics(before, after, params, b2=0.5)
+      >>> print(found.correction_of_move, found.smallest_precision)  # u = 1: a half of 1 + 1/2
+      0.33333334 25.0
+    """
+    if curvature is not None and b2 is None:
+        raise ValueError(
+            "diagnostics: curvature= needs b2=, the decay of the precision, beside it."
+        )
+    if b2 is not None:
+        check_unit_interval("b2", b2)
+    if bound is not None:
+        check_positive("bound", bound)
+    states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
+    if [state.rule for state in states[0]] != [state.rule for state in states[1]]:
+        raise ValueError(
+            "diagnostics: before and after hold different posteriors; pass the states that one "
+            "update got and returned."
+        )
+    numbers = curvature, b2, bound, draws, weight_decay
+    parts = covered(states[1], params, "diagnostics")
+    return tuple(
+        _one(old, new, part, updates, *numbers)
+        for old, new, part in zip(*states, parts, strict=True)
+    )
+
+
+def _one(
+    old: Any,
+    new: Any,
+    part: Any,
+    updates: Any,
+    curvature: Any,
+    b2: Any,
+    bound: Any,
+    draws: Any,
+    weight_decay: Any,
+) -> Diagnostics:
+    """The diagnostics of one posterior state."""
+    q = new.rule.posterior(new, part)
+    # Not q.variance, which refuses an improper posterior: that is what a diagnostic must show.
+    variances = jax.tree.leaves(q.family.variance(q.natural))
+    smallest = functools.reduce(jnp.minimum, [jnp.min(1.0 / v) for v in variances])
+    ess = getattr(new, "ess", None)
+    return Diagnostics(
+        *new.rule.corrections(old, new, b2, curvature, weight_decay),
+        clipped=_clipped(part, updates, bound),
+        smallest_precision=smallest,
+        smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),
+        signal_to_noise=_signal_to_noise(part, getattr(old, "precision", None), draws),
+        retracted=getattr(new, "retracted", None),
+        skipped=getattr(new, "skipped", None),
+    )

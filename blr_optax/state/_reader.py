@@ -1,0 +1,154 @@
+"""How a posterior is found inside any optimizer state, and what may be asked of it.
+
+A state that carries a posterior is a NamedTuple with a field `rule`: a small static object with the
+protocol below. Chains, masks, partitions and wrappers keep it where they keep the state, so it is
+searched for by what it is, never by position or class name. Everything that a rule returns is a
+tree like the part of the parameters that its state knows, with `MaskedNode` elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+    from blr_optax._distribution import Posterior
+
+NO_POSTERIOR = (
+    "{who}: the optimizer state carries no posterior. Pass the state of one of this library's "
+    "transformations (ivon, adam, blr_update, ...), also inside chain, masked or partition."
+)
+
+
+class Rule:
+    """Base of the rule objects; a rule without noise is a point: it samples the parameters."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Rules ride in states as static pytree nodes."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+    def __eq__(self, other: object) -> bool:
+        """Rules without choices of their own are equal by type; those with are dataclasses."""
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        """Of the type."""
+        return hash(type(self))
+
+    evaluates_loss = False  # whether the transformation evaluates the loss itself
+    by_example = False  # whether its curvature is that of single examples, see `per_example`
+    adversarial = False  # whether it takes a second gradient, at `adversary`
+    noise_axes = 0  # leading axes of noise and statistic, for more than one draw per weight
+
+    def part(self, state: Any, params: Any) -> Any:
+        """The leaves of params that the state knows, `MaskedNode` elsewhere."""
+        return params
+
+    def noise(self, state: Any, key: Array) -> Any:
+        """Standard normals for one draw, or None for a point."""
+        return None
+
+    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+        """The weights at which the loss is looked at."""
+        return params
+
+    def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
+        """Curvature per example from a gradient at `weights`, or None."""
+        return None
+
+    def adversary(self, state: Any, params: Any, grads: Any) -> Any:
+        """The weights of the second gradient, from the gradient at `weights`."""
+        raise NotImplementedError
+
+    def statistic(self, state: Any, params: Any, weights: Any, grads: Any, noise: Any) -> Any:
+        """What `estimate` averages for `update`: the curvature, but where it needs the noise."""
+        return self.curvature(state, params, weights, grads)
+
+    def corrections(
+        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+    ) -> tuple[Array | None, Array | None]:
+        """Shares of a second-order term in a step of the precision and in the precision itself."""
+        return None, None
+
+    def posterior(self, state: Any, params: Any) -> Posterior:
+        """q, over the leaves that the state knows."""
+        raise NotImplementedError
+
+
+def carries_posterior(node: Any) -> bool:
+    """Whether a node of a state is one that carries a posterior."""
+    return isinstance(getattr(node, "rule", None), Rule)
+
+
+def posterior_states(opt_state: Any, who: str) -> list[Any]:
+    """All states in `opt_state` that carry a posterior.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=carries_posterior)
+    found = [node for node in nodes if carries_posterior(node)]
+    if not found:
+        raise ValueError(NO_POSTERIOR.format(who=who))
+    return found
+
+
+def refuse_one_gradient(rule: Rule, curvature: Any) -> None:
+    """Raises ValueError when an update of two gradients gets no sign that there were two."""
+    if rule.adversarial and curvature is None:
+        raise ValueError(
+            "sam, bsam: a step takes two gradients, the second at the adversary of the first. Take "
+            "both from est = blr.estimate(loss, opt_state, params, *batch), then "
+            "tx.update(est.grad, opt_state, params, curvature=est.curvature)."
+        )
+
+
+def check_transformation(who: str, tx: Any) -> None:
+    """Raises ValueError for what is no transformation, such as `optax.adam` without a rate."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"{who}: the inner optimizer must be a transformation such as optax.adam(1e-3); got "
+            f"{tx!r}."
+        )
+
+
+def refuse_own_weights(state: Any, who: str) -> None:
+    """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
+    rules = [x.rule for x in jax.tree.leaves(state, is_leaf=carries_posterior)
+             if carries_posterior(x) and (hasattr(x, "key") or x.rule.adversarial)]  # fmt: skip
+    if rules:
+        raise ValueError(
+            f"{who}: the inner optimizer ({type(rules[0]).__name__}) samples its weights or moves "
+            "them itself; give one that looks at its parameters, such as blr.sgd, blr.adam or one "
+            "of optax."
+        )
+
+
+def refuse_multi_steps(opt_state: Any, who: str) -> None:
+    """Raises ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
+
+    def is_multi(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    if any(is_multi(node) for node in jax.tree.leaves(opt_state, is_leaf=is_multi)):
+        raise ValueError(
+            f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of "
+            "the last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead; "
+            "or, but for sam, bsam, vogn and ogn, take the gradient at sample(opt_state, params) "
+            "without an estimate."
+        )
+
+
+def map_posterior_states(f: Callable[[Any], Any], opt_state: Any) -> Any:
+    """`opt_state` with f applied to every state that carries a posterior."""
+    return jax.tree.map(
+        lambda node: f(node) if carries_posterior(node) else node,
+        opt_state,
+        is_leaf=carries_posterior,
+    )

@@ -1,0 +1,220 @@
+"""Reading any optimizer state: this step's weights, the posterior, and a fresh key.
+
+Several posteriors over disjoint leaves (`optax.partition`) are merged leaf by leaf, each by its own
+rule. Two over one leaf are an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax._distribution import Posterior
+from blr_optax._random import canonical_key, step_key
+from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated, SideBySide
+from blr_optax.families._noise_law import Moved
+from blr_optax.families._units import UnitMixture
+from blr_optax.state._reader import map_posterior_states, posterior_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+def covered(states: list[Any], params: Any, who: str) -> list[Any]:
+    """For every state, the part of params that it knows (`MaskedNode` elsewhere).
+
+    Raises:
+        ValueError: when two states know the same leaf.
+    """
+    parts, seen = [], set()
+    for state in states:
+        part = state.rule.part(state, params)
+        twice = seen & (known := _tree.paths(part))
+        if twice:
+            raise ValueError(
+                f"{who}: two posteriors over one leaf, {sorted(twice)[0] or 'params'}. Chain "
+                "at most one transformation that carries a posterior over each parameter."
+            )
+        seen |= known
+        parts.append(part)
+    return parts
+
+
+def draw(states: list[Any], parts: list[Any], params: Any, noises: list[Any]) -> Any:
+    """The weights at which the loss is looked at, given each state's noise (None: a point)."""
+    drawn = [
+        state.rule.weights(state, part, noise)
+        for state, part, noise in zip(states, parts, noises, strict=True)
+    ]
+    return _tree.merge_by_path(params, *drawn)
+
+
+def sample(opt_state: Any, params: Any) -> Any:
+    """This step's weights, at which the gradient is to be taken.
+
+    theta = m + sigma eps, eps a function of the state's key, the step and the leaf's path, so the
+    same call within one step gives the same weights and nothing is stored. An optimizer that looks
+    at its parameters (SGD, Adam, Newton) returns params.
+
+    Args:
+        opt_state: the state of any chain, mask, partition or wrapper with a posterior inside.
+        params: the parameters, the posterior's mean.
+
+    Returns:
+        A tree like params, in its dtypes.
+
+    Raises:
+        ValueError: when the state carries no posterior, or two over one leaf.
+
+    Source: Shen et al. (2024), Algorithm 1, line 1. For every row of `blr_update`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params = jnp.zeros(3)
+      >>> state = blr.ivon(0.1, ess=1e12).init(params)
+      >>> print(jnp.abs(blr.sample(state, params)).max() < 1e-5)
+      True
+    """
+    states = posterior_states(opt_state, "sample")
+    parts = covered(states, params, "sample")
+    noises = [noise_of(state) for state in states]
+    return draw(states, parts, params, noises)
+
+
+def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
+    """The noise of one draw of this step; None for a point. `fold` separates devices."""
+    if not hasattr(state, "key"):
+        return None
+    key = step_key(state.key, state.count, index)
+    return state.rule.noise(state, key if fold is None else jax.random.fold_in(key, fold))
+
+
+def posterior(opt_state: Any, params: Any) -> Posterior:
+    """The posterior that an optimizer state carries, as a value.
+
+    Args:
+        opt_state: the state of any chain, mask, partition or wrapper with a posterior inside.
+        params: the parameters, the posterior's mean.
+
+    Returns:
+        A `Posterior` over a tree like params. Leaves without one are the points that params has
+        there (family `Pinned`); parts of different families stand side by side (`SideBySide`).
+
+    Raises:
+        ValueError: when the state carries no posterior, or two over one leaf.
+
+    Source: Khan and Rue (2023), Table 1. For every row of `blr_update`.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> params = {"w": jnp.ones(2)}
+      >>> q = blr.posterior(
+      ...     blr.ivon(0.1, ess=50.0, hess_init=2.0, weight_decay=0.0).init(params), params
+      ... )
+      >>> print(q.mean["w"], q.variance["w"])
+      [1. 1.] [0.01 0.01]
+    """
+    states = posterior_states(opt_state, "posterior")
+    parts = covered(states, params, "posterior")
+    found = [
+        (_tree.paths(part), state.rule.posterior(state, part))
+        for state, part in zip(states, parts, strict=True)
+    ]
+    known, everything = set().union(*(paths for paths, _ in found)), _tree.paths(params)
+    if len(found) == 1 and known == everything:
+        return found[0][1]
+    q = _together(params, [one for one in found if one[0]] or found[:1])
+    if known == everything:
+        return q
+    points = _tree.mask_to(params, everything - known)
+    return Posterior(Pinned(q.family), PinnedNatural(q.natural, points))
+
+
+def _kind(family: Any) -> Any:
+    """What posteriors have in common that are one, leaf by leaf; None for joint ones."""
+    if family in (MeanField(Normal()), Rotated()):
+        return Rotated
+    if isinstance(family, UnitMixture):
+        return UnitMixture
+    return family if isinstance(family, (MeanField, Moved)) else None
+
+
+def _together(params: Any, found: list[tuple[set[str], Posterior]]) -> Posterior:
+    """One posterior of several with the leaves that they are over: alike merged, others abreast."""
+    groups: dict[Any, list] = {}
+    for number, (paths, q) in enumerate(found):
+        kind = _kind(q.family)
+        groups.setdefault(number if kind is None else kind, []).append((paths, q))
+    merged = []
+    for kind, group in groups.items():
+        paths, qs = set().union(*(paths for paths, _ in group)), [q for _, q in group]
+        alone = isinstance(kind, int)
+        merged.append((min(paths), qs[0] if alone else _alike(_tree.mask_to(params, paths), qs)))
+    abreast = [q for _, q in sorted(merged, key=lambda one: one[0])]
+    if len(abreast) == 1:
+        return abreast[0]
+    family = SideBySide(tuple(q.family for q in abreast))
+    return Posterior(family, family.natural(*(q.natural for q in abreast)))
+
+
+def _alike(masked: Any, found: list[Posterior]) -> Posterior:
+    """One posterior over the leaves of `masked`, of posteriors of one kind over parts of them."""
+    families = {q.family for q in found}
+    family = found[0].family if len(families) == 1 else Rotated()
+    if isinstance(found[0].family, UnitMixture):
+        family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
+    naturals = [q.natural for q in found]
+    if family == Rotated():
+        naturals = [
+            q.natural
+            if q.family == family
+            else family.natural(mean=q.mean, precision=q.family.precision(q.natural), bases={})
+            for q in found
+        ]
+        bases = {path: basis for lam in naturals for path, basis in lam.bases.items()}
+    kind = type(naturals[0])
+    fields = {
+        name: _tree.merge_by_path(masked, *(getattr(lam, name) for lam in naturals))
+        for name in kind._fields
+        if name != "bases"
+    }
+    natural = kind(**fields, **({"bases": bases} if family == Rotated() else {}))
+    return Posterior(family, natural)
+
+
+def reseed(opt_state: Any, key: Array) -> Any:
+    """The same state with another key, so that an ensemble's members draw different noise.
+
+    `jax.vmap(tx.init)` gives every member one key; with a stacked state the new key is split over
+    the leading axes of the old.
+
+    Args:
+        opt_state: a state with a posterior inside.
+        key: typed key or integer seed.
+
+    Raises:
+        ValueError: when the state carries no posterior.
+
+    Source: the line "Keys" of the contract (docs/contract.md). For every row of `blr_update`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> state = jax.vmap(blr.ivon(0.1, ess=10.0).init)(jnp.zeros((4, 2)))
+      >>> state = blr.reseed(state, jax.random.key(1))
+      >>> theta = jax.vmap(blr.sample)(state, jnp.zeros((4, 2)))
+      >>> print(len(set(theta[:, 0].tolist())))
+      4
+    """
+    posterior_states(opt_state, "reseed")
+    key = canonical_key(key)
+
+    def renew(state: Any) -> Any:
+        if not hasattr(state, "key"):
+            return state
+        shape = jnp.shape(state.key)
+        return state._replace(key=jax.random.split(key, shape) if shape else jax.random.clone(key))
+
+    return map_posterior_states(renew, opt_state)
