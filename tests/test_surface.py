@@ -113,8 +113,10 @@ def test_public_names_have_docstrings_and_functions_have_doctests():
 
 
 def test_files_can_be_read_in_one_go():
-    lines = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in SOURCES}
-    assert not {path: count for path, count in lines.items() if count > 400}
+    """Aim at 100 to 300 lines; the docstring of a file above 500 says why."""
+    texts = {str(path.relative_to(PACKAGE)): path.read_text() for path in SOURCES}
+    long = {path for path, text in texts.items() if len(text.splitlines()) > 500}
+    assert not {path for path in long if "Above 500 lines" not in texts[path]}
 
 
 def part_of(parts: tuple[str, ...]) -> str:

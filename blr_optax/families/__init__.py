@@ -16,15 +16,13 @@ from blr_optax.families._conditional.student_t import StudentT
 from blr_optax.families._continuous.dirichlet import Beta, Dirichlet
 from blr_optax.families._continuous.gamma import Exponential, Gamma, InverseGamma
 from blr_optax.families._continuous.gaussian import (
-    Gaussian,
-    GaussianExpectation,
-    GaussianNatural,
-    Normal,
-)
-from blr_optax.families._continuous.gaussian_fixed import (
     FixedExpectation,
     FixedNatural,
+    Gaussian,
+    GaussianExpectation,
     GaussianFixed,
+    GaussianNatural,
+    Normal,
 )
 from blr_optax.families._continuous.inverse_gaussian import InverseGaussian
 from blr_optax.families._continuous.joint import MeanPrecision, MeanVariance
@@ -38,9 +36,13 @@ from blr_optax.families._discrete.multinomial import Multinomial
 from blr_optax.families._lifts.leafwise import Leafwise, LeafwiseNatural
 from blr_optax.families._lifts.mean_field import MeanField
 from blr_optax.families._lifts.product import Product, ProductExpectation, ProductNatural
-from blr_optax.families._lifts.raveled import Pinned, PinnedNatural, Raveled
-from blr_optax.families._lifts.raveled_conditional import RaveledConditional
-from blr_optax.families._lifts.side_by_side import SideBySide, SideBySideNatural
+from blr_optax.families._lifts.raveled import Raveled, RaveledConditional
+from blr_optax.families._lifts.side_by_side import (
+    Pinned,
+    PinnedNatural,
+    SideBySide,
+    SideBySideNatural,
+)
 from blr_optax.families._matrix.inverse_wishart import InverseWishart
 from blr_optax.families._matrix.normal_wishart import NormalWishart
 from blr_optax.families._matrix.wishart import Wishart

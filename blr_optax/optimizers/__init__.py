@@ -6,8 +6,7 @@ from blr_optax.optimizers.dropout import dropout
 from blr_optax.optimizers.evon import evon, whiten
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.ivon_lora import ivon_lora, signal_to_noise
-from blr_optax.optimizers.lie_group import lie_additive, lie_affine
-from blr_optax.optimizers.lie_multiplicative import lie_multiplicative
+from blr_optax.optimizers.lie_group import lie_additive, lie_affine, lie_multiplicative
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
 from blr_optax.optimizers.mixture_newton import mixture_newton, multimodal
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton

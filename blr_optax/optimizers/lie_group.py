@@ -14,43 +14,244 @@
                      M-     <-  ema( E[-g- n- g] - T )
                      g      <-  g exp(-a M)
 
-Kiral, Moellenhoff and Khan (2023), Algorithms 1 to 3; the last is `lie_multiplicative`. T stands
+Kiral, Moellenhoff and Khan (2023), Algorithms 1 to 3; the last for signed weights, with two
+positive gains and two draws per weight. T stands
 there because the entropy of a moved noise grows by d log A (d log g). Exponentials stay positive
 for whatever a sample says, with no second-order correction. The noise is a function of key, step
 and path: a new draw at each step.
+
+The statistic that `update` takes as curvature is the product of a displacement and the gradient
+there, A s n g, averaged as such. The objective of the last is E[l] - T H of the pair (g+ n+,
+g- n-), and E[+-g n grad] is its first term's exact slope in log g. Above 500 lines since the three
+groups share their checks, their noise and their averages.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from blr_optax._validate import at, check_positive
-from blr_optax.families._noise_law import as_law
-from blr_optax.optimizers._lie_rules import (
-    LARGEST_EXPONENT,
-    AdditiveRule,
-    AffineRule,
-    LieAdditiveState,
-    LieAffineState,
-    average_of,
-    check,
-    evidence,
-    moved,
-    number,
-    spread_decay,
-    start,
-    zeros,
+from blr_optax import _tree
+from blr_optax._distribution import Posterior
+from blr_optax._random import canonical_key, check_generator, standard_normal, step_key
+from blr_optax._validate import (
+    at,
+    check_positive,
+    check_unit_interval,
+    squares_finite,
+    zero_unless,
 )
+from blr_optax.families import MeanField, Normal
+from blr_optax.families._noise_law import SYMMETRIC, Law, LocationScale, SignedScale, as_law
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
 from blr_optax.rule._precision import filled
+from blr_optax.state import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+
+# Bounds of the group element and of the logarithm of one step: products with float32 stay finite.
+SMALLEST, LARGEST = 1e-7, 1e7
+LARGEST_EXPONENT = 20.0
+
+
+class LieAdditiveState(NamedTuple):
+    """State of `lie_additive`: that of SGD with momentum.
+
+    Attributes:
+        count: steps made, skipped ones too (int32).
+        key: typed key, constant; the draw of step t is a function of (key, t, path).
+        rule: static, how samples and the posterior are read.
+        noise_scale: s of the coming step.
+        momentum: state of the gradients' average, float32 or wider.
+        skipped: steps skipped because something was not finite (int32).
+    """
+
+    count: Array
+    key: Array
+    rule: AdditiveRule
+    noise_scale: Array
+    momentum: Any
+    skipped: Array
+
+
+class LieAffineState(NamedTuple):
+    """State of `lie_affine`.
+
+    Attributes:
+        count, key, rule, skipped: as in `LieAdditiveState`.
+        noise_scale: s, constant.
+        ess: effective sample size of the coming step.
+        spread: A, a tree like the parameters, float32 or wider.
+        scale_momentum: state of the average U.
+        mean_momentum: state of the average V.
+    """
+
+    count: Array
+    key: Array
+    rule: AffineRule
+    noise_scale: Array
+    ess: Array
+    spread: Any
+    scale_momentum: Any
+    mean_momentum: Any
+    skipped: Array
+
+
+def wide(like: Any, tree: Any) -> Any:
+    """A tree in the dtypes of another: those of the statistics."""
+    return jax.tree.map(lambda p, x: x.astype(p.dtype), like, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveRule(Rule):
+    """theta = m + s n: how a `LieAdditiveState` is read.
+
+    Attributes:
+        law: of the noise.
+        generator: of the standard normals that the noise is made of.
+    """
+
+    law: Law
+    generator: str
+
+    def like(self, state: Any) -> Any:
+        """A tree over the leaves that the state knows, in the dtypes of its statistics."""
+        return state.momentum.ema
+
+    def scale(self, state: Any) -> Any:
+        """What stands in front of n."""
+        return jax.tree.map(
+            lambda x: jnp.zeros_like(x) + state.noise_scale.astype(x.dtype), self.like(state)
+        )
+
+    def part(self, state: Any, params: Any) -> Any:
+        """The leaves of params that the state knows."""
+        return _tree.matching_leaves(params, self.like(state), "params")
+
+    def noise(self, state: Any, key: Array) -> Any:
+        """One standard normal number per weight, which the law makes its noise of."""
+        return standard_normal(key, self.like(state), self.generator)
+
+    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+        """Formed in float32 or wider, in the weights' own dtype."""
+
+        def draw(s: Array, z: Array, m: Array) -> Array:
+            return (m.astype(s.dtype) + s * self.law.of_normal(z)).astype(m.dtype)
+
+        return jax.tree.map(draw, self.scale(state), noise, params)
+
+    def posterior(self, state: Any, params: Any) -> Posterior:
+        """The law of theta: a normal where the noise is, else a location-scale family."""
+        mean, scale = wide(self.like(state), params), self.scale(state)
+        if self.law == SYMMETRIC["gaussian"]:
+            family = MeanField(Normal())
+            precision = jax.tree.map(lambda s: 1.0 / (s * s), scale)
+            return Posterior(family, family.from_mean(mean, precision))
+        family = LocationScale(self.law)
+        mean = jax.tree.map(jnp.copy, mean)  # a posterior outlives donated parameters
+        return Posterior(family, family.natural(location=mean, scale=scale))
+
+
+class AffineRule(AdditiveRule):
+    """theta = m + A s n: how a `LieAffineState` is read."""
+
+    def like(self, state: LieAffineState) -> Any:
+        """A tree like the leaves that the state knows."""
+        return state.spread
+
+    def scale(self, state: LieAffineState) -> Any:
+        """A s, the scale of the noise."""
+        return jax.tree.map(lambda a: a * state.noise_scale.astype(a.dtype), state.spread)
+
+    def curvature(self, state: LieAffineState, params: Any, weights: Any, grads: Any) -> Any:
+        """A s n g from the displacement actually made; for normal noise of mean (A s)^2 E[hess]."""
+        params, weights, grads = (wide(state.spread, x) for x in (params, weights, grads))
+        return jax.tree.map(lambda m, w, g: (w - m) * g, params, weights, grads)
+
+
+# What the updates share.
+
+
+def evidence(
+    who: str, like: Any, updates: Any, state: Any, params: Any, curvature: Any, needed: bool = True
+) -> tuple[Array, Any, Any]:
+    """(whether all is finite, gradients, statistic), the last two zero where it is not."""
+    if params is None:
+        raise ValueError(f"{who}: update needs params, update(grads, state, params).")
+    grads = wide(like, _tree.matching_leaves(updates, like, "grads"))
+    axes = state.rule.noise_axes
+    if needed and curvature is not None:
+        curvature = wide(like, _tree.matching_leaves(curvature, like, "curvature", leading=axes))
+        if axes:
+            jax.tree.map(lambda c: check_pair("curvature", c), curvature)
+    else:
+        curvature = None
+    finite = squares_finite(grads, curvature)
+    grads, curvature = zero_unless(finite, (grads, curvature))
+    if needed and curvature is None:
+        noise = state.rule.noise(state, step_key(state.key, state.count))
+        weights = state.rule.weights(state, params, noise)
+        curvature = state.rule.statistic(state, params, weights, grads, noise)
+    return finite, grads, curvature
+
+
+def check_pair(name: str, leaf: Array) -> None:
+    """Raises ValueError unless the first axis has one entry for g+ and one for g-."""
+    if leaf.shape[0] != 2:
+        raise ValueError(
+            f"lie_multiplicative: {name} needs a first axis of two, for g+ and g-, after any of "
+            f"samples; a leaf has shape {leaf.shape}."
+        )
+
+
+def start(who: str, params: Any, key: Any) -> tuple[Array, Array]:
+    """Step zero and a typed key."""
+    _tree.check_float_leaves(params, who)
+    return jnp.zeros((), jnp.int32), canonical_key(key)
+
+
+def number(hyper: Any, count: Array) -> Array:
+    """A hyper-parameter at a step, as a new array."""
+    return jnp.array(at(hyper, count), jnp.result_type(float))
+
+
+def _zeros(params: Any) -> Any:
+    """Zeros like the parameters, in float32 or wider."""
+    return jax.tree.map(lambda m: filled(m, 0.0), params)
+
+
+def _spread_decay(weight_decay: Any, like: Any, count: Array) -> Any:
+    """The weight decay of this step, one number per leaf."""
+    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
+    return jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), like, decay)
+
+
+def average_of(decay: Any, inputs: Any, state: Any, finite: Array) -> tuple[Any, Any]:
+    """optax's average without debiasing; in a skipped step its inputs are zero and it decays."""
+    gated = jax.tree.map(lambda x: x * finite.astype(x.dtype), inputs)
+    return optax.ema(decay, debias=False).update(gated, state)
+
+
+def moved(a: Array, exponent: Array) -> Array:
+    """a exp(exponent), positive and finite for any exponent."""
+    bounded = jnp.clip(exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return jnp.clip(a * jnp.exp(bounded), SMALLEST, LARGEST)
+
+
+def _check(learning_rate: Any, weight_decay: Any, generator: str, key: Any, **decays: Any) -> None:
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_positive("weight_decay", weight_decay, zero=True)
+    check_generator(generator)
+    canonical_key(key)
+    for name, decay in decays.items():
+        check_unit_interval(name, decay)
 
 
 def lie_additive(
@@ -97,13 +298,13 @@ def lie_additive(
       >>> print(updates, blr.posterior(state, params).variance)
       [-0.5 -0.5] [0.01 0.01]
     """
-    check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    _check(learning_rate, weight_decay, generator, key, momentum=momentum)
     check_positive("noise_scale", noise_scale, scalar=True)
     rule = AdditiveRule(as_law(noise), generator)
 
     def init_fn(params: Any) -> LieAdditiveState:
         count, first_key = start("lie_additive", params, key)
-        average = optax.ema(momentum, debias=False).init(zeros(params))
+        average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
         return LieAdditiveState(
             count, first_key, rule, number(noise_scale, count), average, skipped
@@ -114,7 +315,7 @@ def lie_additive(
     ) -> tuple[Any, LieAdditiveState]:
         like = state.momentum.ema
         finite, grads, _ = evidence("lie_additive", like, updates, state, params, None, False)
-        decay = spread_decay(weight_decay, like, state.count)
+        decay = _spread_decay(weight_decay, like, state.count)
         grads = jax.tree.map(lambda g, d, m: g + d * m.astype(g.dtype), grads, decay, params)
         averaged, average = average_of(momentum, grads, state.momentum, finite)
         out = jax.tree.map(
@@ -195,7 +396,7 @@ def lie_affine(
       >>> print(blr.posterior(state, params).variance.round(4))  # 1 / (50 * 4)
       [0.005]
     """
-    check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
+    _check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
     check_positive("ess", ess, scalar=True)
     check_positive("scale_rate", scale_rate, zero=True, scalar=True)
     if callable(noise_scale):
@@ -214,8 +415,8 @@ def lie_affine(
             number(noise_scale, count),
             number(ess, count),
             jax.tree.map(lambda m: filled(m, 1.0), params),
-            optax.ema(b2, debias=False).init(zeros(params)),
-            optax.ema(b1, debias=False).init(zeros(params)),
+            optax.ema(b2, debias=False).init(_zeros(params)),
+            optax.ema(b1, debias=False).init(_zeros(params)),
             jnp.zeros((), jnp.int32),
         )
 
@@ -230,7 +431,7 @@ def lie_affine(
         finite, grads, products = evidence(
             "lie_affine", state.spread, updates, state, params, curvature
         )
-        decay = spread_decay(weight_decay, state.spread, state.count)
+        decay = _spread_decay(weight_decay, state.spread, state.count)
 
         def turn(a: Array, c: Array, d: Array) -> Array:
             scale = a * state.noise_scale.astype(a.dtype)
@@ -264,6 +465,209 @@ def lie_affine(
             spread=jax.tree.map(widen, state.spread, turns),
             scale_momentum=scale_momentum,
             mean_momentum=mean_momentum,
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class LieMultiplicativeState(NamedTuple):
+    """State of `lie_multiplicative`.
+
+    Attributes:
+        count, key, rule, skipped: as in `LieAdditiveState`.
+        ess: effective sample size of the coming step.
+        plus: g+, a tree like the parameters, float32 or wider.
+        minus: g-, likewise.
+        momentum: state of the average of (M+, M-).
+    """
+
+    count: Array
+    key: Array
+    rule: MultiplicativeRule
+    ess: Array
+    plus: Any
+    minus: Any
+    momentum: Any
+    skipped: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiplicativeRule(Rule):
+    """theta = g+ n+ - g- n-: how a `LieMultiplicativeState` is read.
+
+    Attributes:
+        law: of the noise.
+        generator: of the standard normals that the noise is made of.
+    """
+
+    law: Law
+    generator: str
+    noise_axes = 1  # the first axis is (plus, minus)
+
+    def part(self, state: LieMultiplicativeState, params: Any) -> Any:  # noqa: D102
+        return _tree.matching_leaves(params, state.plus, "params")
+
+    def noise(self, state: LieMultiplicativeState, key: Array) -> Any:
+        """Two standard normals per weight, on a first axis."""
+        pairs = jax.tree.map(lambda g: jax.ShapeDtypeStruct((2, *g.shape), g.dtype), state.plus)
+        return standard_normal(key, pairs, self.generator)
+
+    def weights(self, state: LieMultiplicativeState, params: Any, noise: Any) -> Any:
+        """Of the state alone: the parameters are its rounded mean."""
+
+        def draw(plus: Array, minus: Array, z: Array, m: Array) -> Array:
+            check_pair("noise", z)
+            n = self.law.of_normal(z)
+            return (plus * n[0] - minus * n[1]).astype(m.dtype)
+
+        return jax.tree.map(draw, state.plus, state.minus, noise, params)
+
+    def statistic(
+        self, state: LieMultiplicativeState, params: Any, weights: Any, grads: Any, noise: Any
+    ) -> Any:
+        """(g+ n+ g, -g- n- g) on a first axis: the weight alone does not tell n+ from n-."""
+
+        def pair(plus: Array, minus: Array, g: Array, z: Array) -> Array:
+            n = self.law.of_normal(z)
+            return jnp.stack([plus * n[0] * g, -minus * n[1] * g])
+
+        return jax.tree.map(pair, state.plus, state.minus, wide(state.plus, grads), noise)
+
+    def posterior(self, state: LieMultiplicativeState, params: Any) -> Posterior:
+        """The law of g+ n+ - g- n-."""
+        family = SignedScale(self.law)
+        copies = jax.tree.map(jnp.copy, (state.plus, state.minus))
+        return Posterior(family, family.natural(plus=copies[0], minus=copies[1]))
+
+
+def lie_multiplicative(
+    learning_rate: float | Array | Callable,
+    ess: float | Array | Callable,
+    *,
+    noise: str | Callable = "rayleigh",
+    init_offset: Any = 0.01,
+    momentum: Any = 0.9,
+    weight_decay: Any = WEIGHT_DECAY,
+    key: Any = 0,
+    generator: str = "hash",
+) -> optax.GradientTransformationExtraArgs:
+    """The multiplicative Lie-group rule: two positive gains per weight, which may change its sign.
+
+    theta = g+ n+ - g- n-;  M <- b M + (1 - b)( E[(g+ n+ g, -g- n- g)] - 1 / ess );
+    g <- g exp(-a M);  params = (g+ - g-) E[n];  q is the law of g+ n+ - g- n-.
+
+    The gains are in the state, and the parameters follow them: it stands last in a chain. Take the
+    gradient at `sample(opt_state, params)`, or both from `estimate`, whose `curvature` has a first
+    axis of two (its `noise` a second one). `posterior` draws and has moments, but no density.
+
+    Args:
+        learning_rate: a, a number or schedule; relative, of the order of 1 / |theta grad|.
+        ess: effective sample size, the number of examples the mean loss stands for (the entropy's
+            temperature is 1 / ess); may be a schedule.
+        noise: "rayleigh", "log_normal" (exp(z / 2)), or a function that makes positive draws of
+            standard normals, elementwise.
+        init_offset: positive; the gains start at max(+-params, 0) / E[n] + init_offset. A number or
+            prefix tree.
+        momentum: b, decay of the average M, not debiased.
+        weight_decay: d, per example, of a prior N(0, 1 / (ess d)); enters exactly, not by samples.
+            A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
+            depend on grows without bound.
+        key: typed key or integer seed.
+        generator: "hash" (fast) or "threefry", of the standard normals.
+
+    Raises:
+        ValueError: as `lie_additive`.
+
+    Source: Kiral, Moellenhoff and Khan (2023), Algorithm 2. For a positive weight with Rayleigh
+    noise the special case of `blr_update` with family "weibull" of shape 2 to first order in
+    rho, when b = 0 and learning_rate = rho ess / 4.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, blr_optax as blr
+      >>> params, tx = jnp.array([0.5]), blr.lie_multiplicative(0.1, 100.0, init_offset=0.1)
+      >>> state = tx.init(params)
+      >>> for _ in range(300):
+      ...     grads = jax.grad(lambda w: jnp.sum((w + 1.0) ** 2))(blr.sample(state, params))
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(params[0] < -0.3))  # the sign has changed
+      True
+    """
+    _check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    check_positive("ess", ess, scalar=True)
+    check_positive("init_offset", init_offset)
+    law = as_law(noise, positive=True)
+    rule = MultiplicativeRule(law, generator)
+
+    def init_fn(params: Any) -> LieMultiplicativeState:
+        count, first_key = start("lie_multiplicative", params, key)
+        offset = _tree.prefix_leaves(init_offset, params, "init_offset")
+
+        def gain(sign: float) -> Any:
+            def leaf(m: Any, x: Any) -> Array:
+                # Shapes alone, into which a checkpoint is restored, stand for zeros.
+                m = filled(m, 0.0 if isinstance(m, jax.ShapeDtypeStruct) else m)
+                return filled(m, jnp.maximum(sign * m, 0.0) / law.mean + x)
+
+            return jax.tree.map(leaf, params, offset)
+
+        return LieMultiplicativeState(
+            count,
+            first_key,
+            rule,
+            number(ess, count),
+            gain(1.0),
+            gain(-1.0),
+            optax.ema(momentum, debias=False).init((_zeros(params), _zeros(params))),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: LieMultiplicativeState,
+        params: Any = None,
+        *,
+        curvature: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, LieMultiplicativeState]:
+        finite, _, products = evidence(
+            "lie_multiplicative", state.plus, updates, state, params, curvature
+        )
+        decay = _spread_decay(weight_decay, state.plus, state.count)
+
+        def turn(side: int) -> Callable:
+            def leaf(own: Array, other: Array, c: Array, d: Array) -> Array:
+                pull = own * (law.square * own - law.mean**2 * other)  # E[+-g n theta]
+                return c[side] + d * pull - 1.0 / state.ess.astype(own.dtype)
+
+            return leaf
+
+        turns = (
+            jax.tree.map(turn(0), state.plus, state.minus, products, decay),
+            jax.tree.map(turn(1), state.minus, state.plus, products, decay),
+        )
+        turns, average = average_of(momentum, turns, state.momentum, finite)
+        rate = at(learning_rate, state.count)
+
+        def widen(g: Array, x: Array) -> Array:
+            return moved(g, -finite.astype(g.dtype) * jnp.asarray(rate, g.dtype) * x)
+
+        plus = jax.tree.map(widen, state.plus, turns[0])
+        minus = jax.tree.map(widen, state.minus, turns[1])
+
+        def follow(new: Array, less: Array, m: Array) -> Array:
+            # To the new mean from the parameters as they are, so that rounding does not add up.
+            gap = law.mean * (new - less) - m.astype(new.dtype)
+            return jnp.where(finite, gap, 0.0).astype(m.dtype)
+
+        count = optax.safe_increment(state.count)
+        return jax.tree.map(follow, plus, minus, params), state._replace(
+            count=count,
+            ess=number(ess, count),
+            plus=plus,
+            minus=minus,
+            momentum=average,
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 

@@ -2,8 +2,7 @@
 
 from blr_optax.rule._blr_update import BlrUpdateState, blr_update
 from blr_optax.rule._natural_step import natural_step
-from blr_optax.rule._precision import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._prior import EmpiricalPrior
+from blr_optax.rule._precision import EmpiricalPrior, ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._with_posterior import PointRule, WithPosteriorState, with_posterior
 
 __all__ = [

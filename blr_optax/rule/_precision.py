@@ -11,10 +11,19 @@
 
 This is `natural_step` of the mean-field normal with the mean's rate left to the chain
 (Lin, Schmidt and Khan 2020; Shen et al. 2024, Algorithm 1).
+
+The prior d0 is a tree like the parameters, per example: weight_decay + S_0 / ess, S_0 the total
+precision of a `prior=` posterior; or, re-estimated from the posterior at every step (empirical
+Bayes), one number per leaf of P entries, sigma^2 = 1 / (ess p):
+
+    d0  =  P / ( ess sum_j (m_j^2 + sigma_j^2) )
+
+bSAM's adversary, m_a = m + r g / p, is read off the same state.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,7 +32,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import canonical_key, check_generator, step_key
+from blr_optax._random import canonical_key, check_generator, standard_normal, step_key
 from blr_optax._validate import (
     at,
     check_positive,
@@ -37,14 +46,16 @@ from blr_optax._validate import (
 )
 from blr_optax.estimators._curvature import (
     AbsoluteGradient,
+    Curvature,
     PerExampleSquares,
+    Sample,
     SquaredGradient,
     from_gradient,
 )
+from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
-from blr_optax.rule._precision_rule import PrecisionRule
-from blr_optax.rule._prior import EmpiricalPrior, filled, prior_precision, prior_trees
-from blr_optax.state._reader import refuse_one_gradient
+from blr_optax.rule._natural_step import own_part, spread
+from blr_optax.state._reader import Rule, refuse_one_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +63,176 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax.estimators._curvature import Curvature
+
+
+@dataclasses.dataclass(frozen=True)
+class EmpiricalPrior:
+    """A `weight_decay=` of `scale_by_precision` that follows the posterior, one number per leaf.
+
+    Among all zero-mean priors of one precision S_0 per leaf, KL(q || prior) is smallest at
+    S_0 = P / sum_j (m_j^2 + sigma_j^2). The rule's step then goes towards c + S_0 / ess, at its own
+    rate: a precision that took the new prior in at once would grow without bound where m = 0.
+
+    Attributes:
+        first: the weight decay from which the first precision is made.
+    """
+
+    first: float = 0.0
+
+    def __call__(self, count: Any) -> float:
+        """Before there is a posterior: a constant schedule."""
+        return self.first
+
+    def of(self, params: Any, precision: Any, ess: Any) -> Any:
+        """d0 for every leaf, a tree of numbers."""
+
+        def leaf(m: Array, p: Array) -> Array:
+            size = jnp.asarray(ess, p.dtype)
+            second_moment = jnp.sum(size * jnp.square(m.astype(p.dtype)) + 1.0 / p)
+            return p.size / second_moment
+
+        return jax.tree.map(leaf, params, precision)
+
+
+def filled(m: Any, x: Any) -> Array:
+    """x in the shape and sharding of a parameter, in its statistics dtype."""
+    return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
+
+
+def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
+    """The natural parameters of a mean-field Gaussian as trees like params; () for None.
+
+    One of one number holds for every parameter.
+
+    Raises:
+        ValueError: for another family or another tree structure.
+    """
+    if prior is None:
+        return ()
+    prior = own_part(spread(prior, MeanField(Normal()), params), MeanField(Normal()))
+    if not isinstance(prior, Posterior) or prior.family not in (Normal(), MeanField(Normal())):
+        found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
+        raise ValueError(
+            f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
+        )
+    fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
+    return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
+
+
+def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
+    """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
+    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
+    if prior == ():
+        return decay
+    return jax.tree.map(
+        lambda w, q: jnp.asarray(w, q.dtype) - 2.0 * q / jnp.asarray(ess, q.dtype),
+        decay,
+        prior.quadratic,
+    )
+
+
+def _relative_step(before: Array, after: Array) -> Array:
+    """The u >= -1 with after = before (1 + u + u^2 / 2), without cancellation for small u."""
+    x = jnp.maximum((after - before) / before, -0.5)
+    return 2.0 * x / (jnp.sqrt(1.0 + 2.0 * x) + 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRule(Rule):
+    """How a `ScaleByPrecisionState` is read.
+
+    Attributes:
+        kind: the curvature that a gradient gives.
+        generator: of the noise; None for the delta method, whose weights are the mean.
+        step: how the precision moves, see `scale_by_precision`.
+        radius: r, of the adversary; None for no second gradient.
+    """
+
+    kind: Curvature
+    generator: str | None
+    step: str = "improved"
+    radius: float | None = None
+
+    @property
+    def by_example(self) -> bool:
+        return isinstance(self.kind, PerExampleSquares)
+
+    @property
+    def adversarial(self) -> bool:
+        return self.radius is not None
+
+    def part(self, state: ScaleByPrecisionState, params: Any) -> Any:
+        return _tree.matching_leaves(params, state.precision, "params")
+
+    def noise(self, state: ScaleByPrecisionState, key: Array) -> Any:
+        if self.generator is None:
+            return None
+        return standard_normal(key, state.precision, self.generator)
+
+    def weights(self, state: ScaleByPrecisionState, params: Any, noise: Any) -> Any:
+        """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype."""
+        if self.generator is None:
+            return params
+
+        def draw(p: Array, eps: Array, m: Array) -> Array:
+            return (m.astype(p.dtype) + eps * jax.lax.rsqrt(state.ess.astype(p.dtype) * p)).astype(
+                m.dtype
+            )
+
+        return jax.tree.map(draw, state.precision, noise, params)
+
+    def curvature(self, state: ScaleByPrecisionState, params: Any, weights: Any, grads: Any) -> Any:
+        """Per-example curvature from the displacement actually made, which matters in bfloat16."""
+
+        def widen(p: Array, x: Array) -> Array:
+            return x.astype(p.dtype)
+
+        wide = [jax.tree.map(widen, state.precision, x) for x in (params, weights, grads)]
+        displacement = jax.tree.map(jnp.subtract, wide[1], wide[0])
+        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        return self.kind.diagonal(
+            Sample(None, wide[1], wide[2], displacement, total, state.ess, None)
+        )
+
+    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Posterior:
+        """N(params, 1 / (ess p))."""
+        family = MeanField(Normal())
+        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
+        return Posterior(family, family.from_mean(mean, total))
+
+    def corrections(
+        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+    ) -> tuple[Array | None, Array | None]:
+        """Shares of the second-order term in the move and in the precision."""
+        if self.step in ("plain", "plain_old"):
+            return jnp.zeros(()), None if b2 is None else jnp.zeros(())
+        u = jax.tree.map(_relative_step, before.precision, after.precision)
+        if curvature is not None and b2 is not None:
+            given = _tree.matching_leaves(curvature, before.precision, "curvature")
+            d0 = prior_precision(
+                weight_decay, before.prior, before.ess, before.precision, before.count
+            )
+            u = jax.tree.map(
+                lambda u, p, c, d: jnp.where((1.0 - b2) * (c + d - p) < -p, -2.0 - u, u),
+                u, before.precision, given, d0,
+            )  # fmt: skip
+        first = _tree.total(lambda p, u: jnp.sum(p * jnp.abs(u)), before.precision, u)
+        second = _tree.total(lambda p, u: jnp.sum(0.5 * p * u * u), before.precision, u)
+        of_move = _tree.ratio(second, first + second)
+        if b2 is None:
+            return of_move, None
+        return of_move, second / ((1.0 - b2) * _tree.total(jnp.sum, before.precision))
+
+    def adversary(self, state: ScaleByPrecisionState, params: Any, grads: Any) -> Any:
+        """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
+        return jax.tree.map(
+            lambda p, m, g: (m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p).astype(
+                m.dtype
+            ),
+            state.precision, params, grads,
+        )  # fmt: skip
+
 
 STEPS = ("improved", "improved_old", "plain", "plain_old")
 NEVER_NEGATIVE = (PerExampleSquares, SquaredGradient, AbsoluteGradient)

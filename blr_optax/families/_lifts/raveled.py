@@ -1,107 +1,23 @@
-"""Families over trees of weights of which a part is known, or which act as one flat vector.
+"""Families over the flat vector of a tree of weights.
 
-`Pinned(family)`: some leaves have a posterior, the others are points. It is what
-`posterior(opt_state, params)` returns when an optimizer carries a posterior for a part of a
-network. `Raveled(family, ...)`: a vector family, such as `gaussian`, over a tree's flat vector.
+`Raveled(family, ...)`: a vector family, such as `gaussian`, over a tree's flat vector, and
+`RaveledConditional` the same for conditional families.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from blr_optax import _tree
+from blr_optax.families._base.conditional import Conditional
 from blr_optax.families._base.exponential import Family
-from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-
-@parameters
-class PinnedNatural(NamedTuple):
-    """lambda of the free leaves, and the known ones (`MaskedNode` where the other has a leaf)."""
-
-    free: Any
-    point: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Pinned(Family):
-    """A tree family on some leaves of a tree, a known point on the others.
-
-    q(theta) = q_free(theta_free) delta(theta_known - point). The point is a field of lambda that
-    never moves; densities, entropy and KL are those of the free part.
-
-    Attributes:
-        family: the tree family of the free leaves, such as `gaussian_diagonal`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, blr_optax as blr
-      >>> free = blr.families.get("gaussian_diagonal")
-      >>> hole = optax.MaskedNode()
-      >>> lam = blr.families.Pinned(free).natural(
-      ...     free=free.natural(mean={"w": jnp.ones(2), "b": hole}, precision=4.0),
-      ...     point={"w": hole, "b": jnp.zeros(1)},
-      ... )
-      >>> q = blr.Posterior(blr.families.Pinned(free), lam)
-      >>> print(q.mean, q.variance["b"])
-      {'b': Array([0.], dtype=float32), 'w': Array([1., 1.], dtype=float32)} [0.]
-    """
-
-    family: Family
-    Natural: ClassVar[type] = PinnedNatural
-    known: ClassVar[tuple[str, ...]] = ("point",)
-
-    def natural(self, *, free: Any, point: Any) -> PinnedNatural:
-        """lambda from the free part's lambda and the known leaves."""
-        return PinnedNatural(free, point)
-
-    def standard(self, lam: PinnedNatural) -> dict[str, Any]:
-        return {"free": lam.free, "point": lam.point}
-
-    def combine(self, *terms: tuple[Any, PinnedNatural]) -> PinnedNatural:
-        return PinnedNatural(
-            self.family.combine(*((a, lam.free) for a, lam in terms)), terms[0][1].point
-        )
-
-    def check_sizes(self, *lams: PinnedNatural) -> None:
-        if isinstance(self.family, Family):  # conditional families have no arithmetic
-            self.family.check_sizes(*(lam.free for lam in lams))
-
-    def in_domain(self, lam: PinnedNatural) -> Array:
-        return self.family.in_domain(lam.free)
-
-    def log_prob(self, lam: PinnedNatural, theta: Any) -> Array:
-        hole = _tree.is_hole
-        free = jax.tree.map(
-            lambda p, x: x if hole(p) else optax.MaskedNode(), lam.point, theta, is_leaf=hole
-        )
-        return self.family.log_prob(lam.free, free)
-
-    def entropy(self, lam: PinnedNatural) -> Array:
-        return self.family.entropy(lam.free)
-
-    def kl(self, lam_p: PinnedNatural, lam_q: PinnedNatural) -> Array:
-        return self.family.kl(lam_p.free, lam_q.free)
-
-    def expectation(self, lam: PinnedNatural) -> Any:
-        """mu of the free part."""
-        return self.family.expectation(lam.free)
-
-    def mean(self, lam: PinnedNatural) -> Any:
-        return _tree.fill(self.family.mean(lam.free), lam.point)
-
-    def variance(self, lam: PinnedNatural) -> Any:
-        return _tree.fill(self.family.variance(lam.free), jax.tree.map(jnp.zeros_like, lam.point))
-
-    def sample(self, key: Array, lam: PinnedNatural, shape: tuple[int, ...] = ()) -> Any:
-        point = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + jnp.shape(x)), lam.point)
-        return _tree.fill(self.family.sample(key, lam.free, shape), point)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,3 +144,108 @@ for _name in (
     "covariance",
 ):
     setattr(Raveled, _name, _delegate(_name))
+
+
+@dataclasses.dataclass(frozen=True)
+class RaveledConditional(Conditional):
+    """A conditional vector family whose theta, mean and samples are trees.
+
+    lambda: that of the wrapped family over the flat vector, leaves in the order of the tree.
+
+    Attributes:
+        family: a conditional family whose event is one vector, such as `mixture` of `gaussian`.
+        treedef: the structure of theta.
+        shapes: the shapes of its leaves, in order.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> family = blr.families.RaveledConditional.like(
+      ...     blr.families.get("student_t"), {"w": jnp.ones(2), "b": jnp.zeros(())}
+      ... )
+      >>> lam = family.natural(mean=jnp.arange(3.0), scale=jnp.eye(3), degrees=5.0)
+      >>> print(family.mean(lam)["w"])
+      [1. 2.]
+    """
+
+    family: Conditional
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def like(cls, family: Conditional, theta: Any) -> RaveledConditional:
+        """The family over trees shaped like theta.
+
+        Raises:
+            ValueError: for a family whose event is no vector.
+        """
+        if family.event_ndim != 1:
+            raise ValueError(
+                f"{type(family).__name__} is over one array with {family.event_ndim} axes, not "
+                "over a tree; Leafwise gives every leaf a member of its own."
+            )
+        raveled = Raveled.like(family, theta)
+        return cls(family, raveled.treedef, raveled.shapes)
+
+    Natural = property(lambda self: self.family.Natural)
+    location = property(lambda self: self.family.location)
+    hessians = property(lambda self: self.family.hessians)
+    at_means = property(lambda self: self.family.at_means)
+
+    ravel = Raveled.ravel
+    unravel = Raveled.unravel
+
+    def natural(self, **standard: Array) -> Any:
+        return self.family.natural(**standard)
+
+    def standard(self, lam: Any) -> dict[str, Array]:
+        return self.family.standard(lam)
+
+    def natural_at(self, location: Any, like: Any = None) -> Any:
+        return self.family.natural_at(self.ravel(location), like)
+
+    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
+        return self.unravel(self.family.sample(key, lam, shape))
+
+    def log_prob(self, lam: Any, theta: Any) -> Array:
+        return self.family.log_prob(lam, self.ravel(theta))
+
+    def mean(self, lam: Any) -> Any:
+        return self.unravel(self.family.mean(lam))
+
+    def variance(self, lam: Any) -> Any:
+        return self.unravel(self.family.variance(lam))
+
+    def in_domain(self, lam: Any) -> Array:
+        return self.family.in_domain(lam)
+
+    def entropy(self, lam: Any) -> Array:
+        return self.family.entropy(lam)
+
+    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+        return self.family.kl(lam_p, lam_q)
+
+    def noise(self, key: Array, lam: Any, samples: int, antithetic: bool = False) -> Any:
+        return self.family.noise(key, lam, samples, antithetic)
+
+    def natural_gradient_at(
+        self, lam: Any, loss: Callable, noise: Any, weights: Array, hessian: str = "exact"
+    ) -> tuple[Array, Any]:
+        def flat(theta: Array) -> Array:
+            return loss(self.unravel(theta))
+
+        return self.family.natural_gradient_at(lam, flat, noise, weights, hessian)
+
+    def natural_gradient_from(
+        self, lam: Any, loss: Callable, theta: Any, hessian: str = "exact"
+    ) -> tuple[Array, Any]:
+        """As a mixture's, from draws that are trees."""
+
+        def flat(theta: Array) -> Array:
+            return loss(self.unravel(theta))
+
+        return self.family.natural_gradient_from(lam, flat, self.ravel(theta), hessian)
+
+    def move(
+        self, lam: Any, gradient: Any, learning_rate: Any, form: str = "auto", **rates: Any
+    ) -> Any:
+        return self.family.move(lam, gradient, learning_rate, form, **rates)

@@ -24,6 +24,88 @@ if TYPE_CHECKING:
 
 
 @parameters
+class PinnedNatural(NamedTuple):
+    """lambda of the free leaves, and the known ones (`MaskedNode` where the other has a leaf)."""
+
+    free: Any
+    point: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned(Family):
+    """A tree family on some leaves of a tree, a known point on the others.
+
+    q(theta) = q_free(theta_free) delta(theta_known - point). The point is a field of lambda that
+    never moves; densities, entropy and KL are those of the free part.
+
+    Attributes:
+        family: the tree family of the free leaves, such as `gaussian_diagonal`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, blr_optax as blr
+      >>> free = blr.families.get("gaussian_diagonal")
+      >>> hole = optax.MaskedNode()
+      >>> lam = blr.families.Pinned(free).natural(
+      ...     free=free.natural(mean={"w": jnp.ones(2), "b": hole}, precision=4.0),
+      ...     point={"w": hole, "b": jnp.zeros(1)},
+      ... )
+      >>> q = blr.Posterior(blr.families.Pinned(free), lam)
+      >>> print(q.mean, q.variance["b"])
+      {'b': Array([0.], dtype=float32), 'w': Array([1., 1.], dtype=float32)} [0.]
+    """
+
+    family: Family
+    Natural: ClassVar[type] = PinnedNatural
+    known: ClassVar[tuple[str, ...]] = ("point",)
+
+    def natural(self, *, free: Any, point: Any) -> PinnedNatural:
+        """lambda from the free part's lambda and the known leaves."""
+        return PinnedNatural(free, point)
+
+    def standard(self, lam: PinnedNatural) -> dict[str, Any]:
+        return {"free": lam.free, "point": lam.point}
+
+    def combine(self, *terms: tuple[Any, PinnedNatural]) -> PinnedNatural:
+        return PinnedNatural(
+            self.family.combine(*((a, lam.free) for a, lam in terms)), terms[0][1].point
+        )
+
+    def check_sizes(self, *lams: PinnedNatural) -> None:
+        if isinstance(self.family, Family):  # conditional families have no arithmetic
+            self.family.check_sizes(*(lam.free for lam in lams))
+
+    def in_domain(self, lam: PinnedNatural) -> Array:
+        return self.family.in_domain(lam.free)
+
+    def log_prob(self, lam: PinnedNatural, theta: Any) -> Array:
+        hole = _tree.is_hole
+        free = jax.tree.map(
+            lambda p, x: x if hole(p) else optax.MaskedNode(), lam.point, theta, is_leaf=hole
+        )
+        return self.family.log_prob(lam.free, free)
+
+    def entropy(self, lam: PinnedNatural) -> Array:
+        return self.family.entropy(lam.free)
+
+    def kl(self, lam_p: PinnedNatural, lam_q: PinnedNatural) -> Array:
+        return self.family.kl(lam_p.free, lam_q.free)
+
+    def expectation(self, lam: PinnedNatural) -> Any:
+        """mu of the free part."""
+        return self.family.expectation(lam.free)
+
+    def mean(self, lam: PinnedNatural) -> Any:
+        return _tree.fill(self.family.mean(lam.free), lam.point)
+
+    def variance(self, lam: PinnedNatural) -> Any:
+        return _tree.fill(self.family.variance(lam.free), jax.tree.map(jnp.zeros_like, lam.point))
+
+    def sample(self, key: Array, lam: PinnedNatural, shape: tuple[int, ...] = ()) -> Any:
+        point = jax.tree.map(lambda x: jnp.broadcast_to(x, shape + jnp.shape(x)), lam.point)
+        return _tree.fill(self.family.sample(key, lam.free, shape), point)
+
+
+@parameters
 class SideBySideNatural(NamedTuple):
     """lambda of every part, in order."""
 
