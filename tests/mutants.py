@@ -159,7 +159,10 @@ class Forks:
         tests = [self.suite.find(name) for name in mutant.tests]
         if None in tests:
             return Verdict("error", f"(not all of these tests exist: {mutant.tests})")
-        copy_with(mutant, folder)
+        try:
+            copy_with(mutant, folder)
+        except (OSError, ValueError) as error:
+            return Verdict("error", f"({error})")
         log = folder / "log"
         process = os.fork()
         if not process:
