@@ -231,10 +231,13 @@ def bayesbinn(
       >>> loss = lambda w: jnp.mean((x @ w - x @ jnp.array([1.0, -1.0])) ** 2)
       >>> tx, params = blr.bayesbinn(0.05, ess=2.0), jnp.zeros(2)
       >>> state = tx.init(params)
-      >>> for _ in range(200):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss)(blr.sample(state, params))
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = params + updates
+      ...     return params + updates, state
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
       >>> print(jnp.sign(params))
       [ 1. -1.]
     """

@@ -145,10 +145,13 @@ def ivon(
       >>> loss = lambda w: jnp.mean((w - 3.0) ** 2)
       >>> params, tx = jnp.zeros(4), blr.ivon(0.3, ess=100.0, b2=0.99)
       >>> state = tx.init(params)
-      >>> for _ in range(200):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss)(blr.sample(state, params))  # the one line that changes
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = params + updates
+      ...     return params + updates, state
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
       >>> print(bool(jnp.all(jnp.abs(params - 3.0) < 0.3)))
       True
     """

@@ -79,10 +79,13 @@ def ivon_lora(
       >>> loss = lambda p: jnp.mean((x @ (w + p["a"] @ p["b"]) - y) ** 2)
       >>> tx = blr.ivon_lora(0.1, examples=64, hess_init=0.1, b2=0.999)
       >>> state = tx.init(params)
-      >>> for _ in range(300):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(loss)(blr.sample(state, params))
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = jax.tree.map(jnp.add, params, updates)
+      ...     return jax.tree.map(jnp.add, params, updates), state
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
       >>> print(bool(loss(params) < 0.01))
       True
     """

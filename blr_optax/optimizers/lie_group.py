@@ -587,10 +587,13 @@ def lie_multiplicative(
       >>> import jax, jax.numpy as jnp, optax, blr_optax as blr
       >>> params, tx = jnp.array([0.5]), blr.lie_multiplicative(0.1, 100.0, init_offset=0.1)
       >>> state = tx.init(params)
-      >>> for _ in range(300):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(lambda w: jnp.sum((w + 1.0) ** 2))(blr.sample(state, params))
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
       >>> print(bool(params[0] < -0.3))  # the sign has changed
       True
     """

@@ -312,10 +312,13 @@ def mixture_ivon(
       >>> wells = lambda w: jnp.sum((w**2 - 4.0) ** 2)
       >>> params, tx = jnp.array([[-0.5], [0.5]]), blr.mixture_ivon(0.01, ess=100.0, b2=0.99)
       >>> state = tx.init(params)
-      >>> for _ in range(300):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(lambda w: jnp.sum(jax.vmap(wells)(w)))(blr.sample(state, params))
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = params + updates
+      ...     return params + updates, state
+      >>> for _ in range(300):
+      ...     params, state = step(params, state)
       >>> print(params[:, 0].round(1), blr.posterior(state, params).mean.round(1))
       [-2.  2.] [0.]
     """

@@ -137,14 +137,15 @@ def variational_online_newton(
     with family "gaussian".
 
     Example:
-      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
       >>> tx = blr.variational_online_newton(
       ...     lambda x: jnp.sum(jnp.cosh(x)), 1.0, estimator=blr.estimators.gauss_hermite(20)
       ... )
       >>> params = jnp.zeros(1)
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(30):
-      ...     updates, state = tx.update(None, state, params)
+      ...     updates, state = update(None, state, params)
       >>> print(blr.posterior(state, params).variance.round(4))  # v exp(v / 2) = 1
       [0.7035]
     """

@@ -114,10 +114,13 @@ def vadam(
       >>> import jax, jax.numpy as jnp, blr_optax as blr
       >>> params, tx = jnp.zeros(1), blr.vadam(0.1, ess=100.0)
       >>> state = tx.init(params)
-      >>> for _ in range(200):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     grads = jax.grad(lambda w: jnp.sum((w - 3.0) ** 2))(blr.sample(state, params))
       ...     updates, state = tx.update(grads, state, params)
-      ...     params = params + updates
+      ...     return params + updates, state
+      >>> for _ in range(200):
+      ...     params, state = step(params, state)
       >>> print(bool(abs(params[0] - 3.0) < 0.5))
       True
     """
