@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.stem.endswith("_long"):
             item.add_marker(pytest.mark.slow)
         # Ids begin with the name of the row, or of the notebook.
-        parts = hasattr(item, "callspec") and {"row", "path"} & set(item.callspec.params)
-        part = item.callspec.id.split("-")[0] if parts else ""
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        apart = "row" in parameters or isinstance(parameters.get("path"), Path)
+        part = item.callspec.id.split("-")[0] if apart else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part}"))
     if not ON_DEVICE:
         needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")

@@ -93,11 +93,6 @@ def unbiased(row, estimator, repeats=400):
     assert np.all(np.abs(draws.mean(0) - expected) < 5 * error + 1e-9), (draws.mean(0), expected)
 
 
-@every_row
-def test_score_function_is_unbiased(x64, row):
-    unbiased(row, estimators.score_function(50))
-
-
 def test_score_function_without_a_baseline_is_unbiased_and_worse(x64):
     gamma, lifted = ROWS["gamma"], lambda x: 10 + smooth(x)
     unbiased(gamma, estimators.score_function(50, baseline="none"))
@@ -106,11 +101,6 @@ def test_score_function_without_a_baseline_is_unbiased_and_worse(x64):
         for b in ("mean", "none")
     ]
     assert np.all(spread[0][:-1] < spread[1][:-1])
-
-
-@of_rows("reparameterized")
-def test_reparameterized_is_unbiased(x64, row):
-    unbiased(row, estimators.reparameterized(20), repeats=300)
 
 
 @of_rows("enumerable")

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from family_rows import ROWS
 from family_tools import flat, flat_learnt, program
-from test_estimators_general import CASES, LOSSES, as_fields, first, golden_lambda, smooth, truth
+from test_estimators_general import (
+    CASES,
+    LOSSES,
+    as_fields,
+    every_row,
+    first,
+    golden_lambda,
+    of_rows,
+    smooth,
+    truth,
+    unbiased,
+)
 from tools import close
 
 from blr_optax import estimators, families
@@ -90,3 +101,13 @@ def golden_draws(family, loss, estimator, count):
         return jax.lax.map(one, keys) if count > 1 else one(jax.random.key(0))[None]
 
     return run
+
+
+@every_row
+def test_score_function_is_unbiased(x64, row):
+    unbiased(row, estimators.score_function(50))
+
+
+@of_rows("reparameterized")
+def test_reparameterized_is_unbiased(x64, row):
+    unbiased(row, estimators.reparameterized(20), repeats=300)
