@@ -1,4 +1,4 @@
-"""What every test relies on: eight devices, deterministic examples, and four fixtures."""
+"""What every test relies on: eight devices, deterministic examples, and the fixtures of all."""
 
 import os
 import sys
@@ -31,6 +31,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from tools import load_golden  # noqa: E402
@@ -87,6 +88,12 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest, x64: None) -> type:
+    """Both precisions, where float64 is allowed."""
+    return getattr(np, request.param)
 
 
 @pytest.fixture

@@ -24,11 +24,6 @@ GEOMETRIC, NEGATIVE = ROWS["geometric"].family, ROWS["negative_binomial"].family
 COUNTED = (BINOMIAL, POISSON, NEGATIVE)  # those whose base measure is not constant
 
 
-@pytest.fixture(params=[np.float64, np.float32], ids=["float64", "float32"])
-def dtype(request, x64):
-    return request.param
-
-
 def bar(dtype):
     return 1e-10 if dtype is np.float64 else 1e-4
 

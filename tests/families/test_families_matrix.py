@@ -45,11 +45,6 @@ SPHERE, WISHART = ROWS["von_mises_fisher"].family, ROWS["wishart"].family
 NORMAL_GAMMA, NORMAL_WISHART = ROWS["normal_gamma"].family, ROWS["normal_wishart"].family
 
 
-@pytest.fixture(params=[np.float64, np.float32], ids=["float64", "float32"])
-def dtype(request, x64):
-    return request.param
-
-
 def bar(dtype):
     return 1e-10 if dtype is np.float64 else 1e-4
 

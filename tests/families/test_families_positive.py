@@ -31,11 +31,6 @@ GROUPS += [("dirichlet", k) for k in PARTS]
 ROUNDINGS = 100  # the accuracy bar, in roundings of what is given
 
 
-@pytest.fixture(params=[np.float64, np.float32], ids=["float64", "float32"])
-def dtype(request, x64):
-    return request.param
-
-
 def bar(dtype):
     return 1e-10 if dtype is np.float64 else 1e-4
 
