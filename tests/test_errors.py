@@ -136,6 +136,20 @@ def test_wrong_trees(name, how):
     assert "'b'" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["curvature", "weight_decay"])
+def test_entries_that_stand_at_no_parameter_are_named(name):
+    params = make_params()
+    more = {**params, "gain": params["c"]}
+    if name == "curvature":
+        tx = blr.ivon(0.1, 10.0)
+        state = tx.init(params)
+        with pytest.raises(ValueError, match=r"curvature: entries .*gain.* at no parameter"):
+            tx.update(params, state, params, curvature=more)
+    else:
+        with pytest.raises(ValueError, match=r"weight_decay.*: entries .*gain.* at no"):
+            blr.ivon(0.1, 10.0, weight_decay=more).init(params)
+
+
 @pytest.mark.parametrize("name", ["hess_init", "weight_decay"])
 def test_prefix_trees_must_reach_every_leaf(name):
     with pytest.raises(ValueError, match=f"{name}.*'b'"):

@@ -8,14 +8,14 @@ import mpmath
 import numpy as np
 import pytest
 from family_rows.positive import ROWS
-from scipy import stats
+from scipy import special, stats
 from tools import compiled, load_golden
 
 from blr_optax.families._continuous.inverse_gaussian import (
     _follow_inverse_gaussian,
     inverse_gaussian_slopes,
 )
-from blr_optax.families._numerics.gamma_draws import _follow_gamma, gamma_slope
+from blr_optax.families._numerics.gamma_draws import _follow_gamma, gamma_log_draw, gamma_slope
 
 RENAMED = {
     "gamma": {"alpha": "concentration", "beta": "rate"},
@@ -518,6 +518,18 @@ def test_against_scipy(name, x64):
         np.testing.assert_allclose(mean, law.mean(), rtol=1e-11)
         np.testing.assert_allclose(variance, law.var(), rtol=1e-9)
         np.testing.assert_allclose(entropy, law.entropy(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("a", [0.05, 0.6, 3.0])
+def test_logarithms_of_gamma_draws_have_their_moments(a, x64):
+    count = 40_000
+    *_, log_draw = compiled(
+        lambda key: gamma_log_draw(key, jnp.asarray(a), (count,)), jax.random.key(0)
+    )
+    mean, variance = special.digamma(a), special.polygamma(1, a)
+    fourth = special.polygamma(3, a) / variance**2 + 2.0  # relative variance of a square
+    assert abs(log_draw.mean() - mean) < 5 * np.sqrt(variance / count)
+    assert abs(log_draw.var() / variance - 1) < 5 * np.sqrt(fourth / count)
 
 
 def test_weibull_variance_does_not_cancel(dtype):

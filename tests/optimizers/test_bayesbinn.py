@@ -380,3 +380,11 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_random_signs_are_plus_or_minus_their_scale():
+    params = {"w": np.zeros(400, np.float32), "b": np.zeros((), np.float32)}
+    signs = blr.random_signs(jax.random.key(0), params, 2.5)
+    assert set(np.unique(signs["w"])) == {-2.5, 2.5}
+    assert abs(np.sum(np.sign(signs["w"]))) < 5 * np.sqrt(400)
+    assert np.shape(signs["b"]) == ()
