@@ -1,9 +1,11 @@
 """What every test relies on: eight devices, deterministic examples, and the fixtures of all."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # These are read once, when jax starts; setting them later does nothing, and says nothing.
 assert "jax" not in sys.modules, "a pytest plugin imported jax before tests/conftest.py"
@@ -47,22 +49,41 @@ settings.register_profile(
 settings.load_profile("blr_optax")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares programs, and mark what is slow; leave device tests out.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the files `*_long.py` as slow; rows are marked by their registries."""
+    if item.path.stem.endswith("_long"):
+        item.add_marker(pytest.mark.slow)
 
-    With `--dist loadgroup` a worker gets all tests of a file, of a row in a file over a registry,
-    or of a notebook. Slow are the rows of a registry that are not the first of their kind (each
-    registry's `rows`), and the files `*_long.py`.
+
+# Files over a registry or over the notebooks, whose ids begin with the name of what is tested.
+BY_ROW = (
+    "test_contract.py",
+    "test_families.py",
+    "test_families_long.py",
+    "test_blr_families.py",
+    "test_blr_families_long.py",
+    "test_notebooks_long.py",
+)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a file, or of a row in a file over a registry, to one worker.
+
+    They share programs, which no other worker then compiles again.
     """
-    for item in items:
-        if item.path.stem.endswith("_long"):
-            item.add_marker(pytest.mark.slow)
-        # Ids begin with the name of the row, or of the notebook.
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        apart = "row" in parameters or isinstance(parameters.get("path"), Path)
-        part = item.callspec.id.split("-")[0] if apart else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{part}"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            row = re.search(r"\[([^]-]+)", test) if file.endswith(BY_ROW) else None
+            return f"{file}::{row[1]}" if row else file
+
+    return Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave device tests out unless they are asked for, whatever -m says."""
     if not ON_DEVICE:
         needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")
         for item in items:
