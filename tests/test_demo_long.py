@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from tools import ROOT
 
-from blr_optax._demo import run
+from blr_optax._demo import run as experiment
 
 PROGRAM = """
 import sys
-from blr_optax import _demo, cli
+from blr_optax._demo import cli, run
 run.CHECKPOINT_EVERY = 1
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -34,7 +34,7 @@ def launch(out: Path, *arguments: str) -> subprocess.Popen:
 
 def epochs_behind(out: Path) -> int:
     """Of both runs, by the numbers of their finished checkpoints."""
-    folders = (out / run.STATE).glob("*/*")
+    folders = (out / experiment.STATE).glob("*/*")
     steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
     return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
 

@@ -407,28 +407,6 @@ def cast(tree, dtype):
     )
 
 
-@every_row
-def test_float32_stays_float32_and_agrees(x64, row):
-    """The truth is the float64 value at the same float32 lambda."""
-    family, args = row.family, arguments(row)
-    narrow = cast(args, np.float32)
-    found, truth = numbers((compiled(row)(*narrow), vmapped(row)(*cast(narrow, np.float64))))
-    is_float = lambda x: np.issubdtype(x.dtype, np.floating)  # noqa: E731
-    assert {x.dtype for x in jax.tree.leaves(found) if is_float(x)} == {np.dtype("float32")}
-    for name in found:
-        sizes = [
-            np.max(np.abs(x), initial=0.0) for x in jax.tree.leaves(truth[name]) if is_float(x)
-        ]
-        scale = max(map(float, sizes), default=0.0)
-        rtol = (
-            1e-2 if name in ("solve", "inverse_fisher_product", "base_measure_gradient") else 1e-4
-        )
-        agree = partial(np.testing.assert_allclose, rtol=rtol, atol=rtol * scale, err_msg=name)
-        jax.tree.map(agree, found[name], truth[name])
-    drawn = jax.eval_shape(lambda lam: family.sample(jax.random.key(0), lam), narrow[0])
-    assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(drawn))
-
-
 # --- domains and steps ----------------------------------------------------------------------------
 
 

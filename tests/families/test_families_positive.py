@@ -175,14 +175,6 @@ def wide_density(name, parts):
 
 
 @pytest.mark.parametrize(("name", "parts"), GROUPS)
-def test_golden_log_prob(name, parts, dtype):
-    value, conditioning = wide_density(name, parts)
-    if dtype is np.float32:
-        value = golden(name, parts, dtype)["log_prob"]
-    check(value, density_points(name, parts)[-1], dtype, conditioning)
-
-
-@pytest.mark.parametrize(("name", "parts"), GROUPS)
 def test_golden_inverse(name, parts, dtype):
     """lambda(mu) is as accurate as mu allows, and so is F^{-1}: golden says how much that is."""
     family, cases, everything = ROWS[name].family, cases_of(name, parts), golden(name, parts, dtype)

@@ -8,8 +8,10 @@ from test_families_positive import (
     bar,
     cases_of,
     check,
+    density_points,
     golden,
     golden_numbers,
+    wide_density,
     wide_numbers,
 )
 
@@ -34,3 +36,11 @@ def test_golden_values(name, parts, dtype):
     small = [min(x, c["params"].get("b", 1.0)) for x, c in zip(small, cases, strict=True)]
     size = 1 / np.minimum(small, 1.0)[:, None, None]
     check(found["fisher"], fisher, dtype, size * np.abs(fisher))
+
+
+@pytest.mark.parametrize(("name", "parts"), GROUPS)
+def test_golden_log_prob(name, parts, dtype):
+    value, conditioning = wide_density(name, parts)
+    if dtype is np.float32:
+        value = golden(name, parts, dtype)["log_prob"]
+    check(value, density_points(name, parts)[-1], dtype, conditioning)
