@@ -23,7 +23,7 @@ def concrete(*values: Any) -> bool:
 def holds(test: Callable[[Any], Any], value: Any) -> bool:
     """Whether a test holds for all of a value; True for traced ones, which Python cannot see.
 
-    Constants are looked at outside any trace that the caller may be in, such as a scan's.
+    Constants are evaluated outside any trace that the caller may be in, such as a scan's.
     """
     if not concrete(value):
         return True

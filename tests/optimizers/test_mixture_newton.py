@@ -12,7 +12,6 @@ import blr_optax as blr
 close = np.testing.assert_allclose
 MOG = load_golden("mog_iblr")
 FULL = blr.families.get("mixture")
-DIAGONAL = blr.families.get("mixture", family="normal")
 CENTRES = np.array([[-2.0, 0.0], [2.0, 1.0], [0.0, -3.0]])
 
 

@@ -223,10 +223,6 @@ def squares(p, x, y):
     return jnp.mean((x @ p["w"] - y[:, None]) ** 2)
 
 
-def term(x, y):
-    return blr.estimators.glm(lambda x, y: x, lambda f, x, y: f**2)
-
-
 LOGITS = {"outputs": lambda p, x, y: out(p, x), "likelihood": "categorical"}
 PASSED = {
     r"parameter \['w'\] has dtype int32": (squares, {"w": jnp.ones((5, 3), int)}),
