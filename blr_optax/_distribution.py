@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._validate import holds
-from blr_optax.families import Family
+from blr_optax.families import Density
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -39,7 +39,7 @@ class Posterior:
       1.5 0.25 0.0
     """
 
-    family: Family = dataclasses.field(metadata={"static": True})
+    family: Density = dataclasses.field(metadata={"static": True})
     natural: Any
 
     def __post_init__(self) -> None:
@@ -121,8 +121,7 @@ class Posterior:
                     f"Posterior: {what} needs members of one size; their natural parameters have "
                     f"shapes {jnp.shape(a)} and {jnp.shape(b)}."
                 ) from None
-        if isinstance(self.family, Family):  # conditional families have no arithmetic
-            self.family.check_sizes(self.natural, other.natural)
+        self.family.check_sizes(self.natural, other.natural)
 
     def __mul__(self, other: Posterior) -> Posterior:
         """The (unnormalised) product of two densities: lambda1 + lambda2."""

@@ -13,7 +13,7 @@ from blr_optax.estimators._estimator import Estimator
 from blr_optax.estimators._expectation import monte_carlo
 from blr_optax.estimators._general import ScoreFunction
 from blr_optax.estimators._terms import GLM, Term, terms
-from blr_optax.families import Conditional, Family, MeanField, get
+from blr_optax.families import Family, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -81,7 +81,8 @@ def natural_gradient(
       4.0 [0. 0.] 1.0
     """
     family = get(family)
-    if isinstance(family, Conditional):
+    family.check_learnable("natural_gradient")
+    if family.conditional:
         raise ValueError(
             f"natural_gradient: {type(family).__name__} is a conditional family without a common "
             "mu; use blr_update, or the family's own natural_gradient(key, lam, loss, samples)."

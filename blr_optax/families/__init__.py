@@ -6,6 +6,7 @@
 from blr_optax.families._base.conditional import Conditional
 from blr_optax.families._base.domain import Domain
 from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.family import Density
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.registry import REGISTRY, get, names, register
 from blr_optax.families._conditional.low_rank import GaussianLowRank
@@ -27,6 +28,7 @@ from blr_optax.families._continuous.gaussian import (
 from blr_optax.families._continuous.inverse_gaussian import InverseGaussian
 from blr_optax.families._continuous.joint import MeanPrecision, MeanVariance
 from blr_optax.families._continuous.normal_gamma import NormalGamma, NormalInverseGamma
+from blr_optax.families._continuous.point import Point, PointExpectation, PointNatural
 from blr_optax.families._continuous.positive import Laplace, LogNormal, Weibull
 from blr_optax.families._continuous.von_mises_fisher import VonMisesFisher
 from blr_optax.families._discrete.bernoulli import Bernoulli, Rademacher
@@ -36,25 +38,23 @@ from blr_optax.families._discrete.multinomial import Multinomial
 from blr_optax.families._lifts.leafwise import Leafwise, LeafwiseNatural
 from blr_optax.families._lifts.mean_field import MeanField
 from blr_optax.families._lifts.product import Product, ProductExpectation, ProductNatural
-from blr_optax.families._lifts.raveled import Raveled, RaveledConditional
+from blr_optax.families._lifts.raveled import Raveled
 from blr_optax.families._lifts.side_by_side import (
-    Pinned,
-    PinnedNatural,
     SideBySide,
+    SideBySideExpectation,
     SideBySideNatural,
 )
 from blr_optax.families._matrix.inverse_wishart import InverseWishart
 from blr_optax.families._matrix.normal_wishart import NormalWishart
 from blr_optax.families._matrix.wishart import Wishart
-from blr_optax.families._rotated import Basis, Rotated, RotatedNatural
 
 __all__ = [
-    "Basis",
     "Bernoulli",
     "Beta",
     "Binomial",
     "Categorical",
     "Conditional",
+    "Density",
     "Dirichlet",
     "Domain",
     "Exponential",
@@ -86,18 +86,17 @@ __all__ = [
     "NormalGamma",
     "NormalInverseGamma",
     "NormalWishart",
-    "Pinned",
-    "PinnedNatural",
+    "Point",
+    "PointExpectation",
+    "PointNatural",
     "Poisson",
     "Product",
     "ProductExpectation",
     "ProductNatural",
     "Rademacher",
     "Raveled",
-    "RaveledConditional",
-    "Rotated",
-    "RotatedNatural",
     "SideBySide",
+    "SideBySideExpectation",
     "SideBySideNatural",
     "SkewGaussian",
     "StudentT",

@@ -25,7 +25,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key, standard_normal, step_key
 from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
-from blr_optax.families._units import UnitMixture
+from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
 from blr_optax.state._reader import (
     Rule,

@@ -46,7 +46,7 @@ from blr_optax._distribution import Posterior
 from blr_optax._random import step_key
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.estimators._curvature import PerExampleSquares
-from blr_optax.families._rotated import (
+from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
     from_basis,

@@ -47,7 +47,13 @@ from blr_optax._validate import (
     zero_unless,
 )
 from blr_optax.families import MeanField, Normal
-from blr_optax.families._noise_law import SYMMETRIC, Law, LocationScale, SignedScale, as_law
+from blr_optax.optimizers._posteriors.moved_noise import (
+    SYMMETRIC,
+    Law,
+    LocationScale,
+    SignedScale,
+    as_law,
+)
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
 from blr_optax.rule._precision import filled
 from blr_optax.state import Rule

@@ -34,7 +34,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import step_key
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
-from blr_optax.families import GaussianNatural, MeanField, Pinned, RaveledConditional, get
+from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
 from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._precision import PrecisionRule, ScaleByPrecisionState, prior_precision
@@ -69,9 +69,7 @@ class MixtureRule(PrecisionRule):
     def posterior(self, state: MixtureIvonState, params: Any) -> Posterior:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
         stacked = super().posterior(state, params).natural
-        family = RaveledConditional.like(
-            get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params)
-        )
+        family = Raveled.like(get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params))
         components = GaussianNatural(*map(family.ravel, stacked))
         return Posterior(family, family.Natural(components, jnp.copy(state.log_odds)))
 
@@ -178,7 +176,7 @@ def _scale_by_mixture(
     def init_fn(params: Any) -> MixtureIvonState:
         count = components_of(params)
         given = prior
-        if isinstance(getattr(prior, "family", None), (MeanField, Pinned)):  # of one network
+        if isinstance(getattr(prior, "family", None), (MeanField, SideBySide)):  # of one network
             given = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), prior)
         state = inner(given).init(params)
         dtypes = [x.dtype for x in jax.tree.leaves(state.precision)]

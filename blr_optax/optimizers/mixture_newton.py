@@ -30,7 +30,7 @@ from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key
 from blr_optax._validate import at, check_count, check_number, check_positive
 from blr_optax.estimators import delta, exact, monte_carlo, reparameterized
-from blr_optax.families import RaveledConditional, get
+from blr_optax.families import Raveled, get
 from blr_optax.rule import blr_update
 from blr_optax.rule._conditional_step import MixtureDraws, MixtureStep
 
@@ -94,7 +94,7 @@ def _mixture(
             f"{'no init' if init is None else 'init'}."
         )
     given = getattr(init, "family", None)
-    flat = given.family if isinstance(given, RaveledConditional) else given
+    flat = given.family if isinstance(given, Raveled) else given
     if init is not None and not isinstance(flat, type(family)):
         raise ValueError(
             f"init must be a Posterior of the mixture family, families.get('mixture'); got {given}."

@@ -30,7 +30,7 @@ from blr_optax.families import (
     MeanField,
     Product,
     Raveled,
-    RaveledConditional,
+    SideBySide,
     get,
 )
 from blr_optax.rule._conditional_step import (
@@ -113,15 +113,15 @@ def family_over(family: str | Family | Conditional, params: Any) -> Family | Con
     Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
     """
     family = get(family)
-    if isinstance(family, (MeanField, Raveled, RaveledConditional, Leafwise, Product)):
+    if isinstance(family, (MeanField, Raveled, Leafwise, Product, SideBySide)):
         return family
-    if isinstance(family, Conditional):
+    if family.conditional:
         leaves = jax.tree.leaves(params)
         one = jax.tree_util.all_leaves([params]) or not leaves
         if family.event_ndim == 2 and leaves:
             is_matrix = one and jnp.ndim(params) == 2
             return family if is_matrix else Leafwise.like(family, params)
-        return family if one else RaveledConditional.like(family, params)
+        return family if one else Raveled.like(family, params)
     if family.elementwise:
         return MeanField(family)
     is_vector = isinstance(params, jax.Array) and params.ndim == 1
@@ -141,7 +141,7 @@ def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | 
     lifted = isinstance(family, MeanField)
     name = type(family.family if lifted else family).__name__
     tree = f"; over a tree it is Posterior(MeanField({name}()), ...)" if lifted else ""
-    ways = "init=" if isinstance(family, Conditional) else "init= or prior="
+    ways = "init=" if family.conditional else "init= or prior="
     raise ValueError(
         f"blr_update: {name} has no location to centre at params; pass {ways}, a Posterior of the "
         f"family{tree}."
@@ -154,8 +154,8 @@ def _check_like(name: str, given: Posterior | None, family: Any, params: Any) ->
         return
     if not isinstance(given, Posterior):
         raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
-    flat = family.family if isinstance(family, RaveledConditional) else family
-    if isinstance(family, Conditional) and given.family not in (family, flat):
+    flat = family.family if isinstance(family, Raveled) else family
+    if family.conditional and given.family not in (family, flat):
         raise ValueError(
             f"{name} is a member of {given.family}, not of {flat}; give blr_update the family "
             "itself, such as init.family."
@@ -262,7 +262,8 @@ def blr_update(
     check_positive("learning_rate", learning_rate, scalar=True)
     check_positive("ess", ess, scalar=True)
     family, how = get(family), "auto" if step is None else step
-    conditional = isinstance(family, Conditional)
+    family.check_learnable("blr_update")
+    conditional = family.conditional
     if conditional:
         check_conditional(family, loss, how, estimator)
     else:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._distribution import Posterior
-from blr_optax.families import Conditional, Family, MeanField, Pinned, Product, SideBySide, get
+from blr_optax.families import Family, MeanField, Product, SideBySide, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -44,8 +44,6 @@ def own_part(prior: Any, family: Family) -> Any:
         family: the family.
     """
     joint = getattr(prior, "family", None)
-    if isinstance(joint, Pinned):
-        return own_part(Posterior(joint.family, prior.natural.free), family)
     if isinstance(joint, SideBySide) and family in joint.families:
         return Posterior(family, prior.natural.parts[joint.families.index(family)])
     return prior
@@ -151,7 +149,8 @@ def natural_step(
       1.5 4.0
     """
     family = get(family)
-    if isinstance(family, Conditional):
+    family.check_learnable("natural_step")
+    if family.conditional:
         raise ValueError(
             f"natural_step: {type(family).__name__} is a conditional family without a common mu; "
             "use blr_update, or the family's own move(lam, gradient, learning_rate)."

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key, step_key
-from blr_optax.families import MeanField, Normal, Pinned, PinnedNatural, Rotated, SideBySide
-from blr_optax.families._noise_law import Moved
-from blr_optax.families._units import UnitMixture
+from blr_optax.families import MeanField, Point, PointNatural, SideBySide
 from blr_optax.state._reader import map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+POINTS = MeanField(Point())
 
 
 def covered(states: list[Any], params: Any, who: str) -> list[Any]:
@@ -101,7 +101,7 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
 
     Returns:
         A `Posterior` over a tree like params. Leaves without one are the points that params has
-        there (family `Pinned`); parts of different families stand side by side (`SideBySide`).
+        there (family `Point`); parts of different families stand side by side (`SideBySide`).
 
     Raises:
         ValueError: when the state carries no posterior, or two over one leaf.
@@ -123,66 +123,34 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
         (_tree.paths(part), state.rule.posterior(state, part))
         for state, part in zip(states, parts, strict=True)
     ]
-    known, everything = set().union(*(paths for paths, _ in found)), _tree.paths(params)
-    if len(found) == 1 and known == everything:
-        return found[0][1]
-    q = _together(params, [one for one in found if one[0]] or found[:1])
-    if known == everything:
-        return q
-    points = _tree.mask_to(params, everything - known)
-    return Posterior(Pinned(q.family), PinnedNatural(q.natural, points))
+    together = _together([one for one in found if one[0]] or found[:1])
+    points = _tree.paths(params).difference(*(paths for paths, _ in found))
+    if points:
+        together.append(Posterior(POINTS, PointNatural(_tree.mask_to(params, points))))
+    if len(together) == 1:
+        return together[0]
+    family = SideBySide(tuple(q.family for q in together))
+    return Posterior(family, family.natural(*(q.natural for q in together)))
 
 
-def _kind(family: Any) -> Any:
-    """What posteriors have in common that are one, leaf by leaf; None for joint ones."""
-    if family in (MeanField(Normal()), Rotated()):
-        return Rotated
-    if isinstance(family, UnitMixture):
-        return UnitMixture
-    return family if isinstance(family, (MeanField, Moved)) else None
+def _together(found: list[tuple[set[str], Posterior]]) -> list[Posterior]:
+    """Join posteriors over disjoint leaves (given by path) where one family holds both.
 
-
-def _together(params: Any, found: list[tuple[set[str], Posterior]]) -> Posterior:
-    """One posterior of several with the leaves that they are over: alike merged, others abreast."""
-    groups: dict[Any, list] = {}
-    for number, (paths, q) in enumerate(found):
-        kind = _kind(q.family)
-        groups.setdefault(number if kind is None else kind, []).append((paths, q))
-    merged = []
-    for kind, group in groups.items():
-        paths, qs = set().union(*(paths for paths, _ in group)), [q for _, q in group]
-        alone = isinstance(kind, int)
-        merged.append((min(paths), qs[0] if alone else _alike(_tree.mask_to(params, paths), qs)))
-    abreast = [q for _, q in sorted(merged, key=lambda one: one[0])]
-    if len(abreast) == 1:
-        return abreast[0]
-    family = SideBySide(tuple(q.family for q in abreast))
-    return Posterior(family, family.natural(*(q.natural for q in abreast)))
-
-
-def _alike(masked: Any, found: list[Posterior]) -> Posterior:
-    """One posterior over the leaves of `masked`, of posteriors of one kind over parts of them."""
-    families = {q.family for q in found}
-    family = found[0].family if len(families) == 1 else Rotated()
-    if isinstance(found[0].family, UnitMixture):
-        family = UnitMixture(tuple(sorted(unit for q in found for unit in q.family.units)))
-    naturals = [q.natural for q in found]
-    if family == Rotated():
-        naturals = [
-            q.natural
-            if q.family == family
-            else family.natural(mean=q.mean, precision=q.family.precision(q.natural), bases={})
-            for q in found
-        ]
-        bases = {path: basis for lam in naturals for path, basis in lam.bases.items()}
-    kind = type(naturals[0])
-    fields = {
-        name: _tree.merge_by_path(masked, *(getattr(lam, name) for lam in naturals))
-        for name in kind._fields
-        if name != "bases"
-    }
-    natural = kind(**fields, **({"bases": bases} if family == Rotated() else {}))
-    return Posterior(family, natural)
+    Those that cannot be joined are sorted by their first leaf, so that the order of an optimizer's
+    groups does not matter.
+    """
+    joined: list[tuple[set[str], Posterior]] = []
+    for paths, q in found:
+        for k, (others, p) in enumerate(joined):
+            both = p.family.join(p.natural, q.family, q.natural) or q.family.join(
+                q.natural, p.family, p.natural
+            )
+            if both is not None:
+                joined[k] = (others | paths, Posterior(*both))
+                break
+        else:
+            joined.append((paths, q))
+    return [q for _, q in sorted(joined, key=lambda one: min(one[0], default=""))]
 
 
 def reseed(opt_state: Any, key: Array) -> Any:

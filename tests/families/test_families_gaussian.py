@@ -436,31 +436,31 @@ def test_mean_field_refuses_vector_families():
         families.MeanField(GAUSSIAN)
 
 
-def test_pinned_is_its_free_part_and_a_point(x64):
-    pinned = families.Pinned(DIAGONAL)
+def test_a_family_beside_a_point_is_that_family_and_a_point(x64):
+    points = families.MeanField(families.Point())
+    beside = families.SideBySide((DIAGONAL, points))
 
     @jax.jit
     def say(mean, point):
         free = DIAGONAL.natural(mean=mean, precision=4.0)
-        lam = pinned.natural(free=free, point=point)
-        draw = pinned.sample(jax.random.key(0), lam, (5,))
-        twice = pinned.combine((1.0, lam), (1.0, lam))
+        lam = beside.natural(free, points.natural(value=point))
+        draw = beside.sample(jax.random.key(0), lam, (5,))
+        twice = beside.combine((1.0, lam), (1.0, lam))
         return {
-            "mean": pinned.mean(lam),
-            "variance": pinned.variance(lam),
+            "mean": beside.mean(lam),
+            "variance": beside.variance(lam),
             "draw": draw,
             "log_prob": (
-                pinned.log_prob(lam, draw),
-                pinned.log_prob(lam, {**draw, "b": HOLE}),
+                beside.log_prob(lam, draw),
                 DIAGONAL.log_prob(free, {"w": draw["w"], "b": HOLE}),
             ),
-            "entropy": pinned.entropy(lam),
-            "points": (twice.point, lam.point),
-            "twice": pinned.variance(twice)["w"],
-            "kl": (pinned.kl(lam, twice), DIAGONAL.kl(lam.free, twice.free)),
-            "mu": (pinned.expectation(lam), DIAGONAL.expectation(free)),
-            "inside": pinned.in_domain(lam),
-            "standard": pinned.standard(lam),
+            "entropy": beside.entropy(lam),
+            "points": (twice.parts[1].value, lam.parts[1].value),
+            "twice": beside.variance(twice)["w"],
+            "kl": (beside.kl(lam, twice), DIAGONAL.kl(lam.parts[0], twice.parts[0])),
+            "mu": (beside.expectation(lam).parts[0], DIAGONAL.expectation(free)),
+            "inside": beside.in_domain(lam),
+            "standard": beside.standard(lam),
         }
 
     said = say({"w": np.ones(2), "b": HOLE}, {"w": HOLE, "b": np.array([7.0])})
@@ -468,8 +468,7 @@ def test_pinned_is_its_free_part_and_a_point(x64):
     near(said["variance"], {"w": np.full(2, 0.25), "b": np.zeros(1)})
     draw = jax.tree.map(np.asarray, said["draw"])
     assert draw["b"].shape == (5, 1) and np.all(draw["b"] == 7.0) and draw["w"].shape == (5, 2)
-    log_prob, without_point, free_part = said["log_prob"]
-    close(log_prob, without_point)
+    log_prob, free_part = said["log_prob"]
     close(log_prob, free_part)
     close(log_prob, stats.norm(1, 0.5).logpdf(draw["w"]).sum(-1))
     close(said["entropy"], 2 * stats.norm(1, 0.5).entropy())
@@ -477,7 +476,7 @@ def test_pinned_is_its_free_part_and_a_point(x64):
     near(said["twice"], np.full(2, 0.125))
     close(*said["kl"])
     near(*said["mu"])
-    assert bool(said["inside"]) and said["standard"].keys() == {"free", "point"}
+    assert bool(said["inside"]) and said["standard"].keys() == {"parts"}
 
 
 def test_raveled_is_a_gaussian_over_the_flat_vector(x64):

@@ -13,7 +13,7 @@ from registry import make_batch, make_params, mean_loss
 from tools import run_steps
 
 import blr_optax as blr
-from blr_optax.families import Basis, Rotated
+from blr_optax.optimizers._posteriors.rotated import Basis, Rotated
 from blr_optax.state._reader import map_posterior_states, posterior_states
 
 NEVER = 10**9

@@ -15,7 +15,7 @@ from replay import follow, follows, problem_loss, recorded
 from tools import load_golden, run_steps
 
 import blr_optax as blr
-from blr_optax.families._noise_law import POSITIVE, SYMMETRIC, as_law
+from blr_optax.optimizers._posteriors.moved_noise import POSITIVE, SYMMETRIC, as_law
 
 GOLDEN = load_golden("liegroup_logreg")
 CASES = {case["algorithm"]: case for case in GOLDEN["cases"]}

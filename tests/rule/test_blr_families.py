@@ -362,8 +362,8 @@ def conditional_start(name):
 
 def test_matrix_gaussian_over_a_tree_is_refused():
     family = families.get("matrix_gaussian")
-    with pytest.raises(ValueError, match="not over a tree"):
-        families.RaveledConditional.like(family, {"a": jnp.ones(2), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="not the flat vector"):
+        families.Raveled.like(family, {"a": jnp.ones(2), "b": jnp.ones(2)})
 
 
 def test_conditional_families_refuse_what_they_cannot_do():

@@ -27,101 +27,32 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base.domain import Domain
+from blr_optax.families._base.family import Density
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Float
 
 FORMS = ("auto", "improved", "improved_old")
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditional:
+class Conditional(Density):
     """Base of the conditional families; see the head of this file.
 
-    A subclass defines `natural`, `standard`, `sample`, `log_prob`, `mean`, `variance`, `in_domain`,
-    `noise`, `natural_gradient_at` and `move`; and `entropy` and `kl` where they are known.
+    A subclass defines what every family has (`natural`, `standard`, `sample`, `log_prob`, `mean`,
+    `variance`, `in_domain`), and `noise`, `natural_gradient_at` and `move`.
     Densities, samples and moments take any leading batch dimensions; natural gradients and moves
     are of one member (`jax.vmap` for more).
 
     Attributes:
-        Natural: NamedTuple type of the parameters.
-        event_ndim: number of trailing axes of theta that are one event.
-        location: whether a member can be centred at a point without an `init`.
         hessians: the curvatures that `natural_gradient` knows.
         at_means: whether the delta method makes sense: looking at the means only.
     """
 
-    Natural: ClassVar[type]
     event_ndim: ClassVar[int] = 1
-    location: ClassVar[bool] = False
+    conditional: ClassVar[bool] = True
     hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized")
     at_means: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes the family a static node of any pytree."""
-        super().__init_subclass__(**kwargs)
-        jax.tree_util.register_static(cls)
-
-    # What a family says about itself.
-
-    def natural(self, **standard: Array) -> Any:
-        """lambda from standard parameters (keywords)."""
-        raise NotImplementedError
-
-    def standard(self, lam: Any) -> dict[str, Array]:
-        """The standard parameters of lambda."""
-        raise NotImplementedError
-
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
-        """Draws of theta with leading `shape`."""
-        raise NotImplementedError
-
-    def log_prob(self, lam: Any, theta: Array) -> Float[Array, ...]:
-        """log q(theta), the hidden variable integrated out."""
-        raise NotImplementedError
-
-    def mean(self, lam: Any) -> Array:
-        """E_q[theta]."""
-        raise NotImplementedError
-
-    def variance(self, lam: Any) -> Array:
-        """Marginal variance of every coordinate of theta."""
-        raise NotImplementedError
-
-    def in_domain(self, lam: Any) -> Bool[Array, ...]:
-        """Whether lambda is a proper member, per batch element."""
-        raise NotImplementedError
-
-    def natural_at(self, location: Any, like: Any = None) -> Any:
-        """A lambda centred at `location`, with the shape of `like` (else one): `location`."""
-        raise ValueError(f"{type(self).__name__} has no location: pass init=.")
-
-    def entropy(self, lam: Any) -> Float[Array, ...]:
-        """H(q), where it is known."""
-        raise ValueError(
-            f"{type(self).__name__} has no entropy in closed form: average -log_prob over samples."
-        )
-
-    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
-        """KL(p || q), where it is known."""
-        raise ValueError(
-            f"{type(self).__name__} has no KL divergence in closed form: average the difference of "
-            "log_prob over samples of p."
-        )
-
-    def combine(self, *terms: tuple[Any, Any]) -> Any:
-        """Refused: a product of members is no member."""
-        raise ValueError(
-            f"{type(self).__name__} is no exponential family: a product of two of its densities "
-            "is not one of them, so natural parameters have no arithmetic."
-        )
-
-    def expectation(self, lam: Any) -> Any:
-        """Refused: there is no mu."""
-        raise ValueError(
-            f"{type(self).__name__} is no exponential family: it has no expectation parameters. "
-            "Moments are mean(lam) and variance(lam)."
-        )
 
     # How it learns.
 

@@ -20,6 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.families._base.domain import Domain
+from blr_optax.families._base.family import Density
 from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
 
 if TYPE_CHECKING:
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class Family(Density):
     """Base of all exponential families.
 
-    A subclass defines the class attributes below and the methods that raise here: `natural`,
-    `standard`, `log_partition`, `sufficient_statistics`, `log_base_measure`, `sample`, `mean`,
-    `variance`; and `expected_log_base_measure` unless the base measure is constant. All take and
-    return arrays with any leading batch dimensions.
+    A subclass defines the class attributes below, `natural`, `standard`, `sample`, `mean`,
+    `variance`, and the methods that raise here: `log_partition`, `sufficient_statistics`,
+    `log_base_measure`; and `expected_log_base_measure` unless the base measure is constant. All
+    take and return arrays with any leading batch dimensions.
 
     Attributes:
         Natural: NamedTuple type of lambda (and of natural gradients).
@@ -49,13 +50,11 @@ class Family:
         relaxable: whether `relaxed_sample` exists.
     """
 
-    Natural: ClassVar[type]
     Expectation: ClassVar[type]
     domains: ClassVar[dict[str, Domain]]
+    exponential: ClassVar[bool] = True
     known: ClassVar[tuple[str, ...]] = ()
-    event_ndim: ClassVar[int] = 0
     joint: ClassVar[bool] = False
-    location: ClassVar[bool] = False
     constant_base_measure: ClassVar[bool] = True
     reparameterized: ClassVar[bool] = True
     enumerable: ClassVar[bool] = False
@@ -64,7 +63,6 @@ class Family:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
         super().__init_subclass__(**kwargs)
-        jax.tree_util.register_static(cls)
         if "log_partition" not in cls.__dict__ or cls.known:
             return
         plain = cls.log_partition
@@ -80,14 +78,6 @@ class Family:
 
     # What a family says about itself.
 
-    def natural(self, **standard: Array) -> Any:
-        """lambda from standard parameters (keywords)."""
-        raise NotImplementedError
-
-    def standard(self, lam: Any) -> dict[str, Array]:
-        """The standard parameters of lambda; `natural(**standard(lam))` is lambda."""
-        raise NotImplementedError
-
     def log_partition(self, lam: Any) -> Float[Array, ...]:
         """A(lambda), one number per batch element; its derivative is mu."""
         raise NotImplementedError
@@ -98,18 +88,6 @@ class Family:
 
     def log_base_measure(self, lam: Any, theta: Array) -> Float[Array, ...]:
         """log h(theta); lambda is passed for its known fields only."""
-        raise NotImplementedError
-
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
-        """Draws of theta with leading `shape`."""
-        raise NotImplementedError
-
-    def mean(self, lam: Any) -> Array:
-        """E_q[theta]."""
-        raise NotImplementedError
-
-    def variance(self, lam: Any) -> Array:
-        """Marginal variance of every coordinate of theta."""
         raise NotImplementedError
 
     def support(self, lam: Any, total: int | None = None) -> Array:
@@ -319,7 +297,3 @@ class Family:
             lambda m: jnp.sum(self.expected_log_base_measure(self.natural_from_expectation(m)))
         )(mu)
         return self.Natural(*gradient)
-
-    def natural_at(self, location: Array, like: Any = None) -> Any:
-        """A lambda centred at `location`, with the scale of `like` (else one)."""
-        raise ValueError(f"{type(self).__name__} has no location: pass init=.")

@@ -6,13 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from blr_optax.families._base.conditional import Conditional
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.family import Density
 
-REGISTRY: dict[str, Callable[..., Family | Conditional]] = {}
+REGISTRY: dict[str, Callable[..., Density]] = {}
 
 
-def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
+def register(name: str) -> Callable[[Callable[..., Density]], Callable[..., Density]]:
     """Decorator that registers a family, or a function that builds one, under a name.
 
     Raises:
@@ -29,14 +28,14 @@ def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Famil
     if name in REGISTRY:
         raise ValueError(f"families.register: the name {name!r} is taken by {REGISTRY[name]}.")
 
-    def add(build: Callable[..., Family]) -> Callable[..., Family]:
+    def add(build: Callable[..., Density]) -> Callable[..., Density]:
         REGISTRY[name] = build
         return build
 
     return add
 
 
-def get(name: str | Family | Conditional, **static: Any) -> Family | Conditional:
+def get(name: str | Density, **static: Any) -> Density:
     """The family registered under `name`, with its static choices; a Family passes through.
 
     Raises:
@@ -48,9 +47,9 @@ def get(name: str | Family | Conditional, **static: Any) -> Family | Conditional
       >>> print(blr.families.get("normal").natural(mean=2.0, precision=3.0).linear)
       6.0
     """
-    if isinstance(name, (Family, Conditional)):
+    if isinstance(name, Density):
         return name
-    if inspect.isclass(name) and issubclass(name, (Family, Conditional)):
+    if inspect.isclass(name) and issubclass(name, Density):
         raise ValueError(
             f"families.get: {name.__name__} is a class; give a family of it, {name.__name__}()."
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from blr_optax.families._base.conditional import Conditional
 from blr_optax.families._base.parameters import parameters
+from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -31,7 +32,7 @@ class LeafwiseNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Leafwise(Conditional):
+class Leafwise(Independent, Conditional):
     """A matrix family over every leaf of a tree: theta, mean and samples are trees.
 
     lambda: that of the wrapped family, once per leaf.
@@ -90,49 +91,26 @@ class Leafwise(Conditional):
         pairs = zip(matrices, self.shapes, strict=True)
         return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
 
-    def _sum(self, f: Callable[..., Array], *columns: Any) -> Array:
-        return sum((f(*row) for row in zip(*columns, strict=True)), start=jnp.zeros(()))
+    def members(self, like: Any) -> list[Conditional]:
+        return [self.family] * len(self.shapes)
+
+    def split(self, x: Any, like: Any) -> Sequence[Any]:
+        return x.members if isinstance(x, LeafwiseNatural) else self.matrices(x)
+
+    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+        return self.tree(list(parts)) if kind is None else kind(tuple(parts))
 
     def natural(self, *, members: tuple) -> LeafwiseNatural:
         """lambda from the members' own, in the order of the tree."""
         return LeafwiseNatural(tuple(members))
 
-    def natural_at(self, location: Any, like: Any = None) -> LeafwiseNatural:
-        old = [None] * len(self.shapes) if like is None else like.members
-        pairs = zip(self.matrices(location), old, strict=True)
-        return LeafwiseNatural(tuple(self.family.natural_at(x, lam) for x, lam in pairs))
-
     def standard(self, lam: LeafwiseNatural) -> dict[str, Any]:
         return {"members": lam.members}
-
-    def mean(self, lam: LeafwiseNatural) -> Any:
-        return self.tree([self.family.mean(member) for member in lam.members])
-
-    def variance(self, lam: LeafwiseNatural) -> Any:
-        return self.tree([self.family.variance(member) for member in lam.members])
-
-    def sample(self, key: Array, lam: LeafwiseNatural, shape: tuple[int, ...] = ()) -> Any:
-        keys = jax.random.split(key, len(self.shapes))
-        pairs = zip(keys, lam.members, strict=True)
-        return self.tree([self.family.sample(k, member, shape) for k, member in pairs])
-
-    def log_prob(self, lam: LeafwiseNatural, theta: Any) -> Array:
-        return self._sum(self.family.log_prob, lam.members, self.matrices(theta))
-
-    def entropy(self, lam: LeafwiseNatural) -> Array:
-        return self._sum(self.family.entropy, lam.members)
-
-    def kl(self, lam_p: LeafwiseNatural, lam_q: LeafwiseNatural) -> Array:
-        return self._sum(self.family.kl, lam_p.members, lam_q.members)
-
-    def in_domain(self, lam: LeafwiseNatural) -> Array:
-        return jnp.all(jnp.array([self.family.in_domain(member) for member in lam.members]))
 
     def noise(
         self, key: Array, lam: LeafwiseNatural, samples: int, antithetic: bool = False
     ) -> tuple:
-        keys = jax.random.split(key, len(self.shapes))
-        pairs = zip(keys, lam.members, strict=True)
+        pairs = zip(self.keys(key, lam), lam.members, strict=True)
         return tuple(self.family.noise(k, member, samples, antithetic) for k, member in pairs)
 
     def natural_gradient_at(
@@ -174,6 +152,5 @@ class Leafwise(Conditional):
         form: str = "auto",
     ) -> LeafwiseNatural:
         pairs = zip(lam.members, gradient.members, strict=True)
-        return LeafwiseNatural(
-            tuple(self.family.move(member, d, learning_rate, form) for member, d in pairs)
-        )
+        moved = [self.family.move(member, d, learning_rate, form) for member, d in pairs]
+        return LeafwiseNatural(tuple(moved))

@@ -10,26 +10,24 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.families._base.exponential import Family
 from blr_optax.families._base.registry import get
 from blr_optax.families._base.standard_parameters import check_keywords, name_of
+from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Array
 
-
-def _join(kind: type, treedef: Any, leaves: list) -> Any:
-    """One lambda or mu whose fields are trees, from one lambda or mu per leaf."""
-    columns = range(len(kind._fields))
-    return kind(*(treedef.unflatten([leaf[i] for leaf in leaves]) for i in columns))
+    from blr_optax.families._base.family import Density
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanField(Family):
+class MeanField(Independent, Family):
     """Independent members of an elementwise family, one per number of a pytree.
 
     q(theta) = prod_j q_j(theta_j). `log_prob`, `entropy` and `kl` are sums over the whole tree;
@@ -76,38 +74,44 @@ class MeanField(Family):
     curvature = property(lambda self: getattr(self.family, "curvature", None))
     elementwise = False  # it is the lift
 
-    def _rows(self, lam: Any, *trees: Any) -> tuple[Any, list[tuple]]:
-        """The tree's structure, and (leaf lambda, leaf of each tree) for every leaf.
+    def _structure(self, x: Any) -> Any:
+        """The tree of the parameters: of every field of lambda and mu, and of theta."""
+        return jax.tree.structure(x[0] if self._has_fields(x) else x)
 
-        A tree that is itself a lambda or mu is split into leaf lambdas or mus.
-        """
-        treedef = jax.tree.structure(lam[0])
+    def _has_fields(self, x: Any) -> bool:
+        return isinstance(x, (self.Natural, self.Expectation))
 
-        def column(tree: Any) -> list:
-            if isinstance(tree, (self.Natural, self.Expectation)):
-                parts = zip(*map(treedef.flatten_up_to, tree), strict=True)
-                return [type(tree)(*part) for part in parts]
-            return treedef.flatten_up_to(tree)
+    def members(self, like: Any) -> list[Family]:
+        return [self.family] * self._structure(like).num_leaves
 
-        return treedef, list(zip(*map(column, (lam, *trees)), strict=True))
+    def split(self, x: Any, like: Any) -> list[Any]:
+        treedef = self._structure(like)
+        if not self._has_fields(x):
+            return treedef.flatten_up_to(x)
+        return [type(x)(*part) for part in zip(*map(treedef.flatten_up_to, x), strict=True)]
 
-    def _map(self, f: Any, lam: Any, *trees: Any) -> Any:
-        """The tree of f(leaf lambda, *leaves)."""
-        treedef, rows = self._rows(lam, *trees)
-        return treedef.unflatten([f(*row) for row in rows])
+    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+        """A tree; of lambda or mu every field is one."""
+        treedef = self._structure(like)
+        if kind is None:
+            return treedef.unflatten(parts)
+        columns = range(len(kind._fields))
+        return kind(*(treedef.unflatten([part[i] for part in parts]) for i in columns))
 
-    def _fields(self, kind: type, f: Any, lam: Any, *trees: Any) -> Any:
-        """Like `_map`, for an f that returns a lambda or mu: its fields become trees."""
-        treedef, rows = self._rows(lam, *trees)
-        return _join(kind, treedef, [f(*row) for row in rows])
+    def keys(self, key: Array, like: Any) -> list[Array]:
+        """By the leaf's path, so that other leaves do not matter."""
+        leaves = jax.tree_util.tree_leaves_with_path(like[0])
+        return [jax.random.fold_in(key, _tree.path_hash(path)) for path, _ in leaves]
 
-    def _sum(self, f: Any, lam: Any, *trees: Any) -> Array:
-        """Sum of f over leaves and over each leaf's own axes; leading sample axes stay."""
-        _, rows = self._rows(lam, *trees)
-        return sum(
-            (jnp.sum(f(*row), axis=tuple(range(-jnp.ndim(row[0][0]), 0))) for row in rows),
-            start=jnp.zeros(()),
-        )
+    def batch_ndim(self, member: Family, lam: Any) -> int:
+        """All axes of a leaf."""
+        return jnp.ndim(lam[0])
+
+    def join(self, lam: Any, other: Density, other_lam: Any) -> tuple[Density, Any] | None:
+        """With another mean field of one family: over the leaves of both."""
+        if other != self:
+            return None
+        return self, self.Natural(*map(_tree.fill, lam, other_lam))
 
     def natural(self, **standard: Any) -> Any:
         """lambda from standard parameters: each a tree like the parameters, or a number."""
@@ -128,123 +132,25 @@ class MeanField(Family):
                 raise ValueError(f"leaf {path or 'the root'}: {error}") from error
 
         leaves = [leaf(*row) for row in zip(paths, *spread, strict=True)]
-        return _join(self.Natural, jax.tree.structure(like), leaves)
+        return self.joined(self.Natural, leaves, like)
 
     def standard(self, lam: Any) -> dict[str, Any]:
-        treedef, rows = self._rows(lam)
-        leaves = [self.family.standard(*row) for row in rows]
-        return {name: treedef.unflatten([leaf[name] for leaf in leaves]) for name in leaves[0]}
+        leaves = self._each("standard", lam)
+        return {name: self.joined(None, [x[name] for x in leaves], lam) for name in leaves[0]}
+
+    # A lambda has no batches here: its Fisher matrix is over all numbers, field by field.
+    fisher = Family.fisher
+
+    # Of Gaussian members.
 
     def from_mean(self, mean: Any, precision: Any) -> Any:
-        treedef = jax.tree.structure(mean)
-        pairs = zip(treedef.flatten_up_to(mean), treedef.flatten_up_to(precision), strict=True)
-        return _join(self.Natural, treedef, [self.family.from_mean(*pair) for pair in pairs])
-
-    def natural_at(self, location: Any, like: Any = None) -> Any:
-        leaves, treedef = jax.tree.flatten(location)
-        old = [None] * len(leaves) if like is None else [row[0] for row in self._rows(like)[1]]
-        new = [self.family.natural_at(x, lam) for x, lam in zip(leaves, old, strict=True)]
-        return _join(self.Natural, treedef, new)
-
-    def inner(self, a: Any, b: Any) -> Array:
-        return self._sum(self.family.inner, a, b)
-
-    def log_partition(self, lam: Any) -> Array:
-        return self._sum(self.family.log_partition, lam)
-
-    def log_base_measure(self, lam: Any, theta: Any) -> Array:
-        return self._sum(self.family.log_base_measure, lam, theta)
-
-    def expected_log_base_measure(self, lam: Any) -> Array:
-        return self._sum(self.family.expected_log_base_measure, lam)
-
-    def log_prob(self, lam: Any, theta: Any) -> Array:
-        return self._sum(self.family.log_prob, lam, theta)
-
-    def entropy(self, lam: Any) -> Array:
-        return self._sum(self.family.entropy, lam)
-
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
-        return self._sum(self.family.kl, lam_p, lam_q)
-
-    def in_domain(self, lam: Any) -> Array:
-        _, rows = self._rows(lam)
-        return jnp.all(jnp.array([jnp.all(self.family.in_domain(*row)) for row in rows]))
-
-    def mean(self, lam: Any) -> Any:
-        return self._map(self.family.mean, lam)
-
-    def variance(self, lam: Any) -> Any:
-        return self._map(self.family.variance, lam)
+        return self._natural("from_mean", mean, precision)
 
     def precision(self, lam: Any) -> Any:
-        return self._map(self.family.precision, lam)
+        return self._theta("precision", lam)
 
     def displace(self, lam: Any, z: Any) -> Any:
-        return self._map(self.family.displace, lam, z)
-
-    def sufficient_statistics(self, theta: Any, lam: Any = None) -> Any:
-        leaves, treedef = jax.tree.flatten(theta)
-        rows = [()] * len(leaves) if lam is None else self._rows(lam)[1]
-        each = self.family.sufficient_statistics
-        stats = [each(x, *row) for x, row in zip(leaves, rows, strict=True)]
-        return _join(self.Expectation, treedef, stats)
-
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
-        """Draws of every leaf, each with its own key by path."""
-        draw = self.family.sample
-        return self._map(lambda one, k: draw(k, one, shape), lam, self._keys(key, lam))
-
-    def _keys(self, key: Array, lam: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: jax.random.fold_in(key, _tree.path_hash(path)), lam[0]
-        )
-
-    def expectation(self, lam: Any) -> Any:
-        return self._fields(self.Expectation, self.family.expectation, lam)
-
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
-        lam = self._fields(self.Natural, self.family.natural_from_expectation, mu)
-        return (lam, self.in_domain(lam)) if with_status else lam
-
-    def coordinates(self, like: Any) -> tuple[Any, Any]:
-        _, to_learnt = jax.flatten_util.ravel_pytree({n: getattr(like, n) for n in self.domains})
-
-        def to_flat(x: Any) -> Array:
-            return jax.flatten_util.ravel_pytree({n: getattr(x, n) for n in self.domains})[0]
-
-        known = {name: getattr(like, name) for name in self.known}
-        return to_flat, lambda flat: self.Natural(**to_learnt(flat), **known)
-
-    def fisher_product(self, lam: Any, v: Any) -> Any:
-        return self._fields(self.Expectation, self.family.fisher_product, lam, v)
-
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
-        return self._fields(self.Natural, self.family.inverse_fisher_product, lam, v)
-
-    def support(self, lam: Any, total: int | None = None) -> Any:
-        return self._map(lambda one: self.family.support(one, total), lam)
-
-    def probabilities(self, mu: Any, total: int | None = None) -> Any:
-        return self._map(lambda one: self.family.probabilities(one, total), mu)
-
-    def relaxed_sample(
-        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
-    ) -> Any:
-        draw = self.family.relaxed_sample
-        return self._map(lambda one, k: draw(k, one, temperature, shape), lam, self._keys(key, lam))
+        return self._theta("displace", lam, z)
 
     def gradient(self, lam: Any, g: Any, h: Any) -> Any:
-        return self._fields(self.Natural, self.family.gradient, lam, g, h)
-
-    def base_measure_gradient(self, lam: Any) -> Any:
-        return self._fields(self.Natural, self.family.base_measure_gradient, lam)
-
-    def retract(self, lam: Any, step: Any, **form: str) -> Any:
-        return self._fields(self.Natural, lambda a, b: self.family.retract(a, b, **form), lam, step)
-
-    def safe_step(self, lam: Any, step: Any) -> tuple[Any, Array]:
-        treedef, rows = self._rows(lam, step)
-        steps = [self.family.safe_step(*row) for row in rows]
-        new = _join(self.Natural, treedef, [lam for lam, _ in steps])
-        return new, sum((count for _, count in steps), start=jnp.zeros((), jnp.int32))
+        return self._natural("gradient", lam, g, h)

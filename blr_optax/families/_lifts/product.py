@@ -9,7 +9,7 @@ their precision, say.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from blr_optax import _tree
 from blr_optax.families._base.exponential import Family
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.registry import get
+from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -39,7 +40,7 @@ class ProductExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Product(Family):
+class Product(Independent, Family):
     """Independent factors of different families, joined in a dict.
 
     log q(theta) = sum_k log q_k(theta_k); `log_prob`, `entropy` and `kl` are sums over all factors
@@ -92,21 +93,26 @@ class Product(Family):
     )
     elementwise = False
 
-    def _each(self, method: str, *trees: Any, **fixed: Any) -> dict[str, Any]:
-        """A method of every factor, on its own part of every tree."""
+    def members(self, like: Any) -> list[Family]:
+        return [family for _, family in self.factors]
 
-        def part(tree: Any, name: str) -> Any:
-            return (tree.parts if isinstance(tree, (self.Natural, self.Expectation)) else tree)[
-                name
-            ]
+    def split(self, x: Any, like: Any) -> list[Any]:
+        parts = x.parts if isinstance(x, (ProductNatural, ProductExpectation)) else x
+        return [parts[name] for name, _ in self.factors]
 
-        return {
-            name: getattr(family, method)(*(part(tree, name) for tree in trees), **fixed)
-            for name, family in self.factors
-        }
+    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+        """A dict by name, in lambda and mu as `parts`."""
+        named = {name: part for (name, _), part in zip(self.factors, parts, strict=True)}
+        return named if kind is None else kind(named)
 
-    def _total(self, method: str, *trees: Any) -> Array:
-        return sum(jnp.sum(value) for value in self._each(method, *trees).values())
+    def keys(self, key: Array, like: Any) -> list[Array]:
+        """By the factor's name, so that other factors do not matter."""
+        paths = [(jax.tree_util.DictKey(name),) for name, _ in self.factors]
+        return [jax.random.fold_in(key, _tree.path_hash(path)) for path in paths]
+
+    def batch_ndim(self, member: Family, lam: Any) -> int:
+        """The batch axes of a factor."""
+        return jnp.ndim(jax.eval_shape(member.log_partition, lam))
 
     def natural(self, **standard: Any) -> ProductNatural:
         """lambda from every factor's standard parameters (a dict), or its lambda."""
@@ -133,131 +139,4 @@ class Product(Family):
         return ProductNatural({name: part(name, family) for name, family in self.factors})
 
     def standard(self, lam: ProductNatural) -> dict[str, Any]:
-        return self._each("standard", lam)
-
-    def natural_at(self, location: Any, like: Any = None) -> ProductNatural:
-        pairs = ((name, family, location[name]) for name, family in self.factors)
-        return ProductNatural(
-            {n: f.natural_at(x, None if like is None else like.parts[n]) for n, f, x in pairs}
-        )
-
-    def log_partition(self, lam: ProductNatural) -> Array:
-        """A = sum_k A_k."""
-        return self._total("log_partition", lam)
-
-    def inner(self, a: Any, b: Any) -> Array:
-        return self._total("inner", a, b)
-
-    def check_sizes(self, *lams: Any) -> None:
-        for name, family in self.factors:
-            family.check_sizes(*(lam.parts[name] for lam in lams))
-
-    def combine(self, *terms: tuple[Any, Any]) -> ProductNatural:
-        return ProductNatural(
-            {
-                name: family.combine(*((a, lam.parts[name]) for a, lam in terms))
-                for name, family in self.factors
-            }
-        )
-
-    def sufficient_statistics(self, theta: Any, lam: Any = None) -> ProductExpectation:
-        given = (theta,) if lam is None else (theta, lam)
-        return ProductExpectation(self._each("sufficient_statistics", *given))
-
-    def log_base_measure(self, lam: ProductNatural, theta: Any) -> Array:
-        return self._total("log_base_measure", lam, theta)
-
-    def expected_log_base_measure(self, lam: ProductNatural) -> Array:
-        return self._total("expected_log_base_measure", lam)
-
-    def base_measure_gradient(self, lam: ProductNatural) -> ProductNatural:
-        return ProductNatural(self._each("base_measure_gradient", lam))
-
-    def log_prob(self, lam: ProductNatural, theta: Any) -> Array:
-        """Sums over batches and factors; leading sample axes of theta stay."""
-        total = 0.0
-        for name, family in self.factors:
-            one = family.log_prob(lam.parts[name], theta[name])
-            batch = jnp.ndim(jax.eval_shape(family.log_partition, lam.parts[name]))
-            total = total + jnp.sum(one, axis=tuple(range(jnp.ndim(one) - batch, jnp.ndim(one))))
-        return total
-
-    def entropy(self, lam: ProductNatural) -> Array:
-        return self._total("entropy", lam)
-
-    def kl(self, lam_p: ProductNatural, lam_q: ProductNatural) -> Array:
-        return self._total("kl", lam_p, lam_q)
-
-    def mean(self, lam: ProductNatural) -> dict[str, Any]:
-        return self._each("mean", lam)
-
-    def variance(self, lam: ProductNatural) -> dict[str, Any]:
-        return self._each("variance", lam)
-
-    def sample(self, key: Array, lam: ProductNatural, shape: tuple[int, ...] = ()) -> Any:
-        """Draws of every factor, each with its own key by name."""
-
-        def own(name: str) -> Array:
-            return jax.random.fold_in(key, _tree.path_hash((jax.tree_util.DictKey(name),)))
-
-        return {
-            name: family.sample(own(name), lam.parts[name], shape) for name, family in self.factors
-        }
-
-    def expectation(self, lam: ProductNatural) -> ProductExpectation:
-        return ProductExpectation(self._each("expectation", lam))
-
-    def natural_from_expectation(self, mu: ProductExpectation, with_status: bool = False) -> Any:
-        lam = ProductNatural(self._each("natural_from_expectation", mu))
-        return (lam, self.in_domain(lam)) if with_status else lam
-
-    def fisher_product(self, lam: ProductNatural, v: Any) -> ProductExpectation:
-        return ProductExpectation(self._each("fisher_product", lam, v))
-
-    def inverse_fisher_product(self, lam: ProductNatural, v: Any) -> ProductNatural:
-        return ProductNatural(self._each("inverse_fisher_product", lam, v))
-
-    def gradient_in_mu(self, gradient: Any) -> ProductNatural:
-        return ProductNatural(self._each("gradient_in_mu", gradient))
-
-    def gradient_in_lambda(self, lam: ProductNatural, gradient: Any) -> ProductNatural:
-        return ProductNatural(self._each("gradient_in_lambda", lam, gradient))
-
-    def coordinates(self, like: Any) -> tuple[Any, Any]:
-        maps = {name: family.coordinates(like.parts[name]) for name, family in self.factors}
-        sizes = [maps[name][0](like.parts[name]).size for name in maps]
-
-        def to_flat(x: Any) -> Array:
-            return jnp.concatenate([maps[name][0](x.parts[name]) for name in maps])
-
-        def to_fields(flat: Array) -> ProductNatural:
-            ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
-            pieces = zip(maps, ends, sizes, strict=True)
-            return ProductNatural({n: maps[n][1](flat[e - size : e]) for n, e, size in pieces})
-
-        return to_flat, to_fields
-
-    def in_domain(self, lam: ProductNatural) -> Array:
-        return jnp.array([jnp.all(x) for x in self._each("in_domain", lam).values()]).all()
-
-    def retract(self, lam: ProductNatural, step: Any) -> ProductNatural:
-        return ProductNatural(self._each("retract", lam, step))
-
-    def safe_step(self, lam: ProductNatural, step: Any) -> tuple[ProductNatural, Array]:
-        steps = self._each("safe_step", lam, step)
-        return ProductNatural({name: new for name, (new, _) in steps.items()}), sum(
-            count for _, count in steps.values()
-        )
-
-    def support(self, lam: ProductNatural, total: int | None = None) -> dict[str, Any]:
-        return self._each("support", lam, total=total)
-
-    def probabilities(self, mu: ProductExpectation, total: int | None = None) -> dict[str, Any]:
-        return self._each("probabilities", mu, total=total)
-
-    def fisher(self, lam: ProductNatural) -> Array:
-        """Blocks on the diagonal, factor by factor."""
-        blocks = [family.fisher(lam.parts[name]) for name, family in self.factors]
-        if any(block.ndim > 2 for block in blocks):
-            raise ValueError("Product.fisher: factors must not be batched; use fisher_product.")
-        return jax.scipy.linalg.block_diag(*blocks)
+        return self._theta("standard", lam)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import _tree
-from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.family import Density
 from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class SignedScaleNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved(Conditional):
+class Moved(Density):
     """Base: independent weights, each a law's noise moved by a group.
 
     Attributes:
@@ -177,6 +177,12 @@ class Moved(Conditional):
             return self.moved(self.law.of_normal(z), *fields)
 
         return jax.tree_util.tree_map_with_path(leaf, *lam)
+
+    def join(self, lam: Any, other: Density, other_lam: Any) -> tuple[Density, Any] | None:
+        """With one of the same law and group: over the leaves of both."""
+        if other != self:
+            return None
+        return self, self.Natural(*map(_tree.fill, lam, other_lam))
 
     draws: ClassVar[int]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.family import Density
 from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class UnitMixtureNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnitMixture(Conditional):
+class UnitMixture(Density):
     """A mixture of kept and dropped for every unit, over a tree of weights.
 
     q(theta_j) = pi N(m_j, v_j) + (1 - pi) N(0, v_0).
@@ -49,7 +49,7 @@ class UnitMixture(Conditional):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from blr_optax.families._units import UnitMixture
+      >>> from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
       >>> family = UnitMixture((("['w']", (3, 1)), ("['b']", None)))
       >>> tree = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
       >>> lam = family.natural(mean=tree, keep=0.5)
@@ -100,6 +100,13 @@ class UnitMixture(Conditional):
             return v if units is None else k * (v + (1 - k) * m * m) + (1 - k) * d
 
         return self._map(leaf, *lam)
+
+    def join(self, lam: UnitMixtureNatural, other: Density, other_lam: Any) -> tuple | None:
+        """With another mixture of units: over the leaves and units of both."""
+        if not isinstance(other, UnitMixture):
+            return None
+        family = UnitMixture(tuple(sorted(self.units + other.units)))
+        return family, UnitMixtureNatural(*map(_tree.fill, lam, other_lam))
 
     def sample(self, key: Array, lam: UnitMixtureNatural, shape: tuple[int, ...] = ()) -> Any:
         shapes = dict(self.units)

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from blr_optax import _tree
-from blr_optax.families._base.conditional import Conditional
+from blr_optax.families import MeanField, Normal
+from blr_optax.families._base.family import Density
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._numerics.special import LOG_2PI
 
@@ -112,19 +113,18 @@ class RotatedNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotated(Conditional):
+class Rotated(Density):
     """Independent normals along the axes of a basis, leaf by leaf; an event is a whole tree.
 
     log q(theta) = sum over leaves of sum (log s - s (X' - M')^2 - log 2 pi) / 2.
 
     Standard parameters: `mean` and `precision`, trees like the weights, and `bases`, a dict from
     the paths of leaves to a `Basis`; leaves without one are independent normals themselves. They
-    are also the state. Two members of one basis have a product, of different bases they have not,
-    so this counts as a conditional family.
+    are also the state. Two members of one basis have a product, of different bases they have not.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from blr_optax.families._rotated import Basis, Rotated
+      >>> from blr_optax.optimizers._posteriors.rotated import Basis, Rotated
       >>> turn = jnp.array([[0.6, -0.8], [0.8, 0.6]])
       >>> lam = Rotated().natural(
       ...     mean=jnp.zeros((2, 1)),
@@ -155,6 +155,19 @@ class Rotated(Conditional):
         checks = [jnp.all((s > 0) & jnp.isfinite(s)) for s in jax.tree.leaves(lam.precision)]
         checks += [jnp.all(jnp.isfinite(m)) for m in jax.tree.leaves(lam.mean)]
         return jnp.all(jnp.array(checks))
+
+    def join(self, lam: RotatedNatural, other: Density, other_lam: Any) -> tuple | None:
+        """With rotated normals, or plain ones, which have no bases: over the leaves of both."""
+        if other == MeanField(Normal()):
+            mean, precision = other.mean(other_lam), other.precision(other_lam)
+            other, other_lam = self, self.natural(mean=mean, precision=precision, bases={})
+        if other != self:
+            return None
+        return self, RotatedNatural(
+            mean=_tree.fill(lam.mean, other_lam.mean),
+            precision=_tree.fill(lam.precision, other_lam.precision),
+            bases=lam.bases | other_lam.bases,
+        )
 
     def sample(self, key: Array, lam: RotatedNatural, shape: tuple[int, ...] = ()) -> Any:
         """Draws of every leaf, each with its own key by path."""

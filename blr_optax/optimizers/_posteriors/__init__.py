@@ -1,0 +1,1 @@
+"""Posteriors of single optimizers: families that are read, joined and kept, but not learnt."""
