@@ -4,7 +4,7 @@ lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
 from blr_optax import estimators, families, metrics, plots, rule, state
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Posterior, distribution
 from blr_optax._predict import Predictive, binary_link, predict, predict_regression
 from blr_optax._table import TableRow, table
 from blr_optax.interop import TorchIvon, from_torch_ivon, to_torch_ivon
@@ -47,7 +47,17 @@ from blr_optax.per_example import PerExample, explain, per_example, per_example_
 
 # The rule, and reading any optimizer state.
 from blr_optax.rule import blr_update, natural_step, scale_by_precision, with_posterior
-from blr_optax.state import Diagnostics, Estimate, diagnostics, estimate, posterior, reseed, sample
+from blr_optax.state import (
+    Diagnostics,
+    Estimate,
+    StepInfo,
+    diagnostics,
+    estimate,
+    make_step,
+    posterior,
+    reseed,
+    sample,
+)
 
 __version__ = "0.1.0"
 
@@ -57,6 +67,7 @@ __all__ = [
     "PerExample",
     "Posterior",
     "Predictive",
+    "StepInfo",
     "TableRow",
     "TorchIvon",
     "adam",
@@ -65,6 +76,7 @@ __all__ = [
     "blr_update",
     "bsam",
     "diagnostics",
+    "distribution",
     "dropout",
     "estimate",
     "estimators",
@@ -80,6 +92,7 @@ __all__ = [
     "lie_affine",
     "lie_multiplicative",
     "low_rank_newton",
+    "make_step",
     "metrics",
     "mixture_ivon",
     "mixture_newton",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from blr_optax._random import canonical_key
 from blr_optax._validate import holds
-from blr_optax.families import Density
+from blr_optax.families import Density, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -84,14 +85,9 @@ class Posterior:
         return self.family.expectation(self._proper("expectation"))
 
     def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Any:
-        """Draws of theta with leading `shape`; `key` is a typed key."""
-        if not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
-            raise ValueError(
-                "Posterior.sample: key must be a typed key, jax.random.key(seed); got an array of "
-                f"dtype {jnp.result_type(key)}."
-            )
+        """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
         shape = (shape,) if isinstance(shape, int) else shape
-        return self.family.sample(key, self._proper("sample"), shape)
+        return self.family.sample(canonical_key(key), self._proper("sample"), shape)
 
     def log_prob(self, theta: Any) -> Float[Array, ...]:
         """log q(theta)."""
@@ -140,3 +136,34 @@ class Posterior:
     def __pow__(self, a: float) -> Posterior:
         """The (unnormalised) power q^a: a lambda."""
         return Posterior(self.family, self.family.combine((a, self.natural)))
+
+
+def distribution(family: str | Density, **standard: Any) -> Posterior:
+    """Return a distribution, from the name of its family and its standard parameters.
+
+    q(theta) = q_lambda(theta),  lambda = natural(**standard).
+
+    Args:
+        family: a registered name (`families.names()`), or a family.
+        standard: its standard parameters, such as mean and precision; where one of them is a tree,
+            an elementwise family becomes a `MeanField` over that tree.
+
+    Raises:
+        ValueError: for an unknown name, and for standard parameters that the family does not have
+            or that are out of their range.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> prior = blr.distribution("normal", mean=0.0, precision=4.0)
+      >>> print(prior.variance, blr.distribution("gamma", concentration=3.0, rate=2.0).mean)
+      0.25 1.5
+      >>> q = blr.distribution("normal", mean={"w": jnp.ones(2), "b": 0.0}, precision=4.0)
+      >>> print(q.mean["w"], q.entropy().round(3))
+      [1. 1.] 2.177
+    """
+    chosen = get(family)
+    # Lists and tuples of numbers are arrays, as for jnp.asarray.
+    given = [x for x in standard.values() if x is not None and type(x) not in (list, tuple)]
+    if getattr(chosen, "elementwise", False) and not jax.tree_util.all_leaves(given):
+        chosen = MeanField(chosen)
+    return Posterior(chosen, chosen.natural(**standard))

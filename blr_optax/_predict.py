@@ -10,12 +10,13 @@ and `chunk` changes the result by rounding only. Accumulators are float32 or wid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from blr_optax import metrics
+from blr_optax._random import canonical_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +80,7 @@ def predict(
     ``epistemic = total - aleatoric``, with ``p_s = link(apply(theta_s, *inputs))``.
 
     Args:
-        key: A typed key, `jax.random.key`. Sample ``s`` uses ``fold_in(key, s)``.
+        key: typed key or integer seed. Sample ``s`` uses ``fold_in(key, s)``.
         q: The posterior over weights.
         apply: ``apply(weights, *inputs) -> logits``, classes on the last axis, any axes before it
             (examples, pixels, tokens).
@@ -94,7 +95,7 @@ def predict(
         A `Predictive`; score its `probabilities` with `blr_optax.metrics`.
 
     Raises:
-        ValueError: if `key` is not one typed key, `samples` or `chunk` is below 1, or `link` is
+        ValueError: if `key` is not one typed key or seed, `samples` or `chunk` is below 1, or `link` is
             `jax.nn.sigmoid`, whose values are not a distribution over the last axis.
 
     Two equally likely weights that are certain and disagree, so all of ``log 2`` is epistemic:
@@ -145,7 +146,7 @@ def predict_regression(
     ``aleatoric = noise_variance``, with ``f_s = apply(theta_s, *inputs)``.
 
     Args:
-        key: A typed key, `jax.random.key`. Sample ``s`` uses ``fold_in(key, s)``.
+        key: typed key or integer seed. Sample ``s`` uses ``fold_in(key, s)``.
         q: The posterior over weights.
         apply: ``apply(weights, *inputs) -> outputs``, of any shape.
         *inputs: Passed on to `apply`.
@@ -158,7 +159,7 @@ def predict_regression(
         A `RegressionPredictive`; score it with `blr_optax.metrics.regression`.
 
     Raises:
-        ValueError: if `key` is not one typed key, `samples` is below 2 or `chunk` below 1.
+        ValueError: if `key` is not one typed key or seed, `samples` is below 2 or `chunk` below 1.
 
     >>> class StandardNormal:
     ...     def sample(self, key, shape):
@@ -170,7 +171,7 @@ def predict_regression(
     """
     if samples < 2:
         raise ValueError(f"samples={samples} has no variance; give at least 2.")
-    _check_key(key)
+    key = _one_key(key)
     _check_sampler(q)
     # Squares are taken about one of the samples: about 0, a mean far above the spread would cancel.
     origin = apply(q.sample(jax.random.fold_in(key, 0), ()), *inputs)
@@ -190,7 +191,7 @@ def _mean_over_samples(
     key: Array, q: Sampler, statistics: Callable[[PyTree], PyTree], samples: int, chunk: int
 ) -> PyTree:
     """``mean_s statistics(theta_s)``, at most `chunk` samples at a time."""
-    _check_key(key)
+    key = _one_key(key)
     _check_sampler(q)
     for name, value in (("samples", samples), ("chunk", chunk)):
         if value < 1:
@@ -229,7 +230,9 @@ def _check_sampler(q: Sampler) -> None:
         )
 
 
-def _check_key(key: Array) -> None:
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not typed or key.shape != ():
-        raise ValueError(f"key={key!r} is not one typed key; give jax.random.key(seed).")
+def _one_key(key: Any) -> Array:
+    """Return the typed key of a typed key or an integer seed."""
+    key = canonical_key(key)
+    if key.shape != ():
+        raise ValueError(f"key: give one typed key, not an array of shape {key.shape}.")
+    return key

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from tools import assert_same
 
 from blr_optax import Posterior, families
+from blr_optax import distribution as blr_distribution
 
 NORMAL, GAUSSIAN = families.get("normal"), families.get("gaussian")
 FIXED, DIAGONAL = families.get("gaussian_fixed"), families.get("gaussian_diagonal")
@@ -231,3 +233,25 @@ def test_members_of_different_sizes_are_refused(name):
     for act in (lambda: three.kl(five), lambda: three * five, lambda: three / five):
         with pytest.raises(ValueError, match="of one size"):
             act()
+
+
+def test_distribution_makes_what_three_calls_make():
+    made = blr_distribution("normal", mean=[0.0, 1.0], precision=4.0)
+    assert_same(made, Posterior(NORMAL, NORMAL.natural(mean=[0.0, 1.0], precision=4.0)))
+    tree = {"w": np.ones(2, np.float32), "b": np.float32(0.5)}
+    lifted = blr_distribution("normal", mean=tree, variance=None, precision=4.0)
+    assert_same(lifted, Posterior(DIAGONAL, DIAGONAL.natural(mean=tree, precision=4.0)))
+    mixture = families.get("mixture", family="normal")
+    standard = {"weights": [0.5, 0.5], "mean": [[-1.0], [1.0]], "variance": [[1.0], [1.0]]}
+    assert_same(
+        blr_distribution(mixture, **standard), Posterior(mixture, mixture.natural(**standard))
+    )
+    with pytest.raises(ValueError, match="unknown family 'norml'"):
+        blr_distribution("norml", mean=0.0)
+    with pytest.raises(ValueError, match=r"normal\.natural.*scale"):
+        blr_distribution("normal", mean=0.0, scale=1.0)
+
+
+def test_an_integer_is_a_seed():
+    q = blr_distribution("normal", mean=0.0, precision=1.0)
+    np.testing.assert_array_equal(q.sample(3, (2,)), q.sample(jax.random.key(3), (2,)))

@@ -216,10 +216,10 @@ Q, X = problem()
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: predict(0, Q, linear, X), r"key=0 .*jax.random.key"),
+        (lambda: predict("0", Q, linear, X), r"key: give a typed key.*str"),
         (lambda: predict(jnp.zeros(2, jnp.uint32), Q, linear, X), r"jax.random.key\(seed\)"),
-        (lambda: predict(jax.random.split(KEY), Q, linear, X), r"not one typed key"),
-        (lambda: predict_regression(0, Q, linear, X), r"key=0"),
+        (lambda: predict(jax.random.split(KEY), Q, linear, X), r"one typed key, not an array"),
+        (lambda: predict_regression(0.5, Q, linear, X), r"key: give a typed key.*float"),
         (lambda: predict(KEY, Q, linear, X, samples=0), r"samples=0"),
         (lambda: predict(KEY, Q, linear, X, chunk=0), r"chunk=0"),
         (lambda: predict(KEY, Q, lambda w, x: linear(w, x)[..., 0], X), r"predict_regression"),
@@ -230,3 +230,8 @@ Q, X = problem()
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_integer_is_a_seed():
+    seeded, keyed = (predict(key, Q, linear, X, samples=4).probs for key in (3, jax.random.key(3)))
+    np.testing.assert_array_equal(seeded, keyed)

@@ -2,6 +2,7 @@
 
 from blr_optax.state._diagnostics import Diagnostics, diagnostics
 from blr_optax.state._estimate import Estimate, estimate
+from blr_optax.state._make_step import StepInfo, make_step
 from blr_optax.state._reader import Rule
 from blr_optax.state._reading import posterior, reseed, sample
 
@@ -9,8 +10,10 @@ __all__ = [
     "Diagnostics",
     "Estimate",
     "Rule",
+    "StepInfo",
     "diagnostics",
     "estimate",
+    "make_step",
     "posterior",
     "reseed",
     "sample",

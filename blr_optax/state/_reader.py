@@ -86,14 +86,19 @@ def carries_posterior(node: Any) -> bool:
     return isinstance(getattr(node, "rule", None), Rule)
 
 
+def find_posterior_states(opt_state: Any) -> list[Any]:
+    """Return all states in `opt_state` that carry a posterior."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=carries_posterior)
+    return [node for node in nodes if carries_posterior(node)]
+
+
 def posterior_states(opt_state: Any, who: str) -> list[Any]:
-    """All states in `opt_state` that carry a posterior.
+    """Return all states in `opt_state` that carry a posterior.
 
     Raises:
         ValueError: when there is none.
     """
-    nodes = jax.tree.leaves(opt_state, is_leaf=carries_posterior)
-    found = [node for node in nodes if carries_posterior(node)]
+    found = find_posterior_states(opt_state)
     if not found:
         raise ValueError(NO_POSTERIOR.format(who=who))
     return found
@@ -113,8 +118,7 @@ def check_transformation(who: str, tx: Any) -> None:
     """Raises ValueError for what is no transformation, such as `optax.adam` without a rate."""
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
-            f"{who}: the inner optimizer must be a transformation such as optax.adam(1e-3); got "
-            f"{tx!r}."
+            f"{who}: the optimizer must be a transformation such as optax.adam(1e-3); got {tx!r}."
         )
 
 

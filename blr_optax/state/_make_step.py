@@ -1,0 +1,160 @@
+"""`make_step`: one training step for every optimizer, of this library or of optax.
+
+    est    = estimate(loss, opt_state, params, *batch)            at this step's samples
+    params = params + tx.update(est.grad, opt_state, params, statistic)
+
+An optimizer that evaluates the loss itself (`blr_update`, `newton`, ...) gets the batch instead,
+and one of optax the value and gradient at its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blr_optax._validate import check_count
+from blr_optax.state._estimate import estimate
+from blr_optax.state._reader import Rule, check_transformation, find_posterior_states
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+
+class StepInfo(NamedTuple):
+    """What a step of `make_step` tells beside parameters and state.
+
+    Attributes:
+        value: mean loss, at the samples where an optimizer draws any, before the step.
+        aux: auxiliary output of the loss; None without `has_aux`.
+        skipped: steps skipped so far because something was not finite (int32); 0 for optimizers
+            that do not count them.
+    """
+
+    value: Array
+    aux: Any
+    skipped: Array
+
+
+class PointState(NamedTuple):
+    """What `estimate` reads for an optimizer without a posterior: the loss at the parameters."""
+
+    rule: Rule
+
+
+def _skipped(opt_state: Any) -> Array:
+    counts = [getattr(state, "skipped", 0) for state in find_posterior_states(opt_state)]
+    return jnp.asarray(sum(counts), jnp.int32)
+
+
+def make_step(
+    tx: optax.GradientTransformation,
+    loss: Callable[..., Any],
+    *,
+    samples: int = 1,
+    antithetic: bool = False,
+    microbatch: int | None = None,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    jit: bool = True,
+    donate: bool = True,
+) -> Callable[..., tuple[Any, Any, StepInfo]]:
+    """Return the training step of an optimizer, the same for all of them.
+
+    params, opt_state, info = step(params, opt_state, *batch)
+
+    theta ~ q;  g = grad l(theta);  params <- params + update(g): `estimate`, `tx.update` and
+    `optax.apply_updates` in one function, for an optimizer of this library and of optax alike. The
+    gradient is taken where the optimizer wants it, so the mistake of taking it at the
+    parameters cannot be made.
+
+    Args:
+        tx: any optax transformation; its state may carry posteriors anywhere inside.
+        loss: `loss(params, *batch)`, a mean over the examples of the batch; `(loss, aux)` with
+            `has_aux`. For an optimizer that evaluates the loss itself, the loss that it was given.
+        samples: draws of the weights per step; of no effect for optimizers that do not draw.
+        antithetic: evaluate every draw and its mirror image.
+        microbatch: evaluate the batch in pieces of this size, in bounded memory.
+        has_aux: whether the loss returns `(value, aux)`.
+        axis_name: a named axis (shard_map, vmap) to average over.
+        jit: whether to compile the step; without, it can be part of a larger program.
+        donate: whether the compiled step may reuse the memory of `params` and `opt_state`, which
+            are then gone: go on with the ones that it returns.
+
+    Returns:
+        A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
+
+    Raises:
+        ValueError: for a `tx` that is no transformation, samples < 1, options that an optimizer
+            that evaluates the loss itself does not have, and as `estimate`.
+
+    Source: Khan and Rue (2023), Eq. 3. For every row of `blr_update`, and any optimizer of optax.
+
+    Example:
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> loss = lambda w, x, y: 0.5 * jnp.mean((w * x - y) ** 2)
+      >>> tx, params = blr.ivon(0.1, ess=100.0, b2=0.99), jnp.zeros(())
+      >>> step, opt_state = blr.make_step(tx, loss), tx.init(params)
+      >>> x, y = jnp.ones(8), jnp.full(8, 2.0)
+      >>> for _ in range(200):
+      ...     params, opt_state, info = step(params, opt_state, x, y)
+      >>> print(jnp.abs(params - 2.0) < 0.1, info.skipped)
+      True 0
+    """
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    check_transformation("make_step", tx)
+    check_count("make_step: samples", samples)
+    tx = optax.with_extra_args_support(tx)
+    options = {"antithetic": antithetic, "microbatch": microbatch, "has_aux": has_aux}
+    asked = [name for name, value in options.items() if value]
+    asked += ["samples"] * (samples != 1) + ["axis_name"] * (axis_name is not None)
+
+    def by_batch(params: Any, opt_state: Any, batch: tuple) -> tuple[Any, Any, StepInfo]:
+        """The step of an optimizer that evaluates the loss itself."""
+        if asked:
+            raise ValueError(
+                f"make_step: {', '.join(asked)}: this optimizer evaluates the loss itself; give "
+                "its own estimator= the number of draws, and drop these arguments."
+            )
+        updates, opt_state = tx.update(None, opt_state, params, batch=batch)
+        value = next(iter(find_posterior_states(opt_state))).expected_loss
+        return (
+            optax.apply_updates(params, updates),
+            opt_state,
+            StepInfo(value, None, _skipped(opt_state)),
+        )
+
+    def step(params: Any, opt_state: Any, *batch: Any) -> tuple[Any, Any, StepInfo]:
+        states = find_posterior_states(opt_state)
+        if states and all(state.rule.evaluates_loss for state in states):
+            return by_batch(params, opt_state, batch)
+        draws = any(hasattr(state, "key") for state in states)
+        est = estimate(
+            loss,
+            opt_state if states else PointState(Rule()),
+            params,
+            *batch,
+            samples=samples if draws else 1,
+            antithetic=antithetic and draws,
+            microbatch=microbatch,
+            has_aux=has_aux,
+            axis_name=axis_name,
+        )
+
+        def value_fn(params: Any) -> Array:
+            found = loss(params, *batch)
+            return found[0] if has_aux else found
+
+        # What optimizers of optax may ask for; a line search refuses what it does not know.
+        extra = {"value": est.value, "grad": est.grad, "value_fn": value_fn}
+        if est.curvature is not None:
+            extra["curvature"] = est.curvature
+        updates, opt_state = tx.update(est.grad, opt_state, params, **extra)
+        info = StepInfo(est.value, est.aux, _skipped(opt_state))
+        return optax.apply_updates(params, updates), opt_state, info
+
+    return jax.jit(step, donate_argnums=(0, 1) if donate else ()) if jit else step
