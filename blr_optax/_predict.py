@@ -95,7 +95,7 @@ def predict(
         A `Predictive`; score its `probabilities` with `blr_optax.metrics`.
 
     Raises:
-        ValueError: if `key` is not one typed key or seed, `samples` or `chunk` is below 1, or `link` is
+        ValueError: if `key` is not one key or seed, `samples` or `chunk` is below 1, or `link` is
             `jax.nn.sigmoid`, whose values are not a distribution over the last axis.
 
     Two equally likely weights that are certain and disagree, so all of ``log 2`` is epistemic:
@@ -159,7 +159,7 @@ def predict_regression(
         A `RegressionPredictive`; score it with `blr_optax.metrics.regression`.
 
     Raises:
-        ValueError: if `key` is not one typed key or seed, `samples` is below 2 or `chunk` below 1.
+        ValueError: if `key` is not one key or seed, `samples` is below 2 or `chunk` below 1.
 
     >>> class StandardNormal:
     ...     def sample(self, key, shape):
