@@ -233,5 +233,7 @@ def test_bad_input_names_the_argument(call, message):
 
 
 def test_an_integer_is_a_seed():
-    seeded, keyed = (predict(key, Q, linear, X, samples=4).probabilities for key in (3, jax.random.key(3)))
+    seeded, keyed = (
+        predict(key, Q, linear, X, samples=4).probabilities for key in (3, jax.random.key(3))
+    )
     np.testing.assert_array_equal(seeded, keyed)
