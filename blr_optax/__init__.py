@@ -49,7 +49,7 @@ from blr_optax.per_example import PerExample, explain, per_example, per_example_
 from blr_optax.rule import blr_update, natural_step, scale_by_precision, with_posterior
 from blr_optax.state import Diagnostics, Estimate, diagnostics, estimate, posterior, reseed, sample
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Diagnostics",
