@@ -3,6 +3,8 @@
 Every contestant is one jitted function of the standard parameters (and of points, a key, or a
 second member), interleaved; ratios of medians, ours over theirs: below 1 we are faster. A library
 that is not installed, or lacks the family or the function, is left out. efax needs Python 3.12.
+The ratios go to benchmarks/history.jsonl too; rows that became slower since the last run there are
+printed.
 
     python -m benchmarks.bench_families --rounds 15
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from benchmarks import history
 from benchmarks.measure import environment
 from blr_optax import families
 
@@ -188,6 +191,17 @@ def bench(rounds):
     return table
 
 
+def rows(table):
+    """Family, function and library -> ratio, ours over theirs."""
+    return {
+        f"{family}: {what} / {library}": ratio
+        for family, functions in table.items()
+        for what, found in functions.items()
+        for library, ratio in found.items()
+        if library != "median_s"
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs, prints ratios and writes the JSON."""
     parser = argparse.ArgumentParser(description="Families against their peers.")
@@ -199,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     default = RESULTS / f"bench_families_{jax.default_backend()}.json"
     out = default if args.out is None else args.out
     out.write_text(json.dumps({"environment": stamp, "elements": COUNT, "ratios": table}, indent=1))
+    history.record("families", stamp, rows(table))
 
 
 if __name__ == "__main__":

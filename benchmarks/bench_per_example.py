@@ -2,7 +2,8 @@
 
 Medians of interleaved runs as ratios to `value_and_grad` of the same mean loss (to `vmap(grad)` for
 tied and looped parameters), compile time, and temporary memory. Results go to
-benchmarks/results/ as JSON with a stamp of the environment.
+benchmarks/results/ as JSON with a stamp of the environment, and the ratios to
+benchmarks/history.jsonl; rows that became slower since the last run there are printed.
 
     python -m benchmarks.bench_per_example --rounds 20 --models mlp_64 conv_8
 """
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import blr_optax as blr
+from benchmarks import history
 from benchmarks.layers import PROBLEMS, TIED, transformer
 from benchmarks.measure import environment
 
@@ -103,6 +105,16 @@ def tracing(rounds: int = 5) -> dict:
     }
 
 
+def rows(models: dict[str, dict]) -> dict[str, float]:
+    """Model and statistic -> ratio to the gradient."""
+    return {
+        f"{model}: {name}": row["ratio"]
+        for model, found in models.items()
+        for name, row in found["statistics"].items()
+        if name != "gradient"
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs, prints one line per model and writes the JSON."""
     every = sorted(PROBLEMS)
@@ -129,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     out = default if args.out is None else args.out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
+    history.record("per_example", result["environment"], rows(result["models"]))
 
 
 if __name__ == "__main__":

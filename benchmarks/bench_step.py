@@ -2,7 +2,8 @@
 
 Step time (medians of interleaved runs, as ratios to `optax.adamw`), compile time and memory, on an
 MLP of 2.2 M weights, a small convnet, and a transformer of GPT-2's shape (accelerators only).
-Results go to benchmarks/results/ as JSON with a stamp of the environment.
+Results go to benchmarks/results/ as JSON with a stamp of the environment, and the ratios to
+benchmarks/history.jsonl; rows that became slower since the last run there are printed.
 
     python -m benchmarks --rounds 40 --models mlp convnet
     python -m benchmarks --rounds 12 --models mlp_4096 --steps "evon sample, refresh 10"
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import blr_optax as blr
+from benchmarks import history
 from benchmarks.measure import compile_step, environment, interleave, ratios
 from benchmarks.models import PROBLEMS
 
@@ -101,6 +103,16 @@ def bench(name: str, rounds: int, only: list[str] | None = None) -> dict:
     return {"parameters": weights, "rounds": rounds, "steps": table}
 
 
+def rows(models: dict[str, dict]) -> dict[str, float]:
+    """Model and step -> ratio to AdamW."""
+    return {
+        f"{model}: {label}": row["ratio"]
+        for model, found in models.items()
+        for label, row in found["steps"].items()
+        if label != "optax.adamw"
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs, prints one table per model and writes the JSON; keeps models of this environment."""
     parser = argparse.ArgumentParser(description="Step time of IVON against AdamW and SGD.")
@@ -116,11 +128,12 @@ def main(argv: list[str] | None = None) -> None:
     stamp, old = environment(), json.loads(out.read_text()) if out.exists() else {}
     kept = old["models"] if old.get("environment") == stamp else {}
     result = {"environment": stamp, "models": kept}
+    measured = {}
     for name in args.models:
         if on_cpu and name == "transformer":
             print("transformer: skipped, it needs an accelerator")
             continue
-        result["models"][name] = found = bench(name, args.rounds, args.steps)
+        result["models"][name] = measured[name] = found = bench(name, args.rounds, args.steps)
         print(f"\n{name}: {found['parameters']:,} parameters, medians of {args.rounds} rounds")
         print(f"{'step':24}{'x adamw':>9}{'quartiles':>16}{'compile':>9}{'peak + params':>15}")
         for label, row in found["steps"].items():
@@ -131,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
+    history.record("step", stamp, rows(measured))
 
 
 if __name__ == "__main__":

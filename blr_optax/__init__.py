@@ -59,7 +59,7 @@ from blr_optax.state import (
     sample,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Diagnostics",

@@ -298,6 +298,7 @@ def test_a_mask_of_each_example(x64):
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (D,)))(keys)
         return jnp.mean(jnp.sum((x * keep) @ p, -1) ** 2)
 
-    w, x = jnp.asarray(W), jnp.asarray(X)  # beside keys, jit takes numpy's float64 for float32
+    # Copies: jax keeps what it made of W and X outside float64, and hands it out here too.
+    w, x = jnp.asarray(W.copy()), jnp.asarray(X.copy())
     found = ask(loss, w, x, keys)
     np.testing.assert_allclose(found.grad, jax.jit(jax.grad(loss))(w, x, keys), rtol=1e-10)

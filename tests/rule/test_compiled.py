@@ -78,6 +78,9 @@ def test_state_is_as_large_as_adams():
     assert size(blr.ivon(0.1, 50.0).init(params)) <= adam + 64
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="XLA before jax 0.10.2 keeps another temporary"
+)
 def test_peak_memory_is_one_parameter_sized_temporary_above_adams():
     def peak(program):
         m = program.memory_analysis()
