@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from blr_optax import _tree
 from blr_optax._validate import check_count
 from blr_optax.per_example._taps._moments import strided
-from blr_optax.state._reader import posterior_states, refuse_multi_steps
+from blr_optax.state._reader import draws_noise, posterior_states, refuse_multi_steps
 from blr_optax.state._reading import covered, draw, noise_of
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def estimate(
         samples = recorded
         noise = [
             _tree.matching_leaves(noise, part, "noise", leading=1 + state.rule.noise_axes)
-            if hasattr(state, "key")
+            if draws_noise(state)
             else None
             for state, part in zip(states, parts, strict=True)
         ]
