@@ -159,7 +159,8 @@ def diagnostics(
     if bound is not None:
         check_positive("bound", bound)
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
-    if [state.rule for state in states[0]] != [state.rule for state in states[1]]:
+    rules = [[(s.rule, s.rule.core(s).rule) for s in side] for side in states]
+    if rules[0] != rules[1]:
         raise ValueError(
             "diagnostics: before and after hold different posteriors; pass the states that one "
             "update got and returned."

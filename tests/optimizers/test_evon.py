@@ -9,7 +9,7 @@ import optax
 import pytest
 import tools
 from jax.sharding import AxisType, PartitionSpec
-from registry import make_batch, make_params, mean_loss
+from registry import core, make_batch, make_params, mean_loss, with_core
 from tools import run_steps
 
 import blr_optax as blr
@@ -43,28 +43,15 @@ def held(state, *bases):
     return map_posterior_states(lambda s: s._replace(bases={"['w']": basis}), begun(state))
 
 
-def with_fields(state, **fields):
-    """The state with other fields of its Gaussian."""
-    return map_posterior_states(
-        lambda s: s.rule.with_core(s, s.rule.core(s)._replace(**fields)), state
-    )
-
-
 def begun(state):
     """The state after a first step, as `held` has it."""
-    return with_fields(state, count=jnp.ones((), jnp.int32))
+    return with_core(state, count=jnp.ones((), jnp.int32))
 
 
 def the(state):
     """The only posterior state of an optimizer state."""
     (found,) = posterior_states(state, "test")
     return found
-
-
-def gaussian(state):
-    """The state of the precision, EVON's or IVON's."""
-    found = the(state)
-    return found.rule.core(found)
 
 
 def moved(tx, loss, params, state, batch=()):
@@ -155,7 +142,7 @@ def test_a_rotated_problem_in_rotated_bases_is_ivon_rotated(x64, shape):
     ]
 
     def look(params, state):
-        return params["w"], gaussian(state).precision["w"], blr.sample(state, params)["w"]
+        return params["w"], core(state).precision["w"], blr.sample(state, params)["w"]
 
     (means, precision, samples), others = side_by_side(ways, 5, look)
     close([turn(m) for m in means], others[0])
@@ -186,7 +173,7 @@ def test_it_is_the_rule_in_the_basis(x64):
         grads = {"w": jax.grad(loss)(weights)}
         away = left.T @ (weights - params["w"]) @ right
         turned = left.T @ grads["w"] @ right
-        curvature = ess * gaussian(state).precision["w"] * away * turned
+        curvature = ess * core(state).precision["w"] * away * turned
         # Price's theorem: grad_mu = (g - c m, c / 2) for one draw.
         m = q.mean["w"]
         grad_mu = diagonal.Natural({"w": turned - curvature * m}, {"w": 0.5 * curvature})
@@ -217,7 +204,7 @@ def test_the_mean_curvature_is_the_diagonal_of_the_rotated_hessian(x64):
     def look(params, noise):
         precision = {"w": jnp.linspace(0.3, 2.0, 6).reshape(3, 2)}
         state = held(tx.init(params), left, right)
-        state = with_fields(state, precision=precision)
+        state = with_core(state, precision=precision)
         return blr.estimate(loss, state, params, noise=noise, antithetic=True)
 
     w = drawn(4, (3, 2))
@@ -411,7 +398,7 @@ def test_the_curvature_is_clipped_in_units_of_the_precision(x64):
     def after(given):
         state = tx.init(jax.tree.map(jnp.asarray, params))
         curvature = {"w": jnp.full((2, 2), given)}
-        found = gaussian(tx.update(params, state, params, curvature=curvature)[1])
+        found = core(tx.update(params, state, params, curvature=curvature)[1])
         return found.precision["w"], found.skipped
 
     for given, wanted in ((1e6, 1.0), (-1e6, -1.0), (0.3, 0.3)):
