@@ -19,6 +19,7 @@ import pytest
 from tools import ROOT
 
 import blr_optax as blr
+from blr_optax.state._reader import map_posterior_states, posterior_states
 
 
 class Contract(enum.Enum):
@@ -444,6 +445,19 @@ def one_step(row, tx, params, state, batch, **extra):
     grads, needed = evidence(row, params, state, batch)
     updates, state = tx.update(grads, state, params, **needed, **extra)
     return optax.apply_updates(params, updates), state
+
+
+def core(state):
+    """The state with key, count and precision, of the only posterior in an optimizer state."""
+    (found,) = posterior_states(state, "test")
+    return found.rule.core(found)
+
+
+def with_core(state, **fields):
+    """An optimizer state whose posterior states have other fields in their core."""
+    return map_posterior_states(
+        lambda s: s.rule.with_core(s, s.rule.core(s)._replace(**fields)), state
+    )
 
 
 def train(row, tx, params, batch, steps):

@@ -43,7 +43,6 @@ import optax.contrib
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import step_key
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.estimators._curvature import PerExampleSquares
 from blr_optax.optimizers._posteriors.rotated import (
@@ -60,7 +59,8 @@ from blr_optax.optimizers._posteriors.rotated import (
 )
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._precision import PrecisionRule
+from blr_optax.state._reader import OuterRule
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -72,59 +72,52 @@ class ScaleByEigenbasisState(NamedTuple):
     """State of EVON: that of `scale_by_precision`, in the basis, and the basis.
 
     Attributes:
-        count, key, ess, prior, skipped: as there.
         rule: static, how samples, curvature and the posterior are read.
-        precision: per-example precision p in the basis, a tree like the parameters.
-        momentum: state of the average of gradients, in the basis.
+        gaussian: state of `scale_by_precision`, its precision and momentum in the basis.
         bases: L and R by path of the leaf, for leaves of two axes or more.
         factors: A and B, likewise.
     """
 
-    count: Array
-    key: Array
     rule: EigenbasisRule
-    precision: Any
-    ess: Array
-    prior: Any
-    momentum: Any
-    skipped: Array
+    gaussian: ScaleByPrecisionState
     bases: Any
     factors: Any
 
 
-class EigenbasisRule(PrecisionRule):
-    """How a `ScaleByEigenbasisState` is read: `PrecisionRule` in the basis; noise is the same."""
+class EigenbasisRule(OuterRule):
+    """How a `ScaleByEigenbasisState` is read: as its Gaussian, along the axes of the basis."""
+
+    inside = "gaussian"
 
     def weights(self, state: ScaleByEigenbasisState, params: Any, noise: Any) -> Any:
         """theta = M + L (eps / sqrt(ess p)) R^T, formed in float32 or wider."""
-        away = over(from_basis, self.displacement(state, noise), state.bases)
-        return jax.tree.map(lambda d, m: (m.astype(d.dtype) + d).astype(m.dtype), away, params)
+        moved = over(from_basis, self.displacement(state, noise), state.bases)
+        return jax.tree.map(lambda d, m: (m.astype(d.dtype) + d).astype(m.dtype), moved, params)
 
     def displacement(self, state: ScaleByEigenbasisState, noise: Any) -> Any:
         """eps / sqrt(ess p), in the basis."""
-        return super().weights(state, jax.tree.map(jnp.zeros_like, state.precision), noise)
+        origin = optax.tree.zeros_like(state.gaussian.precision)
+        return super().weights(state, origin, noise)
 
     def curvature(
         self, state: ScaleByEigenbasisState, params: Any, weights: Any, grads: Any
     ) -> Any:
         """Per-example curvature in the basis, from the displacement actually made."""
-        away = jax.tree.map(
-            lambda p, w, m: w.astype(p.dtype) - m.astype(p.dtype), state.precision, weights, params
-        )
-        grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, grads)
-        turned = (over(to_basis, x, state.bases) for x in (away, grads))
+        p = state.gaussian.precision
+        moved = optax.tree.sub(optax.tree.cast_like(weights, p), optax.tree.cast_like(params, p))
+        turned = (over(to_basis, x, state.bases) for x in (moved, optax.tree.cast_like(grads, p)))
         return self.curvature_in_basis(state, *turned)
 
-    def curvature_in_basis(self, state: ScaleByEigenbasisState, away: Any, grads: Any) -> Any:
+    def curvature_in_basis(self, state: ScaleByEigenbasisState, moved: Any, grads: Any) -> Any:
         """The same from displacement and gradient in the basis."""
-        centre = jax.tree.map(jnp.zeros_like, away)
-        return super().curvature(state, centre, away, grads)
+        return super().curvature(state, optax.tree.zeros_like(moved), moved, grads)
 
     def posterior(self, state: ScaleByEigenbasisState, params: Any) -> Posterior:
         """N(params, 1 / (ess p)) along the axes of the basis."""
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        gaussian = state.gaussian
+        total = gaussian.rule.total_precision(gaussian)
         # Copies: the state and the parameters may be donated.
-        mean = jax.tree.map(lambda p, m: jnp.array(m, p.dtype), state.precision, params)
+        mean = jax.tree.map(lambda p, m: jnp.array(m, p.dtype), gaussian.precision, params)
         bases = jax.tree.map(jnp.copy, state.bases)
         return Posterior(Rotated(), Rotated().natural(mean=mean, precision=total, bases=bases))
 
@@ -198,9 +191,10 @@ def scale_by_eigenbasis(
     inner = scale_by_precision(
         ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
     )
+    rule = EigenbasisRule()
 
     def init_fn(params: Any) -> ScaleByEigenbasisState:
-        start, bases = inner.init(params), _first_bases(params, max_size)
+        bases = _first_bases(params, max_size)
         if isinstance(bases, dict) and not callable(weight_decay):
             decay = _tree.prefix_leaves(weight_decay, params, "weight_decay")
             for path, d in jax.tree_util.tree_leaves_with_path(decay):
@@ -210,9 +204,9 @@ def scale_by_eigenbasis(
                         f"shape {jnp.shape(d)}; evon decays along the axes of a basis, so a "
                         "matrix needs one number."
                     )
-        rule = EigenbasisRule(start.rule.kind, start.rule.generator)
         return ScaleByEigenbasisState(
-            **start._replace(rule=rule)._asdict(),
+            rule=rule,
+            gaussian=inner.init(params),
             bases=bases,
             factors=jax.tree.map(jnp.zeros_like, bases),
         )
@@ -227,40 +221,33 @@ def scale_by_eigenbasis(
     ) -> tuple[Any, ScaleByEigenbasisState]:
         if params is None:
             raise ValueError("evon: update needs params, update(grads, state, params).")
-        if not jax.tree.leaves(state.precision):  # an empty group of a partition
+        gaussian, bases = state.gaussian, state.bases
+        if not jax.tree.leaves(gaussian.precision):  # an empty group of a partition
             return updates, state
-        rule, bases = state.rule, state.bases
         params = rule.part(state, params)
-        raw = _tree.matching_leaves(updates, state.precision, "grads")
-        raw = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, raw)
+        raw = _tree.matching_leaves(updates, gaussian.precision, "grads")
+        raw = optax.tree.cast_like(raw, gaussian.precision)
         grads = over(to_basis, raw, bases)
         if curvature is None:
-            noise = rule.noise(state, step_key(state.key, state.count))
-            away = rule.displacement(state, noise)
-            if jax.tree.map(jnp.result_type, away) != jax.tree.map(jnp.result_type, params):
+            noise = noise_of(state)
+            moved = rule.displacement(state, noise)
+            if jax.tree.map(jnp.result_type, moved) != jax.tree.map(jnp.result_type, params):
                 weights = rule.weights(state, params, noise)  # rounded to a short dtype
                 curvature = rule.curvature(state, params, weights, raw)
             else:
-                curvature = rule.curvature_in_basis(state, away, grads)
+                curvature = rule.curvature_in_basis(state, moved, grads)
         else:
-            curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
+            curvature = _tree.matching_leaves(curvature, gaussian.precision, "curvature")
         if clip_curvature is not None:
-            curvature = jax.tree.map(
-                lambda p, c: jnp.where(
-                    jnp.isfinite(c), jnp.clip(c, -clip_curvature * p, clip_curvature * p), c
-                ),
-                state.precision,
-                curvature,
-            )
-        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
+            curvature = _clipped(curvature, clip_curvature, gaussian.precision)
+        mean = optax.tree.cast_like(params, gaussian.precision)
         if not is_zero(weight_decay):  # else nothing asks for the mean
             mean = over(to_basis, mean, bases)
-        before = ScaleByPrecisionState(*state[: len(ScaleByPrecisionState._fields)])
-        out, after = inner.update(grads, before, mean, curvature=curvature, **extra)
-        out = jax.tree.map(lambda u, m: u.astype(m.dtype), over(from_basis, out, bases), params)
+        out, after = inner.update(grads, gaussian, mean, curvature=curvature, **extra)
+        out = optax.tree.cast_like(over(from_basis, out, bases), params)
 
-        finite = after.skipped == state.skipped
-        made = state.count - state.skipped
+        finite = after.skipped == gaussian.skipped
+        made = gaussian.count - gaussian.skipped
         factors = _averaged(state.factors, raw, bases, beta, finite)
         now = (finite & (made % refresh_every == 0)).astype(jnp.int32)
         moving = (bases, after.precision, after.momentum.ema)
@@ -272,9 +259,18 @@ def scale_by_eigenbasis(
         )
         bases, factors = jax.tree.map(on_every_device, (bases, factors))
         after = after._replace(precision=precision, momentum=after.momentum._replace(ema=ema))
-        return out, ScaleByEigenbasisState(*after, bases=bases, factors=factors)
+        return out, ScaleByEigenbasisState(rule, after, bases, factors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _clipped(curvature: Any, bound: Any, precision: Any) -> Any:
+    """The curvature between -bound p and bound p; entries that are not finite stay."""
+
+    def leaf(c: Array, p: Array) -> Array:
+        return jnp.where(jnp.isfinite(c), jnp.clip(c, -bound * p, bound * p), c)
+
+    return jax.tree.map(leaf, curvature, precision)
 
 
 def _averaged(factors: Any, grads: Any, bases: Any, beta: Any, finite: Array) -> Any:

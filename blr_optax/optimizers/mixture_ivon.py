@@ -23,6 +23,7 @@ precision moves as in Shen et al. (2024), Algorithm 1.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,43 +33,46 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import step_key
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
 from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
-from blr_optax.rule import scale_by_precision
-from blr_optax.rule._precision import PrecisionRule, ScaleByPrecisionState, prior_precision
+from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
+from blr_optax.rule._precision import prior_of_step
+from blr_optax.state._reader import OuterRule
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 
 class MixtureIvonState(NamedTuple):
-    """State of `mixture_ivon`'s precision: that of `scale_by_precision`, and the mixing weights.
+    """State of `mixture_ivon`'s precision: that of its Gaussians, and the mixing weights.
 
     Attributes:
-        count, key, rule, precision, ess, prior, momentum, skipped: as in `scale_by_precision`,
-            over the stacked parameters.
+        rule: static, how samples, curvature and the posterior are read.
+        gaussians: state of `scale_by_precision` over the stacked parameters.
         log_odds: log(pi_k / pi_K) for k < K.
     """
 
-    count: Array
-    key: Array
     rule: MixtureRule
-    precision: Any
-    ess: Array
-    prior: Any
-    momentum: Any
-    skipped: Array
+    gaussians: ScaleByPrecisionState
     log_odds: Array
 
 
-class MixtureRule(PrecisionRule):
-    """Samples and curvatures of K stacked Gaussians; the posterior is their mixture."""
+@dataclasses.dataclass(frozen=True)
+class MixtureRule(OuterRule):
+    """Samples and curvatures are those of the K Gaussians; the posterior is their mixture.
+
+    Attributes:
+        aux_argument: "losses" where the mixing weights learn from these.
+    """
+
+    inside = "gaussians"
+    aux_argument: str | None = None
 
     def posterior(self, state: MixtureIvonState, params: Any) -> Posterior:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
-        stacked = super().posterior(state, params).natural
+        stacked = state.gaussians.rule.posterior(state.gaussians, params).natural
         family = Raveled.like(get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params))
         components = GaussianNatural(*map(family.ravel, stacked))
         return Posterior(family, family.Natural(components, jnp.copy(state.log_odds)))
@@ -111,8 +115,10 @@ def repulsion(theta: Any, mean: Any, precision: Any, log_pi: Array) -> tuple[Arr
       >>> import jax.numpy as jnp
       >>> from blr_optax.optimizers.mixture_ivon import repulsion
       >>> one = jnp.ones((2, 1))
-      >>> value, slope, bend = repulsion(one * 0, jnp.array([[-1.0], [1.0]]), one, jnp.zeros(2))
-      >>> print(slope[:, 0], bend[:, 0])  # halfway, both are drawn back to where they come from
+      >>> value, gradient, curvature = repulsion(
+      ...     one * 0, jnp.array([[-1.0], [1.0]]), one, jnp.zeros(2)
+      ... )
+      >>> print(gradient[:, 0], curvature[:, 0])  # halfway, both are drawn back to their means
       [ 1. -1.] [1. 1.]
     """
     leaves, treedef = jax.tree.flatten(theta)
@@ -120,31 +126,33 @@ def repulsion(theta: Any, mean: Any, precision: Any, log_pi: Array) -> tuple[Arr
     # One component at a time: all pairs at once would be K times the memory of the state.
 
     def at_component(k: Array) -> tuple:
-        ratio, slopes, falls = log_pi, [], []
+        log_ratio, slopes, curvatures = log_pi, [], []  # of pi_j q_j against q_k, for all j
         for x, m, s in leaves:
-            away = x[k] - m
-            pull = s * away
-            ratio += 0.5 * jnp.sum(
-                (jnp.log(s) - jnp.log(s[k]) - pull * away + pull[k] * away[k]).reshape(len(s), -1),
-                axis=1,
-            )  # log pi_j q_j / q_k, summed as differences, which are small for near components
-            slopes.append(pull[k] - pull)
-            falls.append(s[k] - s)
-        share = jax.nn.softmax(ratio)
+            offset = x[k] - m
+            descent = s * offset  # -grad log q_j
+            # Summed as differences, which are small for near components.
+            terms = jnp.log(s) - jnp.log(s[k]) - descent * offset + descent[k] * offset[k]
+            log_ratio += 0.5 * jnp.sum(terms.reshape(len(s), -1), axis=1)
+            slopes.append(descent[k] - descent)
+            curvatures.append(s[k] - s)
+        responsibilities = jax.nn.softmax(log_ratio)
 
-        def average(a: Array) -> Array:
-            return jnp.sum(share.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype) * a, axis=0)
+        def average(x: Array) -> Array:
+            r = responsibilities.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+            return jnp.sum(r * x, axis=0)
 
-        slope = [average(a) for a in slopes]
-        bend = [
-            average(f) + average((a - g) ** 2) for a, f, g in zip(slopes, falls, slope, strict=True)
+        gradient = [average(a) for a in slopes]
+        curvature = [
+            average(h) + average((a - g) ** 2)
+            for h, a, g in zip(curvatures, slopes, gradient, strict=True)
         ]
-        return jax.nn.logsumexp(ratio), treedef.unflatten(slope), treedef.unflatten(bend)
+        value = jax.nn.logsumexp(log_ratio)
+        return value, treedef.unflatten(gradient), treedef.unflatten(curvature)
 
     return jax.lax.map(at_component, jnp.arange(len(log_pi)))
 
 
-def _expected_cost(state: MixtureIvonState, mean: Any, d0: Any) -> Array:
+def _expected_cost(state: ScaleByPrecisionState, mean: Any, d0: Any) -> Array:
     """E_k[-log prior + log q_k] of every component, up to a constant."""
     ess = state.ess
     linear = state.prior.linear if state.prior else jax.tree.map(jnp.zeros_like, mean)
@@ -157,33 +165,39 @@ def _expected_cost(state: MixtureIvonState, mean: Any, d0: Any) -> Array:
     return sum(jax.tree.leaves(jax.tree.map(leaf, mean, state.precision, d0, linear)))
 
 
+def _for_all_components(prior: Posterior | None) -> Any:
+    """The prior of one network, repeated for every component of the parameters."""
+
+    def repeated(params: Any) -> Posterior:
+        count = components_of(params)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), prior)
+
+    # What is of one number holds for every component as it is.
+    return (
+        repeated if isinstance(getattr(prior, "family", None), (MeanField, SideBySide)) else prior
+    )
+
+
 def _scale_by_mixture(
     ess: Any, weight_decay: Any, prior: Posterior | None, strength: Any, weight_rate: Any,
-    **fixed: Any,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`scale_by_precision` over stacked parameters, given the corrected gradient and curvature."""
-
-    def inner(prior: Posterior | None) -> optax.GradientTransformationExtraArgs:
-        return scale_by_precision(ess, weight_decay=weight_decay, prior=prior, **fixed)
-
-    plain = inner(None)
-
+    inner = scale_by_precision(
+        ess, weight_decay=weight_decay, prior=_for_all_components(prior), **options
+    )
     # A rate of zero may come as an array, from inject_hyperparams; then the losses decide.
     learns = callable(weight_rate) or (
         isinstance(weight_rate, (int, float)) and not is_zero(weight_rate)
     )
+    rule = MixtureRule(aux_argument="losses" if learns else None)
 
     def init_fn(params: Any) -> MixtureIvonState:
         count = components_of(params)
-        given = prior
-        if isinstance(getattr(prior, "family", None), (MeanField, SideBySide)):  # of one network
-            given = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), prior)
-        state = inner(given).init(params)
-        dtypes = [x.dtype for x in jax.tree.leaves(state.precision)]
-        return MixtureIvonState(
-            *state._replace(rule=MixtureRule(state.rule.kind, state.rule.generator)),
-            log_odds=jnp.zeros(count - 1, jnp.result_type(jnp.float32, *dtypes)),
-        )
+        gaussians = inner.init(params)
+        dtypes = [x.dtype for x in jax.tree.leaves(gaussians.precision)]
+        log_odds = jnp.zeros(count - 1, jnp.result_type(jnp.float32, *dtypes))
+        return MixtureIvonState(rule, gaussians, log_odds)
 
     def update_fn(
         updates: Any,
@@ -208,45 +222,40 @@ def _scale_by_mixture(
                 f"mixture_ivon: losses has shape {jnp.shape(losses)}; give the mean loss of each "
                 f"of the {members} components, shape ({members},)."
             )
-        rule, p = state.rule, state.precision
+        gaussians, log_odds = state.gaussians, state.log_odds
+        p = gaussians.precision
 
-        def widen(tree: Any, name: str) -> Any:
-            found = _tree.matching_leaves(tree, p, name)
-            return jax.tree.map(lambda p, x: x.astype(p.dtype), p, found)
+        def wide(tree: Any, name: str) -> Any:
+            return optax.tree.cast_like(_tree.matching_leaves(tree, p, name), p)
 
-        weights = rule.weights(
-            state, rule.part(state, params), rule.noise(state, step_key(state.key, state.count))
+        weights = rule.weights(state, rule.part(state, params), noise_of(state))
+        if curvature is None:
+            curvature = rule.curvature(state, params, weights, updates)
+        theta, mean = wide(weights, "weights"), wide(params, "params")
+        total = gaussians.rule.total_precision(gaussians)
+        log_ratio, ratio_gradient, ratio_curvature = repulsion(
+            theta, mean, total, log_weights(log_odds)
         )
-        grads, theta, mean = widen(updates, "grads"), widen(weights, "weights"), widen(params, "m")
-        found = (
-            rule.curvature(state, params, weights, updates)
-            if curvature is None
-            else widen(curvature, "curvature")
-        )
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, p)
-        log_pi = log_weights(state.log_odds)
-        apart, slope, bend = repulsion(theta, mean, total, log_pi)
-        share = at(strength, state.count) / state.ess
+        per_example = at(strength, gaussians.count) / gaussians.ess
 
         def add(x: Array, more: Array) -> Array:
-            return x + jnp.asarray(share, x.dtype) * more
+            return x + jnp.asarray(per_example, x.dtype) * more
 
-        out, new = plain.update(
-            jax.tree.map(add, grads, slope),
-            ScaleByPrecisionState(*state[:-1]),
+        out, after = inner.update(
+            jax.tree.map(add, wide(updates, "grads"), ratio_gradient),
+            gaussians,
             params,
-            curvature=jax.tree.map(add, found, bend),
+            curvature=jax.tree.map(add, wide(curvature, "curvature"), ratio_curvature),
             **extra,
         )
-        log_odds = state.log_odds
         if losses is not None and not is_zero(weight_rate):
-            d0 = prior_precision(weight_decay, state.prior, state.ess, p, state.count)
-            apart = at(strength, state.count) * apart
-            cost = state.ess * jnp.asarray(losses) + apart + _expected_cost(state, mean, d0)
-            step = at(weight_rate, state.count) * (cost[:-1] - cost[-1]).astype(log_odds.dtype)
-            moves = (new.skipped == state.skipped) & jnp.all(jnp.isfinite(step))
+            d0 = prior_of_step(gaussians, params, weight_decay)
+            cost = gaussians.ess * jnp.asarray(losses) + at(strength, gaussians.count) * log_ratio
+            cost = cost + _expected_cost(gaussians, mean, d0)
+            step = at(weight_rate, gaussians.count) * (cost[:-1] - cost[-1]).astype(log_odds.dtype)
+            moves = (after.skipped == gaussians.skipped) & jnp.all(jnp.isfinite(step))
             log_odds = jnp.where(moves, log_odds - step, log_odds).astype(log_odds.dtype)
-        return out, MixtureIvonState(*new, log_odds=log_odds)
+        return out, MixtureIvonState(rule, after, log_odds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -7,7 +7,8 @@
     theta  <-  m + eps / sqrt(ess p)                                  sampling, in `sample`
     u      <-  rho (c + d0 - p) / p,   rho = 1 - b2                   relative step of the precision
     p      <-  p (1 + u + u^2 / 2)                                    improved retraction: >= p / 2
-    out    <-  ( momentum(g) + d0 m - d0 m0 ) / p                     new precision, old mean
+    v      <-  momentum(g)                                            any optax transformation
+    out    <-  ( v + d0 (m - m0) ) / p                                new precision, old mean
 
 This is `natural_step` of the mean-field normal with the mean's rate left to the chain
 (Lin, Schmidt and Khan 2020; Shen et al. 2024, Algorithm 1).
@@ -19,6 +20,9 @@ Bayes), one number per leaf of P entries, sigma^2 = 1 / (ess p):
     d0  =  P / ( ess sum_j (m_j^2 + sigma_j^2) )
 
 bSAM's adversary, m_a = m + r g / p, is read off the same state.
+
+Above 500 lines, since the state, how it is read and how it moves are one idea, and a third of the
+file is the contract of `scale_by_precision`.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import canonical_key, check_generator, standard_normal, step_key
+from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._validate import (
     at,
     check_positive,
@@ -56,13 +60,12 @@ from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._natural_step import own_part, spread
 from blr_optax.state._reader import Rule, refuse_one_gradient
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Array
-
-    from blr_optax.estimators._curvature import Curvature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,25 +184,23 @@ class PrecisionRule(Rule):
 
         return jax.tree.map(draw, state.precision, noise, params)
 
+    def total_precision(self, state: ScaleByPrecisionState) -> Any:
+        """S = ess p."""
+        return jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+
     def curvature(self, state: ScaleByPrecisionState, params: Any, weights: Any, grads: Any) -> Any:
         """Per-example curvature from the displacement actually made, which matters in bfloat16."""
-
-        def widen(p: Array, x: Array) -> Array:
-            return x.astype(p.dtype)
-
-        wide = [jax.tree.map(widen, state.precision, x) for x in (params, weights, grads)]
-        displacement = jax.tree.map(jnp.subtract, wide[1], wide[0])
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
+        m, theta, g = (optax.tree.cast_like(x, state.precision) for x in (params, weights, grads))
+        displacement = optax.tree.sub(theta, m)
         return self.kind.diagonal(
-            Sample(None, wide[1], wide[2], displacement, total, state.ess, None)
+            Sample(None, theta, g, displacement, self.total_precision(state), state.ess, None)
         )
 
     def posterior(self, state: ScaleByPrecisionState, params: Any) -> Posterior:
         """N(params, 1 / (ess p))."""
         family = MeanField(Normal())
-        total = jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
-        mean = jax.tree.map(lambda p, m: m.astype(p.dtype), state.precision, params)
-        return Posterior(family, family.from_mean(mean, total))
+        mean = optax.tree.cast_like(params, state.precision)
+        return Posterior(family, family.from_mean(mean, self.total_precision(state)))
 
     def corrections(
         self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
@@ -263,6 +264,84 @@ class ScaleByPrecisionState(NamedTuple):
     skipped: Array
 
 
+# The step, an equation each. `state` is the state before it; leaf functions take arrays.
+
+
+def gated_evidence(
+    state: ScaleByPrecisionState, params: Any, updates: Any, curvature: Any
+) -> tuple[Array, Any, Any]:
+    """(finite, g, c): gradient and curvature, both zero unless all their entries are finite.
+
+    A curvature that is not given is derived from the gradient and this step's noise.
+    """
+    refuse_one_gradient(state.rule, curvature)
+    g = _tree.matching_leaves(updates, state.precision, "grads")
+    g = optax.tree.cast_like(g, state.precision)
+    if curvature is None:
+        weights = state.rule.weights(state, params, noise_of(state))
+        finite = squares_finite(g)
+        g = zero_unless(finite, g)
+        return finite, g, state.rule.curvature(state, params, weights, g)
+    c = _tree.matching_leaves(curvature, state.precision, "curvature")
+    c = optax.tree.cast_like(c, state.precision)
+    finite = squares_finite(g, c)
+    if isinstance(state.rule.kind, NEVER_NEGATIVE):
+        finite &= jnp.all(jnp.array([jnp.all(x >= 0) for x in jax.tree.leaves(c)]))
+    return finite, *zero_unless(finite, (g, c))
+
+
+def prior_of_step(state: ScaleByPrecisionState, params: Any, weight_decay: Any) -> Any:
+    """d0 of the coming step; an `EmpiricalPrior` takes it from the posterior."""
+    if isinstance(weight_decay, EmpiricalPrior):
+        weight_decay = weight_decay.of(params, state.precision, state.ess)
+    return prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
+
+
+def prior_pull(state: ScaleByPrecisionState, params: Any, d0: Any) -> Any:
+    """d0 (m - m0), as d0 m - S_0 m_0 / ess: an improper prior has no m_0."""
+
+    def pull(p: Array, d: Any, m: Array, b: Array | float) -> Array:
+        return jnp.asarray(d, p.dtype) * m.astype(p.dtype) - b
+
+    if state.prior:
+        b0 = jax.tree.map(lambda b: b / state.ess.astype(b.dtype), state.prior.linear)
+    else:
+        b0 = jax.tree.map(lambda _: 0.0, state.precision)
+    return jax.tree.map(pull, state.precision, d0, params, b0)
+
+
+def precision_step(p: Array, c: Array, d: Array, rho: Array, plain: bool) -> Array:
+    """p (1 + u + u^2 / 2), or p (1 + u) when plain, with u = rho (c + d - p) / p."""
+    u = rho * (c + d - p) / p
+    return p + p * u if plain else _retracted(p, u)
+
+
+def divisor(old: Array, new: Array, step: str) -> Array:
+    """The p that divides the direction: the new precision, or the old one for "..._old"."""
+    if step in ("improved_old", "plain_old"):
+        return old
+    if step == "plain":
+        return new
+    # It never binds: a maximum keeps XLA from joining this division with that in `_retracted`.
+    return jnp.maximum(new, SMALLEST_PRECISION)
+
+
+def direction(v: Array, pull: Array, p: Array, gate: Array) -> Array:
+    """(v + d0 (m - m0)) / p; zero in a step that is skipped."""
+    return gate * (v + pull) / p
+
+
+def _with_moved_prior(after: ScaleByPrecisionState, weight_decay: Any, d0: Any) -> Any:
+    """The state after a plain step, its prior that of the coming step in place of d0.
+
+    A plain precision is an average of curvatures, plus the prior as it is now.
+    """
+    d1 = prior_precision(weight_decay, after.prior, after.ess, after.precision, after.count)
+    return after._replace(
+        precision=jax.tree.map(lambda p, old, new: p + (new - old), after.precision, d0, d1)
+    )
+
+
 def _retracted(p: Array, u: Array) -> Array:
     """p (1 + u + u^2 / 2) for a relative step u, kept where products with float32 are finite.
 
@@ -274,13 +353,52 @@ def _retracted(p: Array, u: Array) -> Array:
     return p / jnp.clip(shrink, p / LARGEST_PRECISION, p / SMALLEST_PRECISION)
 
 
+# The first precision.
+
+
+def _first_precision(params: Any, hess_init: Any, d0: Any, damping: Any) -> Any:
+    """h_0 + d0 + damping.
+
+    Raises:
+        ValueError: when it is not positive, under an improper prior.
+    """
+    h = _tree.prefix_leaves(hess_init, params, "hess_init")
+    precision = jax.tree.map(lambda m, h, d: filled(m, h + d + damping), params, h, d0)
+    if not holds(positive, precision):
+        raise ValueError(
+            "hess_init + the prior's precision per example must be positive everywhere; "
+            "with an improper prior raise hess_init, or pass init=."
+        )
+    return precision
+
+
+def _precision_of(init: Posterior, params: Any, ess: Array) -> Any:
+    """The precision per example of a first posterior.
+
+    Raises:
+        ValueError: when its mean is not the parameters, or its precision not positive.
+    """
+    q = prior_trees(init, params, "init")
+    precision = jax.tree.map(lambda m, x: filled(m, -2.0 * x / ess), params, q.quadratic)
+    if not holds(positive, precision):
+        raise ValueError("init: its precision must be positive everywhere.")
+    means = jax.tree.map(lambda lin, quad: -0.5 * lin / quad, *q)
+
+    def agree(pair: Any) -> Array:
+        return jnp.array(jax.tree.leaves(jax.tree.map(near, *pair)))
+
+    if not holds(agree, (means, params)):
+        raise ValueError("init: its mean must be the parameters; start from params = init.mean.")
+    return precision
+
+
 def scale_by_precision(
     ess: Any,
     *,
     b2: Any = 0.99999,
     hess_init: Any = 1.0,
     weight_decay: Any = 0.0,
-    prior: Posterior | None = None,
+    prior: Posterior | Callable[[Any], Posterior] | None = None,
     init: Posterior | None = None,
     momentum: optax.GradientTransformation | None = None,
     curvature: str | Curvature = "reparameterized",
@@ -313,8 +431,8 @@ def scale_by_precision(
         weight_decay: precision per example of a zero-mean prior, d0 without `prior` (the prior's
             total precision is ess * weight_decay). A number, a prefix tree, a schedule, or an
             `EmpiricalPrior`, which follows the posterior.
-        prior: a mean-field Gaussian posterior, also an improper one; its precision and linear term
-            join d0.
+        prior: a mean-field Gaussian posterior, also an improper one, or a function of params that
+            returns one; its precision and linear term join d0.
         init: the first posterior; its mean must be the parameters, its precision replaces
             hess_init.
         momentum: an optax transformation run on the gradient, such as `optax.ema(0.9,
@@ -377,43 +495,21 @@ def scale_by_precision(
         _tree.check_float_leaves(params, "ivon, soba, scale_by_precision")
         count = jnp.zeros((), jnp.int32)
         size = jnp.array(at(ess, count), jnp.result_type(float))
-        prior_ = prior_trees(prior, params)
-        start = prior_trees(init, params, "init")
-
+        prior_ = prior_trees(prior(params) if callable(prior) else prior, params)
         if init is None:
-            h = _tree.prefix_leaves(hess_init, params, "hess_init")
             d0 = prior_precision(weight_decay, prior_, size, params, count)
-            precision = jax.tree.map(lambda m, h, d: filled(m, h + d + damping), params, h, d0)
-            if not holds(positive, precision):
-                raise ValueError(
-                    "hess_init + the prior's precision per example must be positive everywhere; "
-                    "with an improper prior raise hess_init, or pass init=."
-                )
+            precision = _first_precision(params, hess_init, d0, damping)
         else:
-            precision = jax.tree.map(
-                lambda m, q: filled(m, -2.0 * q / size), params, start.quadratic
-            )
-            if not holds(positive, precision):
-                raise ValueError("init: its precision must be positive everywhere.")
-            means = jax.tree.map(lambda lin, quad: -0.5 * lin / quad, *start)
-            if not holds(
-                lambda pair: jnp.array(jax.tree.leaves(jax.tree.map(near, *pair))), (means, params)
-            ):
-                raise ValueError(
-                    "init: its mean must be the parameters; start from params = init.mean."
-                )
-        wide = jax.tree.map(
-            lambda m: jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)), params
-        )
+            precision = _precision_of(init, params, size)
         return ScaleByPrecisionState(
-            count,
-            canonical_key(key),
-            rule,
-            precision,
-            size,
-            prior_,
-            inner.init(wide),
-            jnp.zeros((), jnp.int32),
+            count=count,
+            key=canonical_key(key),
+            rule=rule,
+            precision=precision,
+            ess=size,
+            prior=prior_,
+            momentum=inner.init(jax.tree.map(lambda m: filled(m, 0.0), params)),
+            skipped=jnp.zeros((), jnp.int32),
         )
 
     def update_fn(
@@ -429,71 +525,36 @@ def scale_by_precision(
                 "scale_by_precision (in ivon, soba, vogn, ogn): update needs params, "
                 "update(grads, state, params)."
             )
-        grads = _tree.matching_leaves(updates, state.precision, "grads")
-        grads = jax.tree.map(lambda p, g: g.astype(p.dtype), state.precision, grads)
-        refuse_one_gradient(state.rule, curvature)
-        if curvature is None:
-            noise = state.rule.noise(state, step_key(state.key, state.count))
-            weights = state.rule.weights(state, params, noise)
-            finite = squares_finite(grads)
-            grads = zero_unless(finite, grads)
-            curvature = state.rule.curvature(state, params, weights, grads)
-        else:
-            curvature = _tree.matching_leaves(curvature, state.precision, "curvature")
-            curvature = jax.tree.map(lambda p, c: c.astype(p.dtype), state.precision, curvature)
-            finite = squares_finite(grads, curvature)
-            if isinstance(state.rule.kind, NEVER_NEGATIVE):  # none is negative
-                finite &= jnp.all(jnp.array([jnp.all(c >= 0) for c in jax.tree.leaves(curvature)]))
-            grads, curvature = zero_unless(finite, (grads, curvature))
-        decay = weight_decay
-        if isinstance(decay, EmpiricalPrior):
-            decay = decay.of(params, state.precision, state.ess)
-        d0 = prior_precision(decay, state.prior, state.ess, state.precision, state.count)
-        pull0 = (
-            jax.tree.map(lambda x: x / state.ess.astype(x.dtype), state.prior.linear)
-            if state.prior
-            else jax.tree.map(lambda _: 0.0, state.precision)
-        )
-        pull = jax.tree.map(
-            lambda p, d, m, q: jnp.asarray(d, p.dtype) * m.astype(p.dtype) - q,
-            state.precision, d0, params, pull0,
-        )  # fmt: skip
-        if not prior_in_mean:
-            pull = jax.tree.map(jnp.zeros_like, pull)
+        finite, g, c = gated_evidence(state, params, updates, curvature)
+        d0 = prior_of_step(state, params, weight_decay)
+        pull = prior_pull(state, params, d0) if prior_in_mean else optax.tree.zeros_like(g)
         if prior_in_momentum:
-            grads, pull = jax.tree.map(jnp.add, grads, pull), jax.tree.map(jnp.zeros_like, pull)
-        averaged, momentum_state = inner.update(grads, state.momentum, params, **extra)
+            g, pull = optax.tree.add(g, pull), optax.tree.zeros_like(g)
+        v, average = inner.update(g, state.momentum, params, **extra)
 
-        def move(p: Array, c: Array, d: Any, g: Array, m: Array, pull: Array) -> tuple:
+        def move(p: Array, c: Array, d: Any, v: Array, pull: Array, m: Array) -> tuple:
             gate = finite.astype(p.dtype)
             rho = gate * jnp.asarray(1.0 - b2, p.dtype)
-            target = c + jnp.asarray(d + damping, p.dtype)
-            u = rho * (target - p) / p
-            new = p + p * u if plain else _retracted(p, u)
-            # The bound is no more than a wall between two divisions, see `_retracted`.
-            by = {"improved_old": p, "plain_old": p, "plain": new}.get(
-                step, jnp.maximum(new, SMALLEST_PRECISION)
-            )
+            damped = jnp.asarray(d + damping, p.dtype)
+            new = precision_step(p, c, damped, rho, plain)
+            by = divisor(p, new, step)
             if denominator is not None:
-                by = denominator(new - jnp.asarray(d + damping, p.dtype), d, state.count + 1)
-            return new, (gate * (g + pull) / by).astype(m.dtype)
+                by = denominator(new - damped, d, state.count + 1)
+            return new, direction(v, pull, by, gate).astype(m.dtype)
 
-        moved = jax.tree.map(move, state.precision, curvature, d0, averaged, params, pull)
-        precision, out = jax.tree.transpose(
-            jax.tree.structure(state.precision), jax.tree.structure((0, 0)), moved
-        )
+        moved = jax.tree.map(move, state.precision, c, d0, v, pull, params)
+        pair = jax.tree.structure((0, 0))
+        precision, out = jax.tree.transpose(jax.tree.structure(g), pair, moved)
         count = optax.safe_increment(state.count)
-        ess_next = jnp.array(at(ess, count), state.ess.dtype)
-        if plain and (callable(ess) or callable(weight_decay)):
-            # The average is of the curvature alone: a prior that moves is put in as it now is.
-            d1 = prior_precision(weight_decay, state.prior, ess_next, precision, count)
-            precision = jax.tree.map(lambda p, old, new: p + (new - old), precision, d0, d1)
-        return out, state._replace(
+        after = state._replace(
             count=count,
             precision=precision,
-            momentum=momentum_state,
-            ess=ess_next,
+            momentum=average,
+            ess=jnp.array(at(ess, count), state.ess.dtype),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
+        if plain and (callable(ess) or callable(weight_decay)):
+            after = _with_moved_prior(after, weight_decay, d0)
+        return out, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -159,7 +159,8 @@ def diagnostics(
     if bound is not None:
         check_positive("bound", bound)
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
-    if [state.rule for state in states[0]] != [state.rule for state in states[1]]:
+    rules = [[(s.rule, s.rule.core(s).rule) for s in side] for side in states]
+    if rules[0] != rules[1]:
         raise ValueError(
             "diagnostics: before and after hold different posteriors; pass the states that one "
             "update got and returned."
@@ -188,13 +189,14 @@ def _one(
     # Not q.variance, which refuses an improper posterior: that is what a diagnostic must show.
     variances = jax.tree.leaves(q.family.variance(q.natural))
     smallest = functools.reduce(jnp.minimum, [jnp.min(1.0 / v) for v in variances])
-    ess = getattr(new, "ess", None)
+    before, core = old.rule.core(old), new.rule.core(new)
+    ess = getattr(core, "ess", None)
     return Diagnostics(
         *new.rule.corrections(old, new, b2, curvature, weight_decay),
         clipped=_clipped(part, updates, bound),
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),
-        signal_to_noise=_signal_to_noise(part, getattr(old, "precision", None), draws),
-        retracted=getattr(new, "retracted", None),
-        skipped=getattr(new, "skipped", None),
+        signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
+        retracted=getattr(core, "retracted", None),
+        skipped=getattr(core, "skipped", None),
     )

@@ -9,17 +9,19 @@ product of averages would be wrong.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from blr_optax import _tree
 from blr_optax._validate import check_count
 from blr_optax.per_example._taps._moments import strided
-from blr_optax.state._reader import posterior_states, refuse_multi_steps
+from blr_optax.state._reader import draws_noise, posterior_states, refuse_multi_steps
 from blr_optax.state._reading import covered, draw, noise_of
 
 if TYPE_CHECKING:
@@ -80,7 +82,7 @@ def _split(batch: tuple, count: int | None, microbatch: int | None = None) -> tu
 
 
 def _accumulate(total: Any, new: Any) -> Any:
-    """Sums of floating leaves, in float32 or wider; the newest of others."""
+    """Sums of floating leaves, in float32 or wider; for other leaves the last value."""
 
     def add(t: Array, x: Array) -> Array:
         if not jnp.issubdtype(t.dtype, jnp.floating):
@@ -116,6 +118,118 @@ def _total(evaluate: Callable[[Any], Any], inputs: Any, count: int, unrolled: in
     first = jax.tree.map(lambda x: x[0], inputs)
     start = _zeros(jax.eval_shape(evaluate, first))
     return jax.lax.scan(lambda t, x: (_accumulate(t, evaluate(x)), None), start, inputs)[0]
+
+
+def _averaged(total: Any, evaluations: int, axis_name: Any) -> Any:
+    """Means of floating leaves over the evaluations and the devices; others as they are."""
+
+    def average(x: Array) -> Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        x = x if evaluations == 1 else x / evaluations
+        return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+    return jax.tree.map(average, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A loss, evaluated at draws of the posteriors in an optimizer state.
+
+    Attributes:
+        loss: the mean loss.
+        has_aux: whether it returns `(value, aux)`.
+        params: the parameters.
+        states: the states that carry a posterior.
+        parts: of each, its part of params.
+        device: index on the axis of devices, which separates their draws; None for one device.
+        signs: of the noise of a draw: (1, -1) for antithetic pairs.
+    """
+
+    loss: Callable[..., Any]
+    has_aux: bool
+    params: Any
+    states: list[Any]
+    parts: list[Any]
+    device: Array | None
+    signs: tuple[float, ...]
+
+    def noises(self, index: Any) -> list[Any]:
+        """The noise of one draw, for every state."""
+        return [noise_of(state, index, self.device) for state in self.states]
+
+    def total(self, noises: list[Any], examples: tuple) -> tuple:
+        """The sum of `at` over the signs of the noise."""
+        results = [self.at(scaled(noises, sign), examples) for sign in self.signs]
+        return functools.reduce(_accumulate, results)
+
+    def at(self, noises: list[Any], examples: tuple) -> tuple[Array, Any, list[Any], Any]:
+        """(value, gradient, every state's statistic, aux) at one draw of the weights."""
+        weights = draw(self.states, self.parts, self.params, noises)
+        (value, aux), first, squares = self.gradient(weights, examples)
+        grad = self.second_gradient(first, weights, examples)
+        statistics = [
+            self.statistic(state, part, noise, weights, first, squares)
+            for state, part, noise in zip(self.states, self.parts, noises, strict=True)
+        ]
+        return value, grad, statistics, jax.tree.map(jnp.asarray, aux)
+
+    def gradient(self, weights: Any, examples: tuple) -> tuple[tuple, Any, Any]:
+        """((value, aux), gradient, mean squared gradients of examples if a state needs them)."""
+        if not any(state.rule.by_example for state in self.states):
+            value, grad = jax.value_and_grad(self.loss, has_aux=self.has_aux)(weights, *examples)
+            return value if self.has_aux else (value, None), grad, None
+        from blr_optax.per_example._statistics import batch_size, per_example  # with all taps
+
+        found = per_example(self.loss, weights, *examples)
+        size = batch_size("estimate", examples)
+        squares = jax.tree.map(lambda x: x / size, found.sum_squares)
+        return (found.value, None), found.grad, squares
+
+    def second_gradient(self, first: Any, weights: Any, examples: tuple) -> Any:
+        """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
+        moved = [
+            state.rule.adversary(state, part, _tree.matching_leaves(first, part, "grads"))
+            for state, part in zip(self.states, self.parts, strict=True)
+            if state.rule.adversarial
+        ]
+        if not moved:
+            return first
+        adversary = _tree.merge_by_path(weights, *moved)
+        found = jax.grad(self.loss, has_aux=self.has_aux)(adversary, *examples)
+        return found[0] if self.has_aux else found
+
+    @staticmethod
+    def statistic(state: Any, part: Any, noise: Any, weights: Any, first: Any, squares: Any) -> Any:
+        """What one state's `update` takes beside the gradient, from the first gradient."""
+        if state.rule.by_example:
+            return _tree.matching_leaves(squares, part, "squares")
+        weights = _tree.matching_leaves(weights, part, "weights")
+        first = _tree.matching_leaves(first, part, "grads")
+        return state.rule.statistic(state, part, weights, first, noise)
+
+
+def _recorded(noise: Any, samples: int, states: list[Any], parts: list[Any]) -> tuple[Any, int]:
+    """Recorded noise, of each state its part, and how many samples it has.
+
+    Raises:
+        ValueError: for another structure, or another number of samples than `samples` asks for.
+    """
+    leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(noise)}
+    if len(leading) != 1 or leading == {()}:
+        raise ValueError(
+            f"noise: every leaf needs the same leading axis of samples; found {leading}."
+        )
+    ((recorded,),) = leading
+    if samples not in (1, recorded):
+        raise ValueError(f"noise: it has {recorded} samples, but samples={samples}.")
+    noises = [
+        _tree.matching_leaves(noise, part, "noise", leading=1 + state.rule.noise_axes)
+        if draws_noise(state)
+        else None
+        for state, part in zip(states, parts, strict=True)
+    ]
+    return noises, recorded
 
 
 def estimate(
@@ -183,104 +297,34 @@ def estimate(
             "estimate: blr_update evaluates the loss itself; call update(None, opt_state, params, "
             "batch=(...)) instead."
         )
-    parts = covered(states, params, "estimate")
-    if noise is not None:
-        leading = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(noise)}
-        if len(leading) != 1 or leading == {()}:
-            raise ValueError(
-                f"noise: every leaf needs the same leading axis of samples; found {leading}."
-            )
-        ((recorded,),) = leading
-        if samples not in (1, recorded):
-            raise ValueError(f"noise: it has {recorded} samples, but samples={samples}.")
-        samples = recorded
-        noise = [
-            _tree.matching_leaves(noise, part, "noise", leading=1 + state.rule.noise_axes)
-            if hasattr(state, "key")
-            else None
-            for state, part in zip(states, parts, strict=True)
-        ]
-    check_count("estimate: samples", samples)
-    share = _split(batch, samples)[0] if split else lambda index: batch
-    device = None if axis_name is None else jax.lax.axis_index(axis_name)
-    by_example = any(state.rule.by_example for state in states)
-    if by_example and has_aux:
+    if has_aux and any(state.rule.by_example for state in states):
         raise ValueError(
             "estimate: vogn and ogn take the gradients of single examples, for which has_aux=True "
             "has no meaning; drop the auxiliary output."
         )
+    parts = covered(states, params, "estimate")
+    if noise is not None:
+        noise, samples = _recorded(noise, samples, states, parts)
+    check_count("estimate: samples", samples)
+    device = None if axis_name is None else jax.lax.axis_index(axis_name)
+    signs = (1.0, -1.0) if antithetic else (1.0,)
+    evaluation = Evaluation(loss, has_aux, params, states, parts, device, signs)
+    share = _split(batch, samples)[0] if split else lambda index: batch
 
-    def gradient(weights: Any, *examples: Any) -> tuple:
-        """(loss, gradient), and per-example squares of it where a state asks for these."""
-        if not by_example:
-            return *jax.value_and_grad(loss, has_aux=has_aux)(weights, *examples), None
-        from blr_optax.per_example._statistics import batch_size, per_example  # with all taps
-
-        found = per_example(loss, weights, *examples)
-        size = batch_size("estimate", examples)
-        return found.value, found.grad, jax.tree.map(lambda x: x / size, found.sum_squares)
-
-    def second(grad: Any, weights: Any, examples: tuple) -> Any:
-        """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
-        if not any(state.rule.adversarial for state in states):
-            return grad
-        moved = [
-            state.rule.adversary(state, part, _tree.matching_leaves(grad, part, "grads"))
-            for state, part in zip(states, parts, strict=True)
-            if state.rule.adversarial
-        ]
-        found = jax.grad(loss, has_aux=has_aux)(_tree.merge_by_path(weights, *moved), *examples)
-        return found[0] if has_aux else found
-
-    def at_weights(noises: list[Any], examples: tuple) -> tuple:
-        weights = draw(states, parts, params, noises)
-        value, grad, squares = gradient(weights, *examples)
-        value, aux = value if has_aux else (value, None)
-        first, grad = grad, second(grad, weights, examples)
-        aux = jax.tree.map(jnp.asarray, aux)
-        curvature = [
-            _tree.matching_leaves(squares, part, "squares")
-            if state.rule.by_example
-            else state.rule.statistic(
-                state,
-                part,
-                _tree.matching_leaves(weights, part, "weights"),
-                _tree.matching_leaves(first, part, "grads"),
-                drawn,
-            )
-            for state, part, drawn in zip(states, parts, noises, strict=True)
-        ]
-        return value, grad, curvature, aux
-
-    def at_draw(one: tuple) -> tuple:
-        index, given = one
-        noises = (
-            given if noise is not None else [noise_of(state, index, device) for state in states]
-        )
-        signs = (1.0, -1.0) if antithetic else (1.0,)
-
-        def at_examples(examples: tuple) -> tuple:
-            results = [at_weights(scaled(noises, sign), examples) for sign in signs]
-            return functools.reduce(_accumulate, results)
-
+    def at_draw(inputs: tuple) -> tuple:
+        index, given = inputs
+        noises = evaluation.noises(index) if noise is None else given
         if microbatch is None:
-            return at_examples(share(index))
+            return evaluation.total(noises, share(index))
         piece, count = _split(share(index), None, microbatch)
-        return _total(lambda index: at_examples(piece(index)), jnp.arange(count), count, 1)
+        return _total(lambda i: evaluation.total(noises, piece(i)), jnp.arange(count), count, 1)
 
     total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
     pieces = 1 if microbatch is None else _split(share(0), None, microbatch)[1]
-    evaluations = samples * pieces * (2 if antithetic else 1)
-
-    def average(x: Array) -> Array:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        x = x if evaluations == 1 else x / evaluations
-        return x if axis_name is None else jax.lax.pmean(x, axis_name)
-
-    value, grad, curvature, aux = jax.tree.map(average, total)
-    grad = jax.tree.map(lambda g, p: g.astype(p.dtype), grad, params)
-    if not jax.tree.leaves(curvature):
+    evaluations = samples * pieces * len(signs)
+    value, grad, statistics, aux = _averaged(total, evaluations, axis_name)
+    grad = optax.tree.cast_like(grad, params)
+    if not jax.tree.leaves(statistics):
         return Estimate(value, grad, None, aux)
     zeros = jax.tree.map(lambda p: jnp.zeros((), _tree.statistics_dtype(p.dtype)), params)
-    return Estimate(value, grad, _tree.merge_by_path(zeros, *curvature), aux)
+    return Estimate(value, grad, _tree.merge_by_path(zeros, *statistics), aux)

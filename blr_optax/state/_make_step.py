@@ -18,7 +18,7 @@ import optax
 
 from blr_optax._validate import check_count
 from blr_optax.state._estimate import estimate
-from blr_optax.state._reader import Rule, check_transformation, find_posterior_states
+from blr_optax.state._reader import Rule, check_transformation, draws_noise, find_posterior_states
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -46,7 +46,8 @@ class PointState(NamedTuple):
 
 
 def _skipped(opt_state: Any) -> Array:
-    counts = [getattr(state, "skipped", 0) for state in find_posterior_states(opt_state)]
+    states = find_posterior_states(opt_state)
+    counts = [getattr(state.rule.core(state), "skipped", 0) for state in states]
     return jnp.asarray(sum(counts), jnp.int32)
 
 
@@ -132,7 +133,7 @@ def make_step(
         states = find_posterior_states(opt_state)
         if states and all(state.rule.evaluates_loss for state in states):
             return by_batch(params, opt_state, batch)
-        draws = any(hasattr(state, "key") for state in states)
+        draws = any(map(draws_noise, states))
         est = estimate(
             loss,
             opt_state if states else PointState(Rule()),
@@ -153,6 +154,13 @@ def make_step(
         extra = {"value": est.value, "grad": est.grad, "value_fn": value_fn}
         if est.curvature is not None:
             extra["curvature"] = est.curvature
+        names = [state.rule.aux_argument for state in states if state.rule.aux_argument]
+        if names and not has_aux:
+            raise ValueError(
+                f"make_step: this optimizer needs {names[0]}=, the auxiliary output of the loss; let "
+                f"the loss return (value, {names[0]}), and pass has_aux=True."
+            )
+        extra |= dict.fromkeys(names, est.aux)
         updates, opt_state = tx.update(est.grad, opt_state, params, **extra)
         info = StepInfo(est.value, est.aux, _skipped(opt_state))
         return optax.apply_updates(params, updates), opt_state, info

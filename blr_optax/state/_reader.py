@@ -9,7 +9,7 @@ tree like the part of the parameters that its state knows, with `MaskedNode` els
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import optax
@@ -45,6 +45,15 @@ class Rule:
     by_example = False  # whether its curvature is that of single examples, see `per_example`
     adversarial = False  # whether it takes a second gradient, at `adversary`
     noise_axes = 0  # leading axes of noise and statistic, for more than one draw per weight
+    aux_argument: str | None = None  # the argument of `update` that is the loss's auxiliary output
+
+    def core(self, state: Any) -> Any:
+        """The state that holds key, count, ess and precision: `state`, or one inside it."""
+        return state
+
+    def with_core(self, state: Any, core: Any) -> Any:
+        """`state` with another `core`."""
+        return core
 
     def part(self, state: Any, params: Any) -> Any:
         """The leaves of params that the state knows, `MaskedNode` elsewhere."""
@@ -79,6 +88,49 @@ class Rule:
     def posterior(self, state: Any, params: Any) -> Posterior:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
+
+
+class OuterRule(Rule):
+    """Base of the rules of states around another posterior state, read as that one unless changed.
+
+    Attributes:
+        inside: the field that holds the inner state.
+    """
+
+    inside: ClassVar[str]
+
+    def core(self, state: Any) -> Any:
+        return getattr(state, self.inside)
+
+    def with_core(self, state: Any, core: Any) -> Any:
+        return state._replace(**{self.inside: core})
+
+    def part(self, state: Any, params: Any) -> Any:
+        core = self.core(state)
+        return core.rule.part(core, params)
+
+    def noise(self, state: Any, key: Array) -> Any:
+        core = self.core(state)
+        return core.rule.noise(core, key)
+
+    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+        core = self.core(state)
+        return core.rule.weights(core, params, noise)
+
+    def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
+        core = self.core(state)
+        return core.rule.curvature(core, params, weights, grads)
+
+    def corrections(
+        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+    ) -> tuple[Array | None, Array | None]:
+        old, new = self.core(before), self.core(after)
+        return new.rule.corrections(old, new, b2, curvature, weight_decay)
+
+
+def draws_noise(state: Any) -> bool:
+    """Whether a state that carries a posterior has a key, to draw samples with."""
+    return hasattr(state.rule.core(state), "key")
 
 
 def carries_posterior(node: Any) -> bool:
@@ -125,7 +177,7 @@ def check_transformation(who: str, tx: Any) -> None:
 def refuse_own_weights(state: Any, who: str) -> None:
     """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
     rules = [x.rule for x in jax.tree.leaves(state, is_leaf=carries_posterior)
-             if carries_posterior(x) and (hasattr(x, "key") or x.rule.adversarial)]  # fmt: skip
+             if carries_posterior(x) and (draws_noise(x) or x.rule.adversarial)]  # fmt: skip
     if rules:
         raise ValueError(
             f"{who}: the inner optimizer ({type(rules[0]).__name__}) samples its weights or moves "

@@ -15,7 +15,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key, step_key
 from blr_optax.families import MeanField, Point, PointNatural, SideBySide
-from blr_optax.state._reader import map_posterior_states, posterior_states
+from blr_optax.state._reader import draws_noise, map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -86,9 +86,10 @@ def sample(opt_state: Any, params: Any) -> Any:
 
 def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
     """The noise of one draw of this step; None for a point. `fold` separates devices."""
-    if not hasattr(state, "key"):
+    if not draws_noise(state):
         return None
-    key = step_key(state.key, state.count, index)
+    core = state.rule.core(state)
+    key = step_key(core.key, core.count, index)
     return state.rule.noise(state, key if fold is None else jax.random.fold_in(key, fold))
 
 
@@ -180,9 +181,11 @@ def reseed(opt_state: Any, key: Array) -> Any:
     key = canonical_key(key)
 
     def renew(state: Any) -> Any:
-        if not hasattr(state, "key"):
+        if not draws_noise(state):
             return state
-        shape = jnp.shape(state.key)
-        return state._replace(key=jax.random.split(key, shape) if shape else jax.random.clone(key))
+        core = state.rule.core(state)
+        shape = jnp.shape(core.key)
+        new = core._replace(key=jax.random.split(key, shape) if shape else jax.random.clone(key))
+        return state.rule.with_core(state, new)
 
     return map_posterior_states(renew, opt_state)

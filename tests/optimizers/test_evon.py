@@ -9,7 +9,7 @@ import optax
 import pytest
 import tools
 from jax.sharding import AxisType, PartitionSpec
-from registry import make_batch, make_params, mean_loss
+from registry import core, make_batch, make_params, mean_loss, with_core
 from tools import run_steps
 
 import blr_optax as blr
@@ -40,14 +40,12 @@ def drawn(seed, shape):
 def held(state, *bases):
     """The state with given bases of the single matrix "w", and no first refresh to come."""
     basis = Basis(*map(jnp.asarray, bases))
-    return map_posterior_states(
-        lambda s: s._replace(bases={"['w']": basis}, count=jnp.ones_like(s.count)), state
-    )
+    return map_posterior_states(lambda s: s._replace(bases={"['w']": basis}), begun(state))
 
 
 def begun(state):
     """The state after a first step, as `held` has it."""
-    return map_posterior_states(lambda s: s._replace(count=jnp.ones_like(s.count)), state)
+    return with_core(state, count=jnp.ones((), jnp.int32))
 
 
 def the(state):
@@ -144,7 +142,7 @@ def test_a_rotated_problem_in_rotated_bases_is_ivon_rotated(x64, shape):
     ]
 
     def look(params, state):
-        return params["w"], the(state).precision["w"], blr.sample(state, params)["w"]
+        return params["w"], core(state).precision["w"], blr.sample(state, params)["w"]
 
     (means, precision, samples), others = side_by_side(ways, 5, look)
     close([turn(m) for m in means], others[0])
@@ -175,7 +173,7 @@ def test_it_is_the_rule_in_the_basis(x64):
         grads = {"w": jax.grad(loss)(weights)}
         away = left.T @ (weights - params["w"]) @ right
         turned = left.T @ grads["w"] @ right
-        curvature = ess * the(state).precision["w"] * away * turned
+        curvature = ess * core(state).precision["w"] * away * turned
         # Price's theorem: grad_mu = (g - c m, c / 2) for one draw.
         m = q.mean["w"]
         grad_mu = diagonal.Natural({"w": turned - curvature * m}, {"w": 0.5 * curvature})
@@ -206,7 +204,7 @@ def test_the_mean_curvature_is_the_diagonal_of_the_rotated_hessian(x64):
     def look(params, noise):
         precision = {"w": jnp.linspace(0.3, 2.0, 6).reshape(3, 2)}
         state = held(tx.init(params), left, right)
-        state = map_posterior_states(lambda s: s._replace(precision=precision), state)
+        state = with_core(state, precision=precision)
         return blr.estimate(loss, state, params, noise=noise, antithetic=True)
 
     w = drawn(4, (3, 2))
@@ -300,7 +298,9 @@ def test_a_refresh_turns_momentum_and_precision_and_leaves_the_rest(x64):
             blr.Posterior(Rotated(), after.rule.posterior(s, params).natural) for s in (after, kept)
         )
         kl = lambda s: Rotated().kl(q.natural._replace(precision=s), p.natural)  # noqa: E731
-        parts = [(s.bases["['w']"], s.momentum.ema, s.precision) for s in (after, kept)]
+        parts = [
+            (s.bases["['w']"], s.gaussian.momentum.ema, s.gaussian.precision) for s in (after, kept)
+        ]
         return [updates for updates, _ in steps], parts, jax.grad(kl)(q.natural.precision)
 
     updates, (after, kept), slope = jax.tree.map(np.asarray, both(params, state))
@@ -346,7 +346,7 @@ def test_bases_follow_the_clock_of_steps_that_were_made():
         _, after = tx.update({**grads, "w": grads["w"] * poison}, state, params)
         old, new = the(state), the(after)
         changed = jnp.any(old.bases["['w']"].left != new.bases["['w']"].left)
-        return after, (changed, new.skipped)
+        return after, (changed, new.gaussian.skipped)
 
     poison = np.where(np.isin(np.arange(8), (0, 4)), np.nan, 1.0).astype(np.float32)
     start = lambda: tx.init(jax.tree.map(jnp.asarray, params))  # noqa: E731
@@ -364,7 +364,7 @@ def flat_gradients():
     def step(state, size):
         _, state = tx.update({"w": jnp.full((4, 3), size)}, state, params)
         found = the(state)
-        return state, (found.bases["['w']"], found.precision["w"], found.skipped)
+        return state, (found.bases["['w']"], found.gaussian.precision["w"], found.gaussian.skipped)
 
     start = lambda: tx.init(jax.tree.map(jnp.asarray, params))  # noqa: E731
     return jax.jit(lambda sizes: jax.lax.scan(step, start(), sizes)[1])
@@ -398,7 +398,7 @@ def test_the_curvature_is_clipped_in_units_of_the_precision(x64):
     def after(given):
         state = tx.init(jax.tree.map(jnp.asarray, params))
         curvature = {"w": jnp.full((2, 2), given)}
-        found = the(tx.update(params, state, params, curvature=curvature)[1])
+        found = core(tx.update(params, state, params, curvature=curvature)[1])
         return found.precision["w"], found.skipped
 
     for given, wanted in ((1e6, 1.0), (-1e6, -1.0), (0.3, 0.3)):

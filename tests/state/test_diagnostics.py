@@ -155,6 +155,25 @@ def test_every_optimizer_masked_partitioned_and_jitted(name):
     np.testing.assert_allclose(float(whole.clipped) * 9, sum(counts), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["evon", "mixture_ivon"])
+def test_the_gaussians_inside_a_posterior_are_read(name):
+    row, batch = ROW[name], jax.tree.map(np.asarray, make_batch())
+
+    @jax.jit
+    def found(params):
+        before = row.tx().init(params)
+        grads, _ = evidence(row, params, before, batch)
+        poisoned = {**grads, "b": grads["b"] * np.nan}
+        one, other = (row.tx().update(g, before, params)[1] for g in (grads, poisoned))
+        return blr.diagnostics(before, one, params)[0], blr.diagnostics(before, other, params)[0]
+
+    one, other = jax.tree.map(np.asarray, found(row.params()))
+    assert int(one.skipped) == 0 and int(other.skipped) == 1
+    assert 0.0 < float(one.correction_of_move) < 1.0 and float(other.correction_of_move) == 0.0
+    ess = row.numbers["ess"]
+    np.testing.assert_allclose(one.smallest_precision, ess * one.smallest_per_example, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.01)])
 def test_clipped_coordinates_are_counted(dtype, tolerance):
     """The updates' share at the bound, and that of a snapshot in front of the clip.

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 import optax
 import pytest
-from registry import ROWS, make_batch, make_params, mean_loss, one_step, rows
+from registry import (
+    ROWS,
+    make_batch,
+    make_params,
+    make_stacked,
+    mean_loss,
+    one_step,
+    rows,
+    stacked_loss,
+)
 from tools import assert_same, near
 
 import blr_optax as blr
@@ -77,6 +86,23 @@ def test_draws_and_micro_batches_are_those_of_estimate():
     made, _, info = blr.make_step(tx, loss, donate=False, **options)(params, state, *batch)
     near((made, info.value, info.aux), by_hand(params, state), rtol=1e-6)
     near(info.aux["twice"], 2.0 * np.asarray(info.value), rtol=1e-6)
+
+
+def test_a_mixture_gets_the_losses_of_its_components():
+    batch = make_batch()
+    tx = blr.mixture_ivon(0.1, ess=30.0, weight_rate=0.1)
+    params = make_stacked()
+
+    def losses(params, x, y):
+        each = jax.vmap(mean_loss, (0, None, None))(params, x, y)
+        return each.sum(), each
+
+    _, state, info = blr.make_step(tx, losses, has_aux=True, donate=False)(
+        params, tx.init(params), *batch
+    )
+    assert info.aux.shape == (2,) and float(abs(state[0].log_odds[0])) > 0.0
+    with pytest.raises(ValueError, match="losses.*has_aux=True"):
+        blr.make_step(tx, stacked_loss, donate=False)(params, tx.init(params), *batch)
 
 
 def test_options_for_draws_do_nothing_where_none_are_drawn():

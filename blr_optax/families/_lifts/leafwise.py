@@ -66,7 +66,7 @@ class Leafwise(Independent, Conditional):
         """
         if family.event_ndim != 2:
             raise ValueError(
-                f"Leafwise: an event of {type(family).__name__} is no matrix; RaveledConditional "
+                f"Leafwise: an event of {type(family).__name__} is no matrix; Raveled "
                 "takes vector families over a tree."
             )
         leaves, treedef = jax.tree.flatten(theta)
