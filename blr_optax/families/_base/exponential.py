@@ -36,6 +36,7 @@ class Family:
     return arrays with any leading batch dimensions.
 
     Attributes:
+        exponential: True; False for the conditional families, which have no common mu.
         Natural: NamedTuple type of lambda (and of natural gradients).
         Expectation: NamedTuple type of mu, with the same fields.
         domains: the domain of each learnt field of lambda.
@@ -49,6 +50,7 @@ class Family:
         relaxable: whether `relaxed_sample` exists.
     """
 
+    exponential: ClassVar[bool] = True
     Natural: ClassVar[type]
     Expectation: ClassVar[type]
     domains: ClassVar[dict[str, Domain]]

@@ -72,7 +72,7 @@ class Leafwise(Conditional):
         return cls(family, treedef, tuple(jnp.shape(leaf) for leaf in leaves))
 
     location = property(lambda self: self.family.location)
-    hessians = property(lambda self: self.family.hessians)
+    curvatures = property(lambda self: self.family.curvatures)
     at_means = property(lambda self: self.family.at_means)
 
     def matrices(self, theta: Any) -> list[Array]:
@@ -141,7 +141,7 @@ class Leafwise(Conditional):
         loss: Callable,
         noise: tuple,
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, LeafwiseNatural]:
         """Draw by draw, and leaf by leaf with the others held at the draw."""
         one = jnp.ones((1,), weights.dtype)
@@ -157,7 +157,7 @@ class Leafwise(Conditional):
                     return loss(self.tree([*drawn[:i], x, *drawn[i + 1 :]]))
 
                 return self.family.natural_gradient_at(
-                    lam.members[i], with_others, z[i][None], one, hessian
+                    lam.members[i], with_others, z[i][None], one, curvature
                 )
 
             found = [alone(i) for i in range(len(drawn))]
@@ -171,9 +171,9 @@ class Leafwise(Conditional):
         lam: LeafwiseNatural,
         gradient: LeafwiseNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> LeafwiseNatural:
         pairs = zip(lam.members, gradient.members, strict=True)
         return LeafwiseNatural(
-            tuple(self.family.move(member, d, learning_rate, form) for member, d in pairs)
+            tuple(self.family.move(member, d, learning_rate, step) for member, d in pairs)
         )

@@ -188,8 +188,9 @@ class RaveledConditional(Conditional):
 
     Natural = property(lambda self: self.family.Natural)
     location = property(lambda self: self.family.location)
-    hessians = property(lambda self: self.family.hessians)
+    curvatures = property(lambda self: self.family.curvatures)
     at_means = property(lambda self: self.family.at_means)
+    shares_draws = property(lambda self: self.family.shares_draws)
 
     ravel = Raveled.ravel
     unravel = Raveled.unravel
@@ -228,24 +229,24 @@ class RaveledConditional(Conditional):
         return self.family.noise(key, lam, samples, antithetic)
 
     def natural_gradient_at(
-        self, lam: Any, loss: Callable, noise: Any, weights: Array, hessian: str = "exact"
+        self, lam: Any, loss: Callable, noise: Any, weights: Array, curvature: str = "exact"
     ) -> tuple[Array, Any]:
         def flat(theta: Array) -> Array:
             return loss(self.unravel(theta))
 
-        return self.family.natural_gradient_at(lam, flat, noise, weights, hessian)
+        return self.family.natural_gradient_at(lam, flat, noise, weights, curvature)
 
     def natural_gradient_from(
-        self, lam: Any, loss: Callable, theta: Any, hessian: str = "exact"
+        self, lam: Any, loss: Callable, theta: Any, curvature: str = "exact"
     ) -> tuple[Array, Any]:
         """As a mixture's, from draws that are trees."""
 
         def flat(theta: Array) -> Array:
             return loss(self.unravel(theta))
 
-        return self.family.natural_gradient_from(lam, flat, self.ravel(theta), hessian)
+        return self.family.natural_gradient_from(lam, flat, self.ravel(theta), curvature)
 
     def move(
-        self, lam: Any, gradient: Any, learning_rate: Any, form: str = "auto", **rates: Any
+        self, lam: Any, gradient: Any, learning_rate: Any, step: str = "auto", **rates: Any
     ) -> Any:
-        return self.family.move(lam, gradient, learning_rate, form, **rates)
+        return self.family.move(lam, gradient, learning_rate, step, **rates)
