@@ -78,7 +78,7 @@ def contestants(problem):
         "bayesbinn sample": sampled(blr.bayesbinn(1e-3, problem.examples), problem),
         "evon sample, refresh 10": sampled(blr.evon(1e-3, problem.examples), problem),
         "vogn estimate 1": estimated(blr.vogn(1e-3, problem.examples), problem, 1),
-        "ivon sample threefry": sampled(ivon(generator="threefry"), problem),
+        "ivon sample jax": sampled(ivon(generator="jax"), problem),
     }
 
 

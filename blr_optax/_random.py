@@ -3,7 +3,7 @@
 The noise of a step is a pure function of (key, sample index, path), so it is never stored: whoever
 needs it derives it again, and inside one jit XLA merges the derivations.
 
-Two generators. "threefry" is `jax.random.normal`. "hash" is made for perturbing weights, where a
+Two generators. "jax" is `jax.random.normal`. "hash" is made for perturbing weights, where a
 cryptographic generator costs more than a training step: every number hashes its own counter,
 
     z <- (i xor k0) c1;   z <- (z xor (z >> 15)) (k1 or 1);   z <- z xor (z >> 16)
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Float, UInt32
 
-GENERATORS = ("hash", "threefry")
+GENERATORS = ("hash", "jax")
 
 # Odd multipliers with good avalanche: lowbias32's first, and the golden ratio's.
 _C1, _C2 = np.uint32(0x7FEB352D), np.uint32(0x9E3779B1)
@@ -120,31 +120,31 @@ def hash_logistic(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Arra
     return _log(u / (1.0 - u))
 
 
-def standard_normal(key: Array, like: Any, generator: str = "threefry") -> Any:
+def standard_normal(key: Array, like: Any, generator: str = "jax") -> Any:
     """A tree of standard normals shaped like `like`, in its statistics dtype.
 
     Args:
         key: typed key of this draw.
         like: tree of arrays; `MaskedNode`s in it are passed over.
-        generator: "hash" or "threefry".
+        generator: "hash" or "jax".
     """
     return _standard(hash_normal, jax.random.normal, key, like, generator)
 
 
-def standard_logistic(key: Array, like: Any, generator: str = "threefry") -> Any:
+def standard_logistic(key: Array, like: Any, generator: str = "jax") -> Any:
     """A tree of standard logistic numbers, as `standard_normal`."""
     return _standard(hash_logistic, jax.random.logistic, key, like, generator)
 
 
-def _standard(hashed: Callable, threefry: Callable, key: Array, like: Any, generator: str) -> Any:
+def _standard(hashed: Callable, plain: Callable, key: Array, like: Any, generator: str) -> Any:
     """A tree of noise by one of two generators."""
     if generator == "hash":
         words = jax.random.bits(key, (2,), jnp.uint32)
 
     def leaf(path: Any, x: Any) -> Array:
         dtype, code = _tree.statistics_dtype(x.dtype), _tree.path_hash(path)
-        if generator == "threefry":
-            return threefry(jax.random.fold_in(key, code), x.shape, dtype)
+        if generator == "jax":
+            return plain(jax.random.fold_in(key, code), x.shape, dtype)
         # The path enters both words, once mixed, so that leaves share no counter sequence.
         mixed = np.uint32((code * 0x9E3779B1 + 0x7F4A7C15) % 2**32)
         return hashed(words ^ jnp.array([code, mixed], jnp.uint32), x.shape).astype(dtype)

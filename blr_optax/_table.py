@@ -82,7 +82,7 @@ _ROWS = (
     TableRow(INFERENCE, "Variational message passing", "gamma",
              "loss of mu, rate 1; a Product with other families",
              "blr_update"),
-    TableRow(INFERENCE, "Non-conjugate VI, Gaussian mixtures", "mixture", "samples", "multimodal"),
+    TableRow(INFERENCE, "Non-conjugate VI, Gaussian mixtures", "mixture", "samples", "mixture_vi"),
     TableRow(INFERENCE, "Non-conjugate VI with mixtures", "skew_gaussian", "none", "blr_update"),
 )  # fmt: skip
 

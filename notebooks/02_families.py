@@ -75,8 +75,8 @@ else:
 # ## Bayes' theorem is one step
 #
 # Counts from a Poisson distribution, a gamma prior on its rate. The expected loss is linear in
-# $\mu = (E[\log r], E[r])$, so we write it as a function of $\mu$ and let `exact()` differentiate
-# it. With learning rate 1, one step from *any* start is the posterior.
+# $\mu = (E[\log r], E[r])$, so we write it as a function of $\mu$ and let `closed_form()`
+# differentiate it. With learning rate 1, one step from *any* start is the posterior.
 
 # %%
 counts = jnp.array([4.0, 2.0, 7.0, 3.0, 5.0])
@@ -89,7 +89,9 @@ def energy(mu: Any, y: jax.Array) -> jax.Array:
 
 prior = blr.Posterior(gamma, gamma.natural(concentration=2.0, rate=1.0))
 start = blr.Posterior(gamma, gamma.natural(concentration=0.3, rate=5.0))
-bayes = blr.blr_update("gamma", energy, 1.0, prior=prior, init=start, estimator=estimators.exact())
+bayes = blr.blr_update(
+    "gamma", energy, 1.0, prior=prior, init=start, estimator=estimators.closed_form()
+)
 rate = start.mean
 updates, state = bayes.update(None, bayes.init(rate), rate, batch=(counts,))
 posterior = blr.posterior(state, rate + updates)
@@ -120,7 +122,7 @@ def bent(rate: jax.Array) -> jax.Array:
 
 
 ways = {
-    "reparameterized": estimators.reparameterized(100),
+    "pathwise": estimators.pathwise(100),
     "least squares": estimators.least_squares(100),
     "score function": estimators.score_function(100),
 }
@@ -136,7 +138,7 @@ for axis, (name, way) in zip(axes, ways.items(), strict=True):
 axes[0].set(ylabel="gradient in E[r]")
 plt.show()
 print(spread)
-assert spread["reparameterized"] == min(spread.values())
+assert spread["pathwise"] == min(spread.values())
 
 # %% [markdown]
 # ## A family of our own
@@ -230,7 +232,7 @@ tx = blr.blr_update(
     lambda x: (x - 2.0) ** 2,
     optax.exponential_decay(0.3, 50, 0.3),
     init=blr.Posterior(rayleigh, one),
-    estimator=estimators.reparameterized(200),
+    estimator=estimators.pathwise(200),
 )
 params = rayleigh.mean(one)
 state = tx.init(params)

@@ -227,7 +227,7 @@ assert accuracies["dropout, posterior mean"] > 0.9
 #
 # A target with four modes. One Gaussian settles on one mode or stretches over several; a mixture
 # has a component for each: the entropy of the mixture pushes components apart where they overlap
-# (`multimodal`; `mixture_newton` is the same with the delta method, Khan and Rue's multimodal
+# (`mixture_vi`; `mixture_newton` is the same with the delta method, Khan and Rue's multimodal
 # optimisation). Mixing weights are learnt too.
 
 # %%
@@ -243,9 +243,7 @@ def log_target(theta: jax.Array) -> jax.Array:
 
 
 def approximate(components: int) -> Any:
-    tx = blr.multimodal(
-        lambda theta: -log_target(theta), 0.05, components, scale=2.0, samples=10, key=2
-    )
+    tx = blr.mixture_vi(lambda theta: -log_target(theta), 0.05, components, scale=2.0, key=2)
 
     def step(carry: tuple, _: Any) -> tuple:
         params, state = carry
@@ -291,7 +289,7 @@ assert float(nearest.max()) < 1.0, "every mode has a component"
 # A loss with a deep sharp minimum at -0.5 and a shallower flat one at 0.7. The rule minimises
 # $E_q[\ell]$, the loss smoothed by the posterior. With a narrow posterior of known variance the
 # sharp minimum stays where it is; as the variance grows it vanishes and the solution moves to the
-# flat minimum. Here $E_q[\ell]$ is known in closed form, as a function of $\mu$ (`exact()`).
+# flat minimum. Here $E_q[\ell]$ is known in closed form, as a function of $\mu$ (`closed_form()`).
 
 # %%
 SHARP, FLAT = (1.2, -0.5, 0.06), (1.0, 0.7, 0.6)  # depth, centre, width
@@ -319,7 +317,7 @@ def settle(deviation: jax.Array) -> jax.Array:
         lambda mu: smoothed(mu.linear[0], deviation**2),
         0.002 * precision,
         init=blr.Posterior(family, family.natural(mean=start, precision=precision * jnp.eye(1))),
-        estimator=blr.estimators.exact(),
+        estimator=blr.estimators.closed_form(),
     )
 
     def step(carry: tuple, _: Any) -> tuple:

@@ -394,9 +394,15 @@ ROWS = [
         loss=True,
     ),
     Row(
-        "multimodal",
+        "mixture_vi",
         "rule",
-        lambda **k: blr.multimodal(mean_loss, components=2, samples=2, scale=0.3, **k),
+        lambda **k: blr.mixture_vi(
+            mean_loss,
+            components=2,
+            estimator=blr.estimators.monte_carlo(2, antithetic=True),
+            scale=0.3,
+            **k,
+        ),
         _RULE,
         exempt=_RAVELED,
         noisy=True,

@@ -275,7 +275,7 @@ def test_step_keys_are_distinct_and_the_key_is_canonical():
 
 
 def test_bad_generators_and_keys_name_themselves():
-    with pytest.raises(ValueError, match="generator='philox' is unknown; known: hash, threefry"):
+    with pytest.raises(ValueError, match="generator='philox' is unknown; known: hash, jax"):
         check_generator("philox")
     for bad in (jnp.zeros(2, jnp.uint32), 0.5):
         with pytest.raises(ValueError, match="typed key"):

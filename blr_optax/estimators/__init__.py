@@ -1,4 +1,4 @@
-"""How grad_mu E_q[loss] is approximated: where the loss is looked at, and which curvature."""
+"""How grad_mu E_q[loss] is approximated: where the loss is evaluated, and which curvature."""
 
 from blr_optax.estimators._curvature import (
     Curvature,
@@ -9,11 +9,12 @@ from blr_optax.estimators._curvature import (
     reparameterized,
     squared_gradient,
 )
-from blr_optax.estimators._discrete import concrete, enumerate
+from blr_optax.estimators._discrete import concrete, enumeration
 from blr_optax.estimators._estimator import Estimator
-from blr_optax.estimators._expectation import cubature, delta, gauss_hermite, monte_carlo
-from blr_optax.estimators._general import least_squares, score_function
+from blr_optax.estimators._expectation import delta, monte_carlo, shared_draws
+from blr_optax.estimators._general import closed_form, least_squares, pathwise, score_function
 from blr_optax.estimators._natural_gradient import natural_gradient
+from blr_optax.estimators._quadrature import cubature, gauss_hermite
 from blr_optax.estimators._terms import Term, conjugate, glm
 
 __all__ = [
@@ -21,11 +22,12 @@ __all__ = [
     "Estimator",
     "Term",
     "absolute_gradient",
+    "closed_form",
     "concrete",
     "conjugate",
     "cubature",
     "delta",
-    "enumerate",
+    "enumeration",
     "exact",
     "gauss_hermite",
     "glm",
@@ -33,8 +35,10 @@ __all__ = [
     "least_squares",
     "monte_carlo",
     "natural_gradient",
+    "pathwise",
     "per_example_squares",
     "reparameterized",
     "score_function",
+    "shared_draws",
     "squared_gradient",
 ]

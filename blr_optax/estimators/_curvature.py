@@ -4,28 +4,22 @@
     g      grad l(theta)                 S                total precision (not per example)
 
 Each rule gives a matrix for `gaussian` and a diagonal for elementwise families, per example of
-the mean loss. `reparameterized` and `squared_gradient` need no more than the gradient.
-
-`exact()` and `reparameterized(samples)` are estimators for any family as well: of a loss of mu, and
-through the family's samples.
+the mean loss. `reparameterized` and `squared_gradient` need no more than the gradient. Conditional
+families evaluate the rule themselves, and know it by its name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of, others
-
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-    from blr_optax.families import Family
 
 
 class Sample(NamedTuple):
@@ -45,10 +39,38 @@ class Sample(NamedTuple):
     batch: tuple = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Exact(Estimator):
-    """hess l(theta), or the gradient of a loss of mu; see `exact`."""
+class Curvature:
+    """Base of all curvatures; subclasses are frozen dataclasses and static pytree nodes.
 
+    Attributes:
+        name: by which every function that takes a curvature knows it, and conditional families.
+        needs_loss: whether the gradient alone is not enough.
+        diagonal_only: whether there is no matrix.
+    """
+
+    name: ClassVar[str]
+    needs_loss: ClassVar[bool]
+    diagonal_only: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Curvatures are closed over and compared, never traced."""
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_static(cls)
+
+    def diagonal(self, at: Sample) -> Any:
+        """The diagonal at one sample, a tree like theta."""
+        raise NotImplementedError
+
+    def matrix(self, at: Sample) -> Array:
+        """The matrix at one sample."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact(Curvature):
+    """hess l(theta); see `exact`."""
+
+    name = "exact"
     needs_loss = True
 
     def matrix(self, at: Sample) -> Array:
@@ -66,50 +88,13 @@ class Exact(Estimator):
 
         return unravel(jax.lax.map(entry, jnp.arange(flat.size)))
 
-    def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
-        """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
-        try:
-            value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
-        except TypeError as error:
-            error.add_note(
-                "estimators.exact() calls the loss with mu, the expectation parameters "
-                f"{family.Expectation.__name__}{family.Expectation._fields}, not with theta."
-            )
-            raise
-        return value, family.gradient_in_mu(gradient)
-
 
 @dataclasses.dataclass(frozen=True)
-class Reparameterized(Estimator):
-    """S d g^T, symmetrised, or S d g elementwise; gradients of samples; see `reparameterized`."""
+class Reparameterized(Curvature):
+    """S d g^T, symmetrised, or S d g elementwise; see `reparameterized`."""
 
-    samples: int | None = None
+    name = "reparameterized"
     needs_loss = False
-
-    def check(self, family: Family) -> None:
-        if self.samples is None:
-            raise ValueError(
-                "reparameterized() is a curvature; as an estimator it needs a number of samples, "
-                "reparameterized(10)."
-            )
-        if not family.reparameterized:
-            raise ValueError(
-                f"reparameterized: samples of {type(family).__name__} have no gradient; use "
-                f"{others(family)}."
-            )
-
-    def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
-        """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
-
-        def at(k: Array) -> tuple[Array, Any]:
-            return jax.value_and_grad(lambda x: loss(family.sample(k, x), *batch))(lam)
-
-        value, gradient = mean_of(at, check_key("reparameterized", key), self.samples)
-        return value, family.gradient_in_lambda(lam, gradient)
 
     def matrix(self, at: Sample) -> Array:
         product = jnp.outer(at.precision @ at.displacement, at.grad)
@@ -119,13 +104,14 @@ class Reparameterized(Estimator):
         return jax.tree.map(lambda s, d, g: s * d * g, at.precision, at.displacement, at.grad)
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class SquaredGradient:
+class SquaredGradient(Curvature):
     """c g g^T, or c g^2 elementwise; see `squared_gradient`."""
 
     batch_size: int | None
     official: bool
+
+    name = "squared_gradient"
     needs_loss = False
 
     def scale(self, at: Sample) -> Any:
@@ -140,12 +126,13 @@ class SquaredGradient:
         return jax.tree.map(lambda g: c * g * g, at.grad)
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class AbsoluteGradient:
+class AbsoluteGradient(Curvature):
     """sqrt(p) |g|, p the precision per example; see `absolute_gradient`."""
 
+    name = "absolute_gradient"
     needs_loss = False
+    diagonal_only = True
 
     def diagonal(self, at: Sample) -> Any:
         ess = jnp.asarray(1.0 if at.ess is None else at.ess)
@@ -154,13 +141,14 @@ class AbsoluteGradient:
         )
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Hutchinson:
+class Hutchinson(Curvature):
     """E_v[v (hess l v)] over Rademacher v; see `hutchinson`."""
 
     samples: int
+    name = "hutchinson"
     needs_loss = True
+    diagonal_only = True
 
     def diagonal(self, at: Sample) -> Any:
         flat, unravel = jax.flatten_util.ravel_pytree(at.theta)
@@ -174,11 +162,11 @@ class Hutchinson:
         return unravel(jnp.mean(jax.vmap(probe)(keys), axis=0))
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class PerExampleSquares:
+class PerExampleSquares(Curvature):
     """mean_i g_i g_i^T, or mean_i g_i^2 elementwise; see `per_example_squares`."""
 
+    name = "per_example_squares"
     needs_loss = True
 
     def matrix(self, at: Sample) -> Array:
@@ -210,20 +198,11 @@ class PerExampleSquares:
         return at.batch
 
 
-Curvature = (
-    Exact | Reparameterized | SquaredGradient | AbsoluteGradient | Hutchinson | PerExampleSquares
-)
-
-
 def exact() -> Exact:
     """The Hessian itself: H = hess l(theta), its diagonal for elementwise families.
 
     Right for twice differentiable losses, not for piecewise linear networks. The diagonal costs one
     Hessian-vector product per coordinate.
-
-    As an estimator, `estimator=exact()`, for any family: the loss is a function of mu, the
-    expectation parameters, `loss(mu, *batch) = E_q[l]`, and is differentiated there. For
-    conjugate-exponential models that is variational message passing.
 
     Source: Khan and Rue (2023), the Newton rows. Special case of `blr_update` with
     `estimator=delta(exact())` at learning rate 1: Newton's method.
@@ -240,20 +219,11 @@ def exact() -> Exact:
     return Exact()
 
 
-def reparameterized(samples: int | None = None) -> Reparameterized:
+def reparameterized() -> Reparameterized:
     """Price's first-order form: H = E[S d g^T], unbiased for E_q[hess l] from gradients alone.
 
     Holds for piecewise linear networks too. Its noise grows like sqrt(S); pairs of samples
     (`antithetic=True`) cancel the dominant term.
-
-    As an estimator, `estimator=reparameterized(samples)`, for any family whose samples carry
-    gradients, by reparameterisation or implicitly: F^{-1} mean_s grad_lambda l(theta_s), unbiased.
-
-    Args:
-        samples: number of draws, as an estimator; None as a curvature.
-
-    Raises:
-        ValueError: for samples < 1.
 
     Source: Lin, Khan and Schmidt (2019), Stein's lemma; IVON (Shen et al. 2024), line 3 of Alg. 1.
     Special case of `blr_update` with `estimator=monte_carlo(1, curvature=reparameterized())`: SOBA.
@@ -263,7 +233,7 @@ def reparameterized(samples: int | None = None) -> Reparameterized:
       >>> print(blr.estimators.reparameterized().needs_loss)
       False
     """
-    return Reparameterized(None if samples is None else check_samples("reparameterized", samples))
+    return Reparameterized()
 
 
 def squared_gradient(batch_size: int | None = None, *, official: bool = False) -> SquaredGradient:
@@ -377,24 +347,46 @@ def per_example_squares() -> PerExampleSquares:
     return PerExampleSquares()
 
 
+MAKERS = {
+    make.__name__: make
+    for make in (
+        exact,
+        reparameterized,
+        squared_gradient,
+        absolute_gradient,
+        hutchinson,
+        per_example_squares,
+    )
+}
+
+
+def from_name(curvature: str | Curvature) -> Curvature:
+    """A curvature, by its name or as it is.
+
+    Raises:
+        ValueError: for an unknown name, or one that says too little: 'squared_gradient' needs a
+            batch size, squared_gradient(batch_size).
+    """
+    if isinstance(curvature, Curvature):
+        return curvature
+    if not isinstance(curvature, str) or curvature not in MAKERS:
+        raise ValueError(
+            f"curvature={curvature!r} is unknown; known: {', '.join(MAKERS)}, by name or made by "
+            "the function of that name in estimators."
+        )
+    return MAKERS[curvature]()
+
+
 def from_gradient(curvature: str | Curvature) -> Curvature:
-    """A curvature that the gradient alone gives, by name or value.
+    """A curvature that the gradient alone gives, by name or as it is.
 
     Raises:
         ValueError: for an unknown name, or a curvature that needs the loss.
     """
-    if curvature == "squared_gradient":
-        squared_gradient()
-    rule = reparameterized() if curvature == "reparameterized" else curvature
-    if not isinstance(rule, Curvature):
-        raise ValueError(
-            f"curvature={curvature!r} is unknown; known: 'reparameterized', "
-            "squared_gradient(batch_size), squared_gradient(official=True), "
-            "per_example_squares(), absolute_gradient()."
-        )
+    rule = from_name(curvature)
     if rule.needs_loss and not isinstance(rule, PerExampleSquares):
         raise ValueError(
-            f"curvature={curvature} needs the loss, which this transformation never sees. Use "
+            f"curvature={rule.name}() needs the loss, which this transformation never sees. Use "
             "'reparameterized' or squared_gradient(...), or pass update(..., curvature=)."
         )
     return rule

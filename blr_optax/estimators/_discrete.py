@@ -1,7 +1,7 @@
 """Natural gradients of discrete families: all values at once, or a continuous relaxation.
 
-enumerate   E_q[l] = sum_x l(x) prod_j P_j(x_j; mu), a polynomial in mu, differentiated
-concrete    theta ~ softmax((lambda + Gumbel noise) / tau), differentiated in lambda
+enumeration   E_q[l] = sum_x l(x) prod_j P_j(x_j; mu), a polynomial in mu, differentiated
+concrete      theta ~ softmax((lambda + Gumbel noise) / tau), differentiated in lambda
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ BLOCK = 1024  # losses evaluated at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Enumerate(Estimator):
-    """Sums over the support; see `enumerate`."""
+class Enumeration(Estimator):
+    """Sums over the support; see `enumeration`."""
 
     total: int | None = None
 
     def check(self, family: Family) -> None:
         if not family.enumerable:
             raise ValueError(
-                f"enumerate: {type(family).__name__} has no finite support; use {others(family)}."
+                f"enumeration: {type(family).__name__} has no finite support; use {others(family)}."
             )
         if self.total is None and "total" in family.known:
             raise ValueError(
-                f"enumerate: {type(family).__name__} counts up to a total that is part of lambda, "
-                "traced under jit; name it, enumerate(total=n)."
+                f"enumeration: {type(family).__name__} counts up to a total that is part of "
+                "lambda, traced under jit; name it, enumeration(total=n)."
             )
 
     def natural_gradient(
@@ -61,8 +61,8 @@ class Enumerate(Estimator):
         count = float(np.prod([float(k) ** n for k, n in sizes]))
         if count > LARGEST_TABLE:
             raise ValueError(
-                f"enumerate: {count:.0f} values are too many (limit {LARGEST_TABLE}); use "
-                f"{others(family, 'enumerate()')}."
+                f"enumeration: {count:.0f} values are too many (limit {LARGEST_TABLE}); use "
+                f"{others(family, 'enumeration()')}."
             )
         choices = [np.arange(k) for k, n in sizes for _ in range(n)]
         table = np.stack(np.meshgrid(*choices, indexing="ij"), -1).reshape(-1, len(choices))
@@ -121,7 +121,7 @@ class Concrete(Estimator):
         return value, family.gradient_in_lambda(lam, gradient)
 
 
-def enumerate(total: int | None = None) -> Enumerate:
+def enumeration(total: int | None = None) -> Enumeration:
     """Exact sums over all values of a small discrete family; the gradient is exact.
 
     grad_mu sum_x l(x) prod_j P_j(x_j; mu): for one bernoulli, l(1) - l(0).
@@ -137,19 +137,19 @@ def enumerate(total: int | None = None) -> Enumerate:
         ValueError: for a family without a finite support, counts without a total, or too many
             values.
 
-    Source: the definition of E_q. Special case of `blr_update` with `estimator=enumerate()`.
+    Source: the definition of E_q. Special case of `blr_update` with `estimator=enumeration()`.
 
     Example:
       >>> import blr_optax as blr
       >>> gradient = blr.estimators.natural_gradient(
-      ...     "bernoulli", lambda x: 5.0 * x + 1.0, blr.estimators.enumerate()
+      ...     "bernoulli", lambda x: 5.0 * x + 1.0, blr.estimators.enumeration()
       ... )
       >>> print(gradient(None, blr.families.get("bernoulli").natural(logit=0.7))[1].linear.round(4))
       5.0
     """
     if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
-        raise ValueError(f"enumerate: total={total!r} must be an integer, at least 1, or None.")
-    return Enumerate(total)
+        raise ValueError(f"enumeration: total={total!r} must be an integer, at least 1, or None.")
+    return Enumeration(total)
 
 
 def concrete(temperature: float = 0.5, samples: int = 1) -> Concrete:

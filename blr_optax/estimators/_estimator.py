@@ -2,14 +2,15 @@
 
     value = E_q[l],    gradient = grad_mu E_q[l] = F(lambda)^{-1} grad_lambda E_q[l]
 
-Every estimator is a static value with the two methods below. Those of `_expectation` look at the
-loss around a Gaussian's mean; those of `_general` and `_discrete` take any family.
+An estimator is a static value. Those of `_expectation` evaluate the loss around a Gaussian's mean,
+those of `_general` and `_discrete` take any exponential family. A conditional family has no common
+mu: there the gradient is that of E_q[E] - H(q) for the total potential E, block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,17 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax.families import Family
+    from blr_optax.families import Conditional, Family
 
 
 class Estimator:
-    """Base of all estimators; subclasses are frozen dataclasses and static pytree nodes."""
+    """Base of all estimators; subclasses are frozen dataclasses and static pytree nodes.
+
+    Attributes:
+        takes_points: whether recorded draws may stand for its own.
+    """
+
+    takes_points: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Estimators are closed over and compared, never traced."""
@@ -37,15 +44,29 @@ class Estimator:
         """(E_q[l], grad_mu E_q[l]), the gradient of the family's natural type."""
         raise NotImplementedError
 
+    def check_conditional(self, family: Conditional) -> None:
+        """Raises ValueError when this estimator does not apply to the conditional family."""
+        shared = ", shared_draws(...)" if family.shares_draws else ""
+        raise ValueError(
+            f"estimator={self!r}: {type(family).__name__} is a conditional family, which takes "
+            f"monte_carlo(...) or delta(...){shared}."
+        )
+
+    def block_gradient(
+        self, family: Conditional, potential: Callable, key: Array | None, lam: Any, points: Any
+    ) -> tuple[Array, Any]:
+        """(E_q[E], the natural gradient of E_q[E] - H(q) in every block), E the potential."""
+        raise NotImplementedError
+
 
 def others(family: Family, *refused: str) -> str:
     """The estimators that a family that is not Gaussian takes, in words."""
     takes = {
-        "exact()": True,
-        "reparameterized(...)": family.reparameterized,
+        "closed_form()": True,
+        "pathwise(...)": family.reparameterized,
         "score_function(...)": True,
         "least_squares(...)": True,
-        "enumerate()": family.enumerable,
+        "enumeration()": family.enumerable,
         "concrete(...)": family.relaxable,
     }
     *first, last = [name for name, known in takes.items() if known and name not in refused]
@@ -57,6 +78,14 @@ def check_samples(who: str, samples: int) -> int:
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"{who}: samples={samples} must be an integer, at least 1.")
     return samples
+
+
+def check_points(estimator: Estimator, points: Any) -> None:
+    """Raises ValueError for recorded draws that the estimator does not take."""
+    if points is not None and not estimator.takes_points:
+        raise ValueError(
+            f"points= are draws for estimator=shared_draws(...) alone; got estimator={estimator!r}."
+        )
 
 
 def check_key(who: str, key: Array | None) -> Array:

@@ -1,11 +1,12 @@
-"""Where the loss is looked at: rules sum_k w_k f(m + C z_k) for E_q[f], z standard normal.
+"""Where the loss is evaluated: rules sum_k w_k f(m + C z_k) for E_q[f], z standard normal.
 
     delta          z = 0
     monte_carlo    z drawn, with or without its mirror image -z
-    gauss_hermite  tensor product of the one-dimensional rule
-    cubature       points on spheres, 2 d or about 2 d^2 of them
 
-Each carries the curvature that it evaluates at those points.
+and the rules of `_quadrature`. Each carries the curvature that it evaluates at those points.
+Conditional families, which have noise of their own, take these two, and mixtures
+
+    shared_draws   draws of q, each counted for every component
 """
 
 from __future__ import annotations
@@ -17,29 +18,37 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-import numpy as np
 
 from blr_optax._random import check_generator, standard_normal
 from blr_optax.estimators._curvature import (
     Curvature,
-    Exact,
-    Hutchinson,
     Reparameterized,
     Sample,
     SquaredGradient,
+    from_name,
 )
 from blr_optax.estimators._estimator import Estimator, check_key, check_samples, others
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from blr_optax.families import Family
+    from blr_optax.families import Conditional, Family
 
-LARGEST_GRID = 2**20
+
+def check_blocks(family: Conditional, curvature: Curvature) -> None:
+    """Raises ValueError for a curvature that a conditional family does not evaluate."""
+    who, known = type(family).__name__, family.curvatures
+    if curvature.name not in known:
+        raise ValueError(f"curvature={curvature.name}(): {who} knows {', '.join(known)}.")
+    if isinstance(curvature, SquaredGradient) and curvature != SquaredGradient(1, official=False):
+        raise ValueError(
+            f"curvature={curvature}: the loss of {who} is the total potential, whose gradient is "
+            "squared as it is; use squared_gradient(1)."
+        )
 
 
 class NodeRule(Estimator):
-    """Base of the rules that look at the loss at m + C z_k: for Gaussian families.
+    """Base of the rules that evaluate the loss at m + C z_k: for Gaussian families.
 
     With g = sum_k w_k grad l(theta_k) and H = sum_k w_k curvature_k, Bonnet's and Price's theorems
     give grad_mu E_q[l] = (g - H m, H / 2).
@@ -63,10 +72,10 @@ class NodeRule(Estimator):
                 "squared_gradient(official=True) is scaled by ess, which only ivon and "
                 "scale_by_precision know; use squared_gradient(batch_size)."
             )
-        if isinstance(self.curvature, Hutchinson) and form == "matrix":
+        if form == "matrix" and self.curvature.diagonal_only:
             raise ValueError(
-                "curvature=hutchinson() estimates a diagonal; a full-covariance gaussian needs "
-                "exact() or reparameterized()."
+                f"curvature={self.curvature.name}() estimates a diagonal; a full-covariance "
+                "gaussian needs exact() or reparameterized()."
             )
 
     def natural_gradient(
@@ -122,24 +131,66 @@ class NodeRule(Estimator):
         return average(value), family.gradient(lam, g, h)
 
 
+class NoiseRule(NodeRule):
+    """Base of the rules that conditional families take too, turning their own noise into draws."""
+
+    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
+        """What `Conditional.natural_gradient_at` takes, with a leading axis of samples."""
+        raise NotImplementedError
+
+    def check_conditional(self, family: Conditional) -> None:
+        check_blocks(family, self.curvature)
+
+    def block_gradient(
+        self, family: Conditional, potential: Callable, key: Array | None, lam: Any, points: Any
+    ) -> tuple[Array, Any]:
+        noise = self.noise(family, key, lam)
+        leaf = jax.tree.leaves(noise)[0]
+        weights = jnp.full(leaf.shape[0], 1.0 / leaf.shape[0], leaf.dtype)
+        return family.natural_gradient_at(lam, potential, noise, weights, self.curvature.name)
+
+
 @dataclasses.dataclass(frozen=True)
-class Delta(NodeRule):
-    """One look, at the mean; see `delta`."""
+class Delta(NoiseRule):
+    """One evaluation, at the mean; see `delta`."""
 
     curvature: Curvature
+
+    def check_conditional(self, family: Conditional) -> None:
+        super().check_conditional(family)
+        if not family.at_means:
+            raise ValueError(
+                f"estimator=delta(): the delta method never looks away from the mean, which says "
+                f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
+            )
+
+    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
+        like = jax.eval_shape(lambda: family.noise(jax.random.key(0), lam, 1))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
         return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), like), jnp.ones(1)
 
 
 @dataclasses.dataclass(frozen=True)
-class MonteCarlo(NodeRule):
+class MonteCarlo(NoiseRule):
     """Samples of q; see `monte_carlo`."""
 
     samples: int
     antithetic: bool
     curvature: Curvature
     generator: str
+
+    def check_conditional(self, family: Conditional) -> None:
+        super().check_conditional(family)
+        if self.generator != "jax":
+            raise ValueError(
+                f"monte_carlo: generator={self.generator!r} is for Gaussian families; "
+                f"{type(family).__name__} draws with 'jax'."
+            )
+
+    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
+        return family.noise(check_key("monte_carlo", key), lam, self.samples, self.antithetic)
 
     def nodes(self, key: Array, like: Any) -> tuple[Any, Float[Array, " k"]]:
         key = check_key("monte_carlo", key)
@@ -152,89 +203,40 @@ class MonteCarlo(NodeRule):
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussHermite(NodeRule):
-    """Tensor-product quadrature; see `gauss_hermite`."""
+class SharedDraws(Estimator):
+    """Draws of a mixture, each counted for every component; see `shared_draws`."""
 
-    order: int
+    samples: int
     curvature: Curvature
+    takes_points = True
 
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
-        flat, unravel = jax.flatten_util.ravel_pytree(like)
-        if self.order**flat.size > LARGEST_GRID:
-            raise ValueError(
-                f"gauss_hermite: order={self.order} in {flat.size} dimensions makes "
-                f"{self.order}**{flat.size} nodes. Use monte_carlo, or a glm term, whose "
-                "quadrature is one-dimensional."
-            )
-        x, w = hermite_rule(self.order)
-        grid = np.stack(np.meshgrid(*[x] * flat.size, indexing="ij"), -1).reshape(-1, flat.size)
-        weights = np.prod(np.stack(np.meshgrid(*[w] * flat.size, indexing="ij"), -1), -1).reshape(
-            -1
+    def check(self, family: Family) -> None:
+        raise ValueError(
+            f"shared_draws: {type(family).__name__} has no components to share draws; use "
+            "monte_carlo(...)."
         )
-        return jax.vmap(unravel)(jnp.asarray(grid, flat.dtype)), jnp.asarray(weights, flat.dtype)
+
+    def check_conditional(self, family: Conditional) -> None:
+        if not family.shares_draws:
+            self.check(family)
+        check_blocks(family, self.curvature)
+
+    def block_gradient(
+        self, family: Any, potential: Callable, key: Array | None, lam: Any, points: Any
+    ) -> tuple[Array, Any]:
+        if points is None:
+            points = family.sample(check_key("shared_draws", key), lam, (self.samples,))
+        return family.natural_gradient_from(lam, potential, points, self.curvature.name)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cubature(NodeRule):
-    """Points on spheres; see `cubature`."""
-
-    degree: int
-    curvature: Curvature
-
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
-        flat, unravel = jax.flatten_util.ravel_pytree(like)
-        z, w = cubature_rule(flat.size, self.degree)
-        return jax.vmap(unravel)(jnp.asarray(z, flat.dtype)), jnp.asarray(w, flat.dtype)
-
-
-def cubature_rule(d: int, degree: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights for a standard normal in d dimensions, exact to degree 3 or 5.
-
-    Degree 3: +-sqrt(d) e_i. Degree 5 adds the centre and (+-e_i +- e_j) sqrt((d + 2) / 2).
-    """
-    axes = np.concatenate([np.eye(d), -np.eye(d)])
-    if degree == 3:
-        return np.sqrt(d) * axes, np.full(2 * d, 0.5 / d)
-    pairs = [
-        a * np.eye(d)[i] + b * np.eye(d)[j]
-        for i in range(d) for j in range(i) for a in (1, -1) for b in (1, -1)
-    ]  # fmt: skip
-    z = [np.zeros((1, d)), np.sqrt(d + 2) * axes]
-    w = [[2 / (d + 2)], np.full(2 * d, 0.5 * (4 - d) / (d + 2) ** 2)]
-    if pairs:
-        z.append(np.sqrt(0.5 * (d + 2)) * np.array(pairs))
-        w.append(np.full(len(pairs), 1.0 / (d + 2) ** 2))
-    return np.concatenate(z), np.concatenate(w)
-
-
-def hermite_rule(order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights with sum_k w_k f(x_k) = E[f(z)], z ~ N(0, 1), exact to degree 2 order - 1.
-
-    The nodes are the eigenvalues of the Jacobi matrix of the Hermite polynomials (Golub and
-    Welsch), the weights 1 / sum_k p_k(x)^2 over the orthonormal ones, which keeps the digits of the
-    smallest.
-    """
-    off = np.sqrt(np.arange(1, order))
-    x = np.linalg.eigvalsh(np.diag(off, 1) + np.diag(off, -1))
-    x = 0.5 * (x - x[::-1])  # exactly symmetric
-    with np.errstate(over="ignore", invalid="ignore"):
-        before, p = np.zeros_like(x), np.ones_like(x)
-        total = p * p
-        for k in range(order - 1):
-            before, p = p, (x * p - np.sqrt(k) * before) / np.sqrt(k + 1)
-            total += p * p
-        w = np.nan_to_num(1.0 / total, nan=0.0)  # beyond 1e-308 a weight is zero
-    return x, w / w.sum()
-
-
-def delta(curvature: Curvature | None = None) -> Delta:
-    """The delta method: E_q[f(theta)] ~ f(m).
+def delta(curvature: str | Curvature = "exact") -> Delta:
+    """The delta method: E_q[f(theta)] ~ f(m); for a mixture at the mean of every component.
 
     Args:
-        curvature: `exact()` by default.
+        curvature: a name or an object.
 
     Raises:
-        ValueError: for a curvature made of displacements, which vanish here.
+        ValueError: for an unknown curvature, or one made of displacements, which vanish here.
 
     Source: Khan and Rue (2023), Sec. 1.3; Nickl et al. (2023), Eq. 30. Special case of `blr_update`
     with `estimator=delta()`: online Newton, and Newton at learning rate 1.
@@ -244,33 +246,33 @@ def delta(curvature: Curvature | None = None) -> Delta:
       >>> print(blr.estimators.delta().nodes(None, __import__("jax").numpy.ones(2))[0])
       [[0. 0.]]
     """
-    curvature = Exact() if curvature is None else curvature
-    if isinstance(curvature, Reparameterized):
+    rule = from_name(curvature)
+    if isinstance(rule, Reparameterized):
         raise ValueError(
             "delta: reparameterized() needs displacements from the mean, which the delta method "
             "does not have. Use exact(), hutchinson() or squared_gradient(...)."
         )
-    return Delta(curvature)
+    return Delta(rule)
 
 
 def monte_carlo(
     samples: int = 10,
     antithetic: bool = False,
-    curvature: Curvature | None = None,
+    curvature: str | Curvature = "exact",
     *,
-    generator: str = "threefry",
+    generator: str = "jax",
 ) -> MonteCarlo:
     """Monte Carlo: E_q[f] ~ mean_s f(m + C z_s), unbiased.
 
     Args:
-        samples: number of draws z_s.
+        samples: number of draws z_s; for a mixture of every component.
         antithetic: evaluate at -z_s as well, twice the evaluations: exact for odd functions of z,
             and the noise g(m) z / sigma of the reparameterised curvature cancels.
-        curvature: `exact()` by default; `reparameterized()` for piecewise linear networks.
-        generator: "threefry" or "hash", the fast one for perturbing weights.
+        curvature: a name or an object; "reparameterized" for piecewise linear networks.
+        generator: "jax" or "hash", the fast one for perturbing weights.
 
     Raises:
-        ValueError: for samples < 1 or an unknown generator.
+        ValueError: for samples < 1, an unknown curvature or an unknown generator.
 
     Source: Khan and Rue (2023); Lin, Khan and Schmidt (2019). Special case of `blr_update` with
     `estimator=monte_carlo(...)`: variational online Newton.
@@ -286,60 +288,41 @@ def monte_carlo(
     return MonteCarlo(
         check_samples("monte_carlo", samples),
         antithetic,
-        Exact() if curvature is None else curvature,
+        from_name(curvature),
         check_generator(generator),
     )
 
 
-def gauss_hermite(order: int = 20, curvature: Curvature | None = None) -> GaussHermite:
-    """Gauss-Hermite quadrature: exact for polynomials of degree 2 order - 1 in each coordinate.
+def shared_draws(samples: int = 10, curvature: str | Curvature = "exact") -> SharedDraws:
+    """Draws of a mixture itself, each counted for every component: E_k[f] ~ mean_s r_ks f(theta_s).
 
-    The grid has order^d nodes: for small d. A `glm` term needs one dimension per example only.
-
-    Args:
-        order: nodes per coordinate.
-        curvature: `exact()` by default.
-
-    Raises:
-        ValueError: for order < 1, or a grid of more than a million nodes.
-
-    Source: Golub and Welsch (1969). Special case of `blr_update` with
-    `estimator=gauss_hermite(order)`: the variational Newton step with exact expectations.
-
-    Example:
-      >>> import jax.numpy as jnp, blr_optax as blr
-      >>> z, w = blr.estimators.gauss_hermite(5).nodes(None, jnp.ones(1))
-      >>> print((w * z[:, 0] ** 4).sum().round(5))
-      3.0
-    """
-    if order < 1:
-        raise ValueError(f"gauss_hermite: order={order} must be at least 1.")
-    return GaussHermite(order, Exact() if curvature is None else curvature)
-
-
-def cubature(degree: int = 5, curvature: Curvature | None = None) -> Cubature:
-    """Cubature for Gaussians: exact for polynomials of total degree 3 or 5, cheap in d dimensions.
-
-    E[f(z)] = sum_k w_k f(z_k) with 2 d points (degree 3) or 2 d^2 + 1 (degree 5); gauss_hermite's
-    grid has order^d. Beyond that degree the error is that of the loss's Taylor remainder; above
-    four dimensions the degree-5 rule has negative weights.
+    r_ks = N_k(theta_s) / q(theta_s): unbiased, at a variance that grows like 1 / pi_k, while
+    `monte_carlo` draws from every component. Recorded draws may stand for the estimator's own,
+    `update(..., points=theta)`.
 
     Args:
-        degree: 3 or 5.
-        curvature: `exact()` by default.
+        samples: number of draws of the mixture.
+        curvature: "exact" or "reparameterized", or the object.
 
     Raises:
-        ValueError: for another degree.
+        ValueError: for samples < 1, an unknown curvature, or a family without components.
 
-    Source: McNamee and Stenger (1967); Arasaratnam and Haykin (2009). Special case of `blr_update`
-    with `estimator=cubature(degree)`: the variational Newton step of the cubature Kalman filter.
+    Source: Lin, Schmidt and Khan (2020). Special case of `blr_update` with family "mixture" and
+    `estimator=shared_draws(...)`.
 
     Example:
-      >>> import jax.numpy as jnp, blr_optax as blr
-      >>> z, w = blr.estimators.cubature(5).nodes(None, jnp.ones(3))
-      >>> print(z.shape, (w * z[:, 0] ** 2 * z[:, 1] ** 2).sum().round(5))
-      (19, 3) 1.0
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> mixture = blr.families.get("mixture")
+      >>> gradient = blr.estimators.natural_gradient(
+      ...     mixture, lambda x: jnp.sum(3.0 * x), blr.estimators.shared_draws(1)
+      ... )
+      >>> lam = mixture.natural(
+      ...     weights=jnp.ones(2) / 2,
+      ...     mean=jnp.array([[-1.0], [1.0]]),
+      ...     precision=jnp.ones((2, 1, 1)),
+      ... )
+      >>> value, g = gradient(None, lam, points=jnp.array([[0.5], [1.5]]))
+      >>> print(value, g.log_odds.shape)
+      3.0 (1,)
     """
-    if degree not in (3, 5):
-        raise ValueError(f"cubature: degree={degree} must be 3 or 5.")
-    return Cubature(degree, Exact() if curvature is None else curvature)
+    return SharedDraws(check_samples("shared_draws", samples), from_name(curvature))

@@ -1,9 +1,11 @@
-"""Natural gradients by sampling, for any family.
+"""Natural gradients for any exponential family.
 
+    closed_form       grad_mu E[l]     of a loss that is written as a function of mu
+    pathwise          grad_lambda E[l] = mean of grad_lambda l(theta(lambda)), times F(lambda)^{-1}
     score_function    grad_lambda E[l] = Cov(T, l), times F(lambda)^{-1}
     least_squares     grad_mu E[l]     = slope of the regression of l on T
 
-Both need values of the loss only. `reparameterized`, which needs its gradients, is in `_curvature`.
+The last two need values of the loss only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax.estimators._estimator import Estimator, check_key, check_samples
+from blr_optax.estimators._estimator import Estimator, check_key, check_samples, mean_of, others
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -31,6 +33,50 @@ def _draw(
     """Samples, and the values of the loss there."""
     theta = family.sample(key, lam, (samples,))
     return theta, jax.vmap(lambda x: loss(x, *batch))(theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedForm(Estimator):
+    """The gradient of a loss of mu; see `closed_form`."""
+
+    def natural_gradient(
+        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
+        """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
+        try:
+            value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
+        except TypeError as error:
+            error.add_note(
+                "estimators.closed_form() calls the loss with mu, the expectation parameters "
+                f"{family.Expectation.__name__}{family.Expectation._fields}, not with theta."
+            )
+            raise
+        return value, family.gradient_in_mu(gradient)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pathwise(Estimator):
+    """Gradients through the family's samples; see `pathwise`."""
+
+    samples: int
+
+    def check(self, family: Family) -> None:
+        if not family.reparameterized:
+            raise ValueError(
+                f"pathwise: samples of {type(family).__name__} have no gradient; use "
+                f"{others(family)}."
+            )
+
+    def natural_gradient(
+        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
+        """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
+
+        def at(k: Array) -> tuple[Array, Any]:
+            return jax.value_and_grad(lambda x: loss(family.sample(k, x), *batch))(lam)
+
+        value, gradient = mean_of(at, check_key("pathwise", key), self.samples)
+        return value, family.gradient_in_lambda(lam, gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +129,52 @@ class LeastSquares(Estimator):
         centred = (values - jnp.mean(values)).astype(t.dtype)
         slope = jnp.linalg.lstsq(t / scale, centred)[0] / scale
         return jnp.mean(values), family.gradient_in_mu(to_fields(slope))
+
+
+def closed_form() -> ClosedForm:
+    """A loss that is known as a function of mu, `loss(mu, *batch) = E_q[l]`: its gradient there.
+
+    For conjugate-exponential models that is variational message passing.
+
+    Source: Khan and Rue (2023), Sec. 5.1; Winn and Bishop (2005). Special case of `blr_update` with
+    `estimator=closed_form()`.
+
+    Example:
+      >>> import blr_optax as blr
+      >>> gradient = blr.estimators.natural_gradient(
+      ...     "poisson", lambda mu: 2.0 * mu.linear, blr.estimators.closed_form()
+      ... )
+      >>> value, g = gradient(None, blr.families.get("poisson").natural(rate=3.0))
+      >>> print(value, g.linear)
+      6.0 2.0
+    """
+    return ClosedForm()
+
+
+def pathwise(samples: int = 10) -> Pathwise:
+    """Gradients through samples: F^{-1} mean_s grad_lambda l(theta_s(lambda)), unbiased.
+
+    For every family whose samples carry gradients, by reparameterisation or implicitly.
+
+    Args:
+        samples: number of draws.
+
+    Raises:
+        ValueError: for samples < 1, or a family whose samples have no gradient.
+
+    Source: Figurnov, Mohamed and Mnih (2018); Salimans and Knowles (2013). Special case of
+    `blr_update` with `estimator=pathwise(samples)`.
+
+    Example:
+      >>> import jax, blr_optax as blr
+      >>> gradient = blr.estimators.natural_gradient(
+      ...     "normal", lambda x: 3.0 * x, blr.estimators.pathwise(2000)
+      ... )
+      >>> lam = blr.families.get("normal").natural(mean=1.0, precision=4.0)
+      >>> print(abs(gradient(jax.random.key(0), lam)[1].linear - 3.0) < 0.5)
+      True
+    """
+    return Pathwise(check_samples("pathwise", samples))
 
 
 def score_function(samples: int = 100, baseline: str = "mean") -> ScoreFunction:

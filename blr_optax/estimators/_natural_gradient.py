@@ -1,6 +1,7 @@
 """The natural gradient grad_mu E_q[l] of a loss under a family: a sum over the loss's terms.
 
-Conjugate and GLM terms know their own; a plain function is the estimator's business.
+Conjugate and GLM terms know their own; a plain function is the estimator's business. A conditional
+family takes one plain function, its total potential.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from blr_optax.estimators._curvature import Reparameterized
-from blr_optax.estimators._estimator import Estimator
+from blr_optax.estimators._curvature import Curvature
+from blr_optax.estimators._estimator import Estimator, check_points
 from blr_optax.estimators._expectation import monte_carlo
-from blr_optax.estimators._general import ScoreFunction
+from blr_optax.estimators._general import pathwise, score_function
 from blr_optax.estimators._terms import GLM, Term, terms
 from blr_optax.families import Family, MeanField, get
 
@@ -23,46 +24,66 @@ KNOWN = (
     "monte_carlo(...)",
     "gauss_hermite(...)",
     "cubature(...)",
-    "exact()",
-    "reparameterized(...)",
+    "closed_form()",
+    "pathwise(...)",
     "score_function(...)",
     "least_squares(...)",
-    "enumerate()",
+    "enumeration()",
     "concrete(...)",
+    "shared_draws(...)",
 )
 
 
-def default_estimator(family: Family) -> Estimator:
-    """What a plain function gets when no estimator is named.
+def chosen(family: Family | Conditional, estimator: Estimator | None) -> Estimator:
+    """The estimator, or what a plain function gets when none is named.
 
-    Ten antithetic pairs for Gaussians, ten samples with gradients where the family has them, else
-    the score function of a hundred.
+    Ten antithetic pairs for Gaussians and conditional families, ten samples with gradients where
+    the family has them, else the score function of a hundred.
+
+    Raises:
+        ValueError: for what is not an estimator.
     """
-    if getattr(family, "curvature", None) is not None:
-        return monte_carlo(10, antithetic=True)
-    return Reparameterized(10) if family.reparameterized else ScoreFunction(100, "mean")
+    if estimator is None:
+        if family.conditional or getattr(family, "curvature", None) is not None:
+            return monte_carlo(10, antithetic=True)
+        return pathwise(10) if family.reparameterized else score_function(100)
+    if isinstance(estimator, Curvature):
+        raise ValueError(
+            f"estimator={estimator!r} is a curvature; an estimator takes it, such as "
+            f"monte_carlo(10, curvature={estimator.name!r})."
+        )
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator={estimator!r} is unknown; known: {', '.join(KNOWN)}.")
+    return estimator
 
 
 def natural_gradient(
-    family: str | Family, loss: Any, estimator: Estimator | None = None
+    family: str | Family | Conditional, loss: Any, estimator: Estimator | None = None
 ) -> Callable:
     """The natural gradient of an expected loss: (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]).
+
+    A conditional family (`mixture`, `student_t`, ...) has no common mu. Its loss is the *total*
+    potential E(theta) = ess * mean loss - log prior, one plain function, and the result is (E_q[E],
+    the natural gradient of E_q[E] - H(q) in every block): the entropy is in it, and
+    `family.move(lam, gradient, rho)` makes the step.
 
     Args:
         family: a registered name or a family. GLM terms need a Gaussian one.
         loss: `loss(theta, *batch)`, a mean loss; or `conjugate(natural)`, `glm(features, loss)`, or
             a sum of these. theta is what the family samples: an array, or the tree of a mean field
-            (and `loss(mu, *batch)` for `exact()`).
+            (and `loss(mu, *batch)` for `closed_form()`).
         estimator: for Gaussians `delta()`, `monte_carlo(...)`, `gauss_hermite(...)` or
-            `cubature(...)`; for any family `exact()`, `reparameterized(...)`,
-            `score_function(...)`, `least_squares(...)`; for discrete ones `enumerate()` and
-            `concrete(...)`. By default ten antithetic pairs for Gaussians, ten samples with
-            gradients where the family has them, else the score function of a hundred. Concerns
-            plain functions only.
+            `cubature(...)`; for any exponential family `closed_form()`, `pathwise(...)`,
+            `score_function(...)`, `least_squares(...)`; for discrete ones `enumeration()` and
+            `concrete(...)`; for conditional ones `monte_carlo(...)` and `delta(...)`, for mixtures
+            `shared_draws(...)`. By default ten antithetic pairs for Gaussians and conditional
+            families, ten samples with gradients where the family has them, else the score function
+            of a hundred. Concerns plain functions only.
 
     Returns:
         A pure function of a typed key (None when nothing is drawn), natural parameters and the
-        batch. The gradient is of the family's natural type, per example of the mean loss.
+        batch. The gradient is of the family's natural type, per example of the mean loss. With
+        `shared_draws(...)` it takes recorded draws as well, `points=theta`.
 
     Raises:
         ValueError: for an unknown family, a loss of no known kind, or an estimator that does not
@@ -82,15 +103,10 @@ def natural_gradient(
     """
     family = get(family)
     family.check_learnable("natural_gradient")
+    estimator = chosen(family, estimator)
     if family.conditional:
-        raise ValueError(
-            f"natural_gradient: {type(family).__name__} is a conditional family without a common "
-            "mu; use blr_update, or the family's own natural_gradient(key, lam, loss, samples)."
-        )
+        return _block_gradient(family, loss, estimator)
     parts = terms(loss)
-    estimator = default_estimator(family) if estimator is None else estimator
-    if not isinstance(estimator, Estimator):
-        raise ValueError(f"estimator={estimator!r} is unknown; known: {', '.join(KNOWN)}.")
     if any(not isinstance(part, Term) for part in parts):
         estimator.check(family)
     gaussian = getattr(family, "curvature", None) is not None
@@ -102,7 +118,8 @@ def natural_gradient(
     # An elementwise family: a loss couples its elements, so it is treated as one mean field.
     lifted = MeanField(family) if family.elementwise else family
 
-    def gradient(key: Array | None, lam: Any, *batch: Any) -> tuple[Array, Any]:
+    def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
+        check_points(estimator, points)
         results = []
         for part in parts:
             if isinstance(part, Term):
@@ -111,5 +128,26 @@ def natural_gradient(
                 results.append(estimator.natural_gradient(lifted, part, key, lam, batch))
         value = sum(value for value, _ in results)
         return value, lifted.combine(*((1.0, g) for _, g in results))
+
+    return gradient
+
+
+def check_plain(loss: Any, family: Conditional) -> None:
+    """Raises ValueError for a loss that is not one plain function."""
+    if isinstance(loss, Term) or not callable(loss):
+        raise ValueError(
+            f"{type(family).__name__} is no exponential family: its loss must be one plain "
+            "function loss(theta, *batch)."
+        )
+
+
+def _block_gradient(family: Conditional, loss: Any, estimator: Estimator) -> Callable:
+    """`natural_gradient` of a conditional family."""
+    check_plain(loss, family)
+    estimator.check_conditional(family)
+
+    def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
+        check_points(estimator, points)
+        return estimator.block_gradient(family, lambda x: loss(x, *batch), key, lam, points)
 
     return gradient

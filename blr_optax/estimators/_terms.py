@@ -18,7 +18,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from blr_optax.estimators._expectation import hermite_rule
+from blr_optax.estimators._quadrature import hermite_rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -8,7 +8,7 @@ from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.ivon_lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.lie_group import lie_additive, lie_affine, lie_multiplicative
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
-from blr_optax.optimizers.mixture_newton import mixture_newton, multimodal
+from blr_optax.optimizers.mixture_newton import mixture_newton, mixture_vi
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
 from blr_optax.optimizers.sam import bsam, sam
 from blr_optax.optimizers.sgd import gradient_descent, sgd
@@ -32,7 +32,7 @@ __all__ = [
     "low_rank_newton",
     "mixture_ivon",
     "mixture_newton",
-    "multimodal",
+    "mixture_vi",
     "newton",
     "ogn",
     "online_newton",

@@ -214,7 +214,7 @@ def bayesbinn(
         floor: c, in both places. 1e-10 is the authors'; it bounds s where lambda is large.
         prior: a mean-field posterior of signs, of an earlier task; None is even odds, lambda_0 = 0.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise; None looks at the mean,
+        generator: "hash" (fast) or "jax", of the weights' noise; None looks at the mean,
             w = tanh lambda, with s = 1.
 
     Raises:

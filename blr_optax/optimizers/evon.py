@@ -44,7 +44,7 @@ import optax.contrib
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
-from blr_optax.estimators._curvature import PerExampleSquares
+from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
@@ -347,7 +347,7 @@ def evon(
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise.
+        generator: "hash" (fast) or "jax", of the weights' noise.
 
     Raises:
         ValueError: for arguments out of range, unknown names, trees of another structure, integer
@@ -385,7 +385,7 @@ def evon(
                 f"{name}={size!r} must be a plain integer, at least 1; with inject_hyperparams "
                 'name it in static_args=("refresh_every", "max_size").'
             )
-    if isinstance(curvature, PerExampleSquares):
+    if isinstance(from_name(curvature), PerExampleSquares):
         raise ValueError(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."

@@ -129,7 +129,7 @@ def ivon(
             one of one number for all parameters; a weight_decay given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise.
+        generator: "hash" (fast) or "jax", of the weights' noise.
 
     Raises:
         ValueError: for arguments out of range, unknown names, trees of another structure, integer

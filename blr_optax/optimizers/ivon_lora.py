@@ -62,7 +62,7 @@ def ivon_lora(
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
         prior_in_mean: let the prior pull the mean as well, + d_i m in the numerator, as in `ivon`.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise.
+        generator: "hash" (fast) or "jax", of the weights' noise.
 
     Raises:
         ValueError: for arguments out of range, integer parameters.

@@ -286,7 +286,7 @@ def lie_additive(
         momentum: b, decay of the gradients' average, not debiased; 0 for none.
         weight_decay: d, per example; a number, prefix tree or schedule.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the standard normals.
+        generator: "hash" (fast) or "jax", of the standard normals.
 
     Raises:
         ValueError: for arguments out of range, unknown names, trees of another structure, integer
@@ -378,7 +378,7 @@ def lie_affine(
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the standard normals.
+        generator: "hash" (fast) or "jax", of the standard normals.
 
     Raises:
         ValueError: as `lie_additive`.
@@ -580,7 +580,7 @@ def lie_multiplicative(
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the standard normals.
+        generator: "hash" (fast) or "jax", of the standard normals.
 
     Raises:
         ValueError: as `lie_additive`.

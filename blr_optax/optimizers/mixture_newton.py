@@ -5,8 +5,8 @@
     m_k  <-  m_k - rho S_k^{-1} E_k[grad f]                    with the new S_k
     log(pi_k / pi_K)  <-  log(pi_k / pi_K) - rho w ( E_k[f] - E_K[f] )
 
-    mixture_newton    delta method: f is looked at the means, E_k[f] ~ f(m_k)
-    multimodal        expectations under the components, or under q itself
+    mixture_newton    delta method: f is evaluated at the means, E_k[f] ~ f(m_k)
+    mixture_vi        expectations under the components, or under q itself
 
 Alone or far from the others, -hess log q(m_k) = S_k and component k is online Newton. Where
 components overlap, grad log q(m_k) = sum_j r_j S_j (m_j - m_k) pushes them apart, r_j being the
@@ -29,13 +29,15 @@ from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key
 from blr_optax._validate import at, check_count, check_number, check_positive
-from blr_optax.estimators import delta, exact, monte_carlo, reparameterized
+from blr_optax.estimators import delta
 from blr_optax.families import Raveled, get
-from blr_optax.rule import blr_update
-from blr_optax.rule._conditional_step import MixtureDraws, MixtureStep
+from blr_optax.rule._blr_update import from_steps
+from blr_optax.rule._conditional_step import ConditionalStep
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax.estimators import Estimator
 
 KINDS = {"full": "gaussian", "diagonal": "normal"}
 
@@ -44,6 +46,21 @@ def _family(covariance: str) -> Any:
     if covariance not in KINDS:
         raise ValueError(f"covariance={covariance!r} is unknown; known: {', '.join(KINDS)}.")
     return get("mixture", family=KINDS[covariance])
+
+
+class MixtureStep(ConditionalStep):
+    """The step of a mixture whose weights have a rate of their own, relative to the components'."""
+
+    def __init__(self, weight_rate: Any, *arguments: Any) -> None:
+        """A `ConditionalStep` of the other arguments."""
+        super().__init__(*arguments)
+        self.weight_rate = weight_rate
+
+    def move(self, lam: Any, d: Any, rho: Array, count: Array) -> tuple[Any, Array]:
+        """The new lambda, the weights at their own rate."""
+        rate = rho * jnp.asarray(at(self.weight_rate, count), rho.dtype)
+        new = self.family.move(lam, d, rho, self.step, weight_learning_rate=rate)
+        return new, jnp.zeros((), jnp.int32)
 
 
 def _spread_out(params: Any, components: int, scale: Any, covariance: str, key: Any) -> Posterior:
@@ -66,7 +83,7 @@ def _mixture(
     loss: Callable,
     learning_rate: Any,
     components: int | None,
-    estimator: Any,
+    estimator: Estimator | None,
     *,
     ess: Any,
     prior: Posterior | None,
@@ -102,28 +119,18 @@ def _mixture(
     if components is not None and components < 1:
         raise ValueError(f"components={components} must be at least 1.")
 
-    def rule(init: Posterior | None) -> optax.GradientTransformationExtraArgs:
-        return blr_update(
-            family if init is None else init.family,
-            loss,
-            lambda count: at(learning_rate, count) * at(temperature, count),
-            ess=lambda count: at(ess, count) / at(temperature, count),
-            prior=prior,
-            init=init,
-            estimator=estimator,
-            step=MixtureStep("auto" if step is None else step, weight_rate),
-            key=key,
-        )
+    def spread_out(params: Any) -> Posterior:
+        return _spread_out(params, components, scale, covariance, key)
 
-    if init is not None:
-        return rule(init)
-
-    def init_fn(params: Any) -> Any:
-        _tree.check_float_leaves(params, "mixture_newton, multimodal")
-        start = _spread_out(params, components, scale, covariance, key)
-        return rule(start).init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, rule(None).update)
+    form = "auto" if step is None else step
+    return from_steps(
+        family if init is None else init.family,
+        lambda over: MixtureStep(weight_rate, over, loss, estimator, prior, form),
+        lambda count: at(learning_rate, count) * at(temperature, count),
+        ess=lambda count: at(ess, count) / at(temperature, count),
+        init=spread_out if init is None else init,
+        key=key,
+    )
 
 
 def mixture_newton(
@@ -190,7 +197,7 @@ def mixture_newton(
     )  # fmt: skip
 
 
-def multimodal(
+def mixture_vi(
     loss: Callable,
     learning_rate: float | Array | Callable,
     components: int | None = None,
@@ -199,10 +206,7 @@ def multimodal(
     prior: Posterior | None = None,
     init: Posterior | None = None,
     covariance: str = "full",
-    samples: int = 10,
-    antithetic: bool = True,
-    draws: str = "components",
-    hessian: str = "exact",
+    estimator: Estimator | None = None,
     scale: float | Array = 1.0,
     temperature: float | Array | Callable = 1.0,
     weight_rate: float | Array | Callable = 1.0,
@@ -217,24 +221,23 @@ def multimodal(
     Args:
         loss, learning_rate, components, ess, prior, init, covariance: as in `mixture_newton`.
         scale, temperature, weight_rate, step: as in `mixture_newton`.
-        samples: draws of every component, or of the mixture.
-        antithetic: with the mirror images of the draws; of components only.
-        draws: "components", each its own; or "mixture": draws of q, which count for component k
-            with the weight r_k / pi_k. Those may also be given, `update(..., points=theta)`.
-        hessian: "exact", or "reparameterized", from gradients of the loss alone.
+        estimator: of the expectations: `monte_carlo(...)`, draws of every component, by default ten
+            antithetic pairs; or `shared_draws(...)`, draws of q, which may also be given,
+            `update(..., points=theta)`. With `curvature="reparameterized"` gradients of the loss
+            are enough.
         key: typed key or integer seed, of the first means and of the draws.
 
     Raises:
         ValueError: as `mixture_newton`.
 
-    Source: Lin, Khan and Schmidt (2019); with `step="improved_old"` and `draws="mixture"` Lin,
+    Source: Lin, Khan and Schmidt (2019); with `step="improved_old"` and `shared_draws(...)` Lin,
     Schmidt and Khan (2020). Special case of `blr_update` with family "mixture"; with one component
     it is `variational_online_newton`.
 
     Example:
       >>> import jax, jax.numpy as jnp, blr_optax as blr
       >>> wells = lambda x: jnp.sum((x**2 - 4.0) ** 2)
-      >>> tx, params = blr.multimodal(wells, 0.3, 2, ess=10.0, key=1), jnp.zeros(1)
+      >>> tx, params = blr.mixture_vi(wells, 0.3, 2, ess=10.0, key=1), jnp.zeros(1)
       >>> state = tx.init(params)
       >>> step = jax.jit(tx.update)
       >>> for _ in range(50):
@@ -243,18 +246,6 @@ def multimodal(
       >>> print(jnp.sort(blr.posterior(state, params).standard()["mean"][:, 0]).round(1))
       [-2.  2.]
     """
-    kinds = {"exact": exact, "reparameterized": reparameterized}
-    if hessian not in kinds:
-        raise ValueError(f"hessian={hessian!r} is unknown; known: {', '.join(kinds)}.")
-    if draws not in ("components", "mixture"):
-        raise ValueError(f"draws={draws!r} is unknown; known: components, mixture.")
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1.")
-    estimator = (
-        monte_carlo(samples, antithetic=antithetic, curvature=kinds[hessian]())
-        if draws == "components"
-        else MixtureDraws(samples, hessian)
-    )
     return _mixture(
         loss, learning_rate, components, estimator,
         ess=ess, prior=prior, init=init, covariance=covariance, scale=scale,

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
-import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
@@ -33,6 +32,8 @@ from blr_optax.families import get
 from blr_optax.rule import blr_update
 
 if TYPE_CHECKING:
+    import optax
+
     from blr_optax.estimators import Estimator
 
 
@@ -60,9 +61,9 @@ def kronecker_newton(
         ess: effective sample size.
         prior: a posterior over params of any family, added to the loss; None is a flat density.
         init: the first posterior; by default centred at params, with precision one.
-        estimator: of the expectations; by default `delta()`, which looks at the mean and contracts
-            the Hessian with one product per weight. `monte_carlo(10, antithetic=True,
-            curvature=reparameterized())` needs gradients alone.
+        estimator: of the expectations; by default `delta()`, which evaluates the loss at the mean
+            and contracts the Hessian with one product per weight. `monte_carlo(10,
+            antithetic=True, curvature="reparameterized")` needs gradients alone.
         step: "auto", "improved" or "improved_old", see `natural_step`.
         key: typed key or integer seed.
 
@@ -132,7 +133,7 @@ def low_rank_newton(
             rank.
         estimator: of the expectations; by default `delta()`, which costs one product with the
             Hessian per weight, for its diagonal. `monte_carlo(10, antithetic=True,
-            curvature=reparameterized())` needs gradients alone.
+            curvature="reparameterized")` needs gradients alone.
         step: "auto", "improved" or "improved_old", see `natural_step`.
         key: typed key or integer seed.
 
@@ -154,14 +155,6 @@ def low_rank_newton(
     check_count("low_rank_newton: rank", rank)
     check_number("init_precision", init_precision)
     family = get("gaussian_low_rank")
-    options = {
-        "ess": ess,
-        "prior": prior,
-        "estimator": delta() if estimator is None else estimator,
-        "step": step,
-        "key": key,
-    }
-    tx = blr_update(family, loss, learning_rate, init=init, **options)
 
     def centred(params: Any) -> Posterior:
         wide = jax.tree.map(lambda p: jnp.asarray(p, _tree.statistics_dtype(p.dtype)), params)
@@ -171,11 +164,14 @@ def low_rank_newton(
         diagonal = jnp.full_like(mean, jnp.asarray(init_precision, mean.dtype))
         return Posterior(family, family.Natural(mean, diagonal, small * draw))
 
-    def init_fn(params: Any) -> Any:
-        if init is not None:
-            return tx.init(params)
-        _tree.check_float_leaves(params, "low_rank_newton")
-        start = centred(params)
-        return blr_update(family, loss, learning_rate, init=start, **options).init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
+    return blr_update(
+        family,
+        loss,
+        learning_rate,
+        ess=ess,
+        prior=prior,
+        init=centred if init is None else init,
+        estimator=delta() if estimator is None else estimator,
+        step=step,
+        key=key,
+    )

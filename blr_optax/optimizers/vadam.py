@@ -101,7 +101,7 @@ def vadam(
         batch_size: B, which multiplies the squares; 1 is the authors' code, whose posterior is
             sqrt(B) times too wide near an optimum.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise.
+        generator: "hash" (fast) or "jax", of the weights' noise.
 
     Raises:
         ValueError: for arguments out of range, trees of another structure, integer parameters.

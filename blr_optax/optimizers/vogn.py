@@ -124,7 +124,7 @@ def vogn(
         prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "threefry", of the weights' noise.
+        generator: "hash" (fast) or "jax", of the weights' noise.
 
     Raises:
         ValueError: for arguments out of range, trees of another structure, integer parameters; in

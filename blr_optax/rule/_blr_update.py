@@ -1,15 +1,19 @@
 """`blr_update(family, loss, ...)`: the Bayesian learning rule as an optax transformation.
 
-Each update looks at the loss under q, takes its natural gradient, and makes one `natural_step`:
+Each update evaluates the loss under q, takes its natural gradient, and makes one `natural_step`:
 
     value, gradient = natural_gradient(family, loss, estimator)(key, lambda, *batch)
     lambda <- natural_step(family, lambda, gradient, rho, prior, ess)
     updates = mean(lambda) - params
+
+An `ExponentialStep` or a `ConditionalStep` knows how, for its kind of family.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,31 +24,18 @@ from blr_optax import _tree
 from blr_optax._distribution import Posterior
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._validate import all_finite, at, check_positive, zero_unless
-from blr_optax.estimators import Estimator, natural_gradient
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
-from blr_optax.families import (
-    Conditional,
-    Family,
-    Leafwise,
-    MeanField,
-    Product,
-    Raveled,
-    SideBySide,
-    get,
-)
-from blr_optax.rule._conditional_step import (
-    MixtureDraws,
-    check_conditional,
-    conditional_gradient,
-    conditional_move,
-    prior_over,
-)
-from blr_optax.rule._natural_step import check_step, direction, move, spread
+from blr_optax.families import Density, get
+from blr_optax.rule._conditional_step import ConditionalStep
+from blr_optax.rule._exponential_step import ExponentialStep
+from blr_optax.rule._start import family_over
 from blr_optax.state._reader import Rule
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax.estimators import Estimator
 
 
 class BlrUpdateState(NamedTuple):
@@ -75,7 +66,7 @@ class BlrRule(Rule):
 
     Attributes:
         family: the family of `natural`.
-        point: whether the estimator looks at the mean only.
+        point: whether the estimator evaluates the loss at the mean only.
         generator: of the noise.
     """
 
@@ -105,104 +96,14 @@ class BlrRule(Rule):
         return Posterior(self.family, jax.tree.map(jnp.copy, state.natural))
 
 
-def family_over(family: str | Family | Conditional, params: Any) -> Family | Conditional:
-    """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
-
-    Matrix families are one per leaf.
-
-    Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
-    """
-    family = get(family)
-    if isinstance(family, (MeanField, Raveled, Leafwise, Product, SideBySide)):
-        return family
-    if family.conditional:
-        leaves = jax.tree.leaves(params)
-        one = jax.tree_util.all_leaves([params]) or not leaves
-        if family.event_ndim == 2 and leaves:
-            is_matrix = one and jnp.ndim(params) == 2
-            return family if is_matrix else Leafwise.like(family, params)
-        return family if one else Raveled.like(family, params)
-    if family.elementwise:
-        return MeanField(family)
-    is_vector = isinstance(params, jax.Array) and params.ndim == 1
-    return Raveled.like(family, params) if family.location and not is_vector else family
-
-
-def _first(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
-    """The first lambda: `init`, else centred at params, else the prior."""
-    # Copies: a state that held the parameters themselves would be donated with them.
-    params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
-    if init is not None:
-        return jax.tree.map(jnp.array, init.natural)
-    if family.location:
-        return family.natural_at(params, None if prior is None else prior.natural)
-    if prior is not None:
-        return jax.tree.map(jnp.array, prior.natural)
-    lifted = isinstance(family, MeanField)
-    name = type(family.family if lifted else family).__name__
-    tree = f"; over a tree it is Posterior(MeanField({name}()), ...)" if lifted else ""
-    ways = "init=" if family.conditional else "init= or prior="
-    raise ValueError(
-        f"blr_update: {name} has no location to centre at params; pass {ways}, a Posterior of the "
-        f"family{tree}."
-    )
-
-
-def _check_like(name: str, given: Posterior | None, family: Any, params: Any) -> None:
-    """Raises ValueError when a posterior argument does not fit the family and the parameters."""
-    if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
-        return
-    if not isinstance(given, Posterior):
-        raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
-    flat = family.family if isinstance(family, Raveled) else family
-    if family.conditional and given.family not in (family, flat):
-        raise ValueError(
-            f"{name} is a member of {given.family}, not of {flat}; give blr_update the family "
-            "itself, such as init.family."
-        )
-    if not isinstance(given.natural, family.Natural):
-        raise ValueError(
-            f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
-            f"params has {family.Natural.__name__}."
-        )
-    if not family.location:
-        return  # nothing to compare with: `_check_params` compares the mean
-    like = jax.eval_shape(lambda p: _first(family, p, None, None), params)
-    _check_shapes(name, given, like)
-
-
-def _check_shapes(name: str, given: Posterior, like: Any) -> None:
-    """Raises ValueError when a posterior argument is not shaped like lambda."""
-    found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
-    if found != wanted:
-        raise ValueError(
-            f"{name}: its natural parameters have structure and shapes {found}; the family over "
-            f"params has {wanted}."
-        )
-
-
-def _check_params(family: Any, natural: Any, params: Any) -> None:
-    """Raises ValueError when the parameters are not shaped like q's mean."""
-    if not jax.tree.leaves(params):
-        return
-    mean = jax.eval_shape(family.mean, natural)
-    shapes = [jax.tree.map(jnp.shape, x) for x in (mean, params)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "blr_update: params must be like the mean of q, with structure and shapes "
-            f"{shapes[0]}; got {shapes[1]}. Start from params = q.mean, q being init= or prior=; "
-            "over a tree q is a Posterior of MeanField(family)."
-        )
-
-
 def blr_update(
-    family: str | Family | Conditional,
+    family: str | Density,
     loss: Any,
     learning_rate: Any,
     *,
     ess: Any = 1.0,
     prior: Posterior | None = None,
-    init: Posterior | None = None,
+    init: Posterior | Callable[[Any], Posterior] | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
     key: Any = 0,
@@ -223,16 +124,18 @@ def blr_update(
             fields, Gaussians and conditional vector families act on its flat vector, other families
             take what they sample. Conditional ones (`mixture`, ...) update block by block.
         loss: `loss(theta, *batch)`, a mean loss; or `conjugate(...)`, `glm(...)`, or a sum; or
-            `loss(mu, *batch)` for `estimators.exact()`.
+            `loss(mu, *batch)` for `estimators.closed_form()`.
         learning_rate: rho, a number or an optax schedule.
         ess: effective sample size: the number of examples the mean loss stands for. May be a
             schedule.
         prior: a posterior of the family (of any family for conditional ones); that of one number
             holds for every parameter of a mean field. None is a flat density.
-        init: the first posterior; by default centred at params with the precision of the prior,
-            else one, for families with a location, else the prior.
+        init: the first posterior, or a function `params -> Posterior` of the first parameters; by
+            default centred at params with the precision of the prior, else one, for families with a
+            location, else the prior.
         estimator: how plain functions are treated, see `estimators.natural_gradient`; conditional
-            families take `monte_carlo(...)` and `delta(...)`.
+            families take `monte_carlo(...)` and `delta(...)`, mixtures `shared_draws(...)`, with
+            the curvature `exact()` or `reparameterized()`.
         step: how lambda moves, see `natural_step`; None is "auto".
         key: typed key or integer seed.
 
@@ -259,43 +162,53 @@ def blr_update(
       >>> print(params + updates, blr.posterior(state, params).variance)
       [3. 3.] [0.25 0.25]
     """
-    check_positive("learning_rate", learning_rate, scalar=True)
-    check_positive("ess", ess, scalar=True)
     family, how = get(family), "auto" if step is None else step
     family.check_learnable("blr_update")
-    conditional = family.conditional
-    if conditional:
-        check_conditional(family, loss, how, estimator)
-    else:
-        check_step(how, family)
-        natural_gradient(family, loss, estimator)  # checks its arguments where they are given
-        whole = isinstance(ess, (int, float)) and ess == 1
-        if isinstance(getattr(estimator, "curvature", None), AbsoluteGradient) and not whole:
-            raise ValueError(
-                f"ess={ess}: absolute_gradient() goes with ess=1 here; multiply the loss instead."
-            )
-    point = estimator is not None and isinstance(estimator, Delta)
-    generator = getattr(estimator, "generator", "threefry")
+    kind = ExponentialStep if family.exponential else ConditionalStep
+    whole = isinstance(ess, (int, float)) and ess == 1
+    if isinstance(getattr(estimator, "curvature", None), AbsoluteGradient) and not whole:
+        raise ValueError(
+            f"ess={ess}: absolute_gradient() goes with ess=1 here; multiply the loss instead."
+        )
+    return from_steps(
+        family,
+        lambda over: kind(over, loss, estimator, prior, how),
+        learning_rate,
+        ess=ess,
+        init=init,
+        key=key,
+    )
+
+
+def from_steps(
+    family: Density,
+    steps: Callable[[Any], ExponentialStep | ConditionalStep],
+    learning_rate: Any,
+    *,
+    ess: Any,
+    init: Posterior | Callable[[Any], Posterior] | None,
+    key: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`blr_update` from its step: `steps(family)` for the family over the parameters."""
+    check_positive("learning_rate", learning_rate, scalar=True)
+    check_positive("ess", ess, scalar=True)
+    step_of = functools.cache(steps)
+    step_of(family)  # checks its arguments where they are given
 
     def init_fn(params: Any) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
-        over = family_over(family, params)
-        if conditional:  # its prior may be of any family
-            prior_over(prior, params)
-        own = None if conditional else spread(prior, over, params)
-        _check_like("prior", own, over, params)
-        _check_like("init", init, over, params)
-        natural = _first(over, params, init, own)
-        if own is not None and jax.tree.leaves(params):
-            _check_shapes("prior", own, natural)
-        _check_params(over, natural, params)
-        dtype = jnp.result_type(*jax.tree.leaves(natural), jnp.float32)
+        step = step_of(family_over(family, params))
+        natural = step.first(params, init(params) if callable(init) else init)
         return BlrUpdateState(
             count=jnp.zeros((), jnp.int32),
             key=canonical_key(key),
-            rule=BlrRule(over, point, generator),
+            rule=BlrRule(
+                step.family,
+                isinstance(step.estimator, Delta),
+                getattr(step.estimator, "generator", "jax"),
+            ),
             natural=natural,
-            expected_loss=jnp.zeros((), dtype),
+            expected_loss=jnp.zeros((), jnp.result_type(*jax.tree.leaves(natural), jnp.float32)),
             retracted=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
         )
@@ -314,34 +227,21 @@ def blr_update(
             raise ValueError(
                 "blr_update: update needs params, update(grads, state, params, batch=(...))."
             )
-        over, lam = state.rule.family, state.natural
+        step, lam = step_of(state.rule.family), state.natural
         dtype = jnp.result_type(*jax.tree.leaves(lam))
         rho = jnp.asarray(at(learning_rate, state.count), dtype)
         scale = jnp.asarray(at(ess, state.count), dtype)
         batch = batch if isinstance(batch, tuple) else (batch,)
 
         draw = jax.random.fold_in(state.key, state.count)
-        if points is not None and not isinstance(estimator, MixtureDraws):
-            raise ValueError('update: points= are draws for multimodal(draws="mixture") alone.')
-        if conditional:
-            terms = (over, loss, estimator, draw, lam, batch, scale, prior_over(prior, params))
-            value, d = conditional_gradient(*terms, points)
-        else:
-            value, grad_mu = natural_gradient(over, loss, estimator)(draw, lam, *batch)
-            d = direction(over, lam, grad_mu, prior, scale)
+        value, d = step.direction(draw, lam, batch, scale, points)
         finite = all_finite(d)
-        gate = finite.astype(dtype)
-        d = zero_unless(finite, d)
-        if conditional:
-            new = conditional_move(over, lam, d, rho * gate, how, state.count)
-            retracted = jnp.zeros((), jnp.int32)
-        else:
-            new, retracted = move(over, lam, over.combine((rho * gate, d)), how)
+        d, rho = zero_unless(finite, d), rho * finite.astype(dtype)
+        new, retracted = step.move(lam, d, rho, state.count)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
 
-        new_mean = over.mean(new)
         updates = jax.tree.map(
-            lambda m, p: (m - p.astype(m.dtype)).astype(p.dtype), new_mean, params
+            lambda m, p: (m - p.astype(m.dtype)).astype(p.dtype), step.family.mean(new), params
         )
         return updates, state._replace(
             count=optax.safe_increment(state.count),

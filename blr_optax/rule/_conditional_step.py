@@ -9,111 +9,87 @@ steps keep their names (Lin, Khan and Schmidt 2019; Khan and Rue 2023, Sec. 3.2 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from blr_optax._distribution import Posterior
-from blr_optax._validate import at
-from blr_optax.estimators import Estimator, delta, monte_carlo
-from blr_optax.estimators._curvature import Exact, Reparameterized
-from blr_optax.estimators._expectation import Delta, MonteCarlo
-from blr_optax.estimators._terms import Term
-from blr_optax.families import Conditional, MeanField
-from blr_optax.rule._natural_step import spread
+from blr_optax.estimators import natural_gradient
+from blr_optax.estimators._curvature import SquaredGradient
+from blr_optax.estimators._natural_gradient import check_plain, chosen
+from blr_optax.families import MeanField, Raveled
+from blr_optax.rule._natural_step import check_step, spread
+from blr_optax.rule._start import check_like, check_params, first_natural
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
-STEPS = ("auto", "improved", "improved_old")
-HESSIANS = {Exact: "exact", Reparameterized: "reparameterized"}
+    from blr_optax.estimators import Estimator
+    from blr_optax.families import Conditional
 
 
-@dataclasses.dataclass(frozen=True)
-class MixtureDraws:
-    """An estimator for mixtures: draws of the mixture itself, each counted for every component.
-
-    Attributes:
-        samples: how many; `update(..., points=)` replaces them by recorded ones.
-        hessian: "exact" or "reparameterized".
-    """
-
-    samples: int
-    hessian: str = "exact"
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureStep:
-    """A step for mixtures whose weights have their own rate.
+class ConditionalStep:
+    """What `blr_update` does with a conditional family; arguments as there.
 
     Attributes:
-        form: "auto", "improved" or "improved_old", as for other conditional families.
-        weight_rate: of the weights, relative to the components', a number or schedule.
+        estimator: as given or chosen.
     """
 
-    form: str
-    weight_rate: Any
-
-
-def conditional_move(
-    family: Conditional, lam: Any, gradient: Any, rho: Array, step: Any, count: Array
-) -> Any:
-    """The new lambda; `step` is the name of a form or a `MixtureStep`."""
-    if not isinstance(step, MixtureStep):
-        return family.move(lam, gradient, rho, step)
-    rate = rho * jnp.asarray(at(step.weight_rate, count), rho.dtype)
-    return family.move(lam, gradient, rho, step.form, weight_learning_rate=rate)
-
-
-def conditional_options(estimator: Estimator | None) -> dict[str, Any]:
-    """An estimator as the options of `Conditional.natural_gradient`.
-
-    Raises:
-        ValueError: for an estimator that is neither `monte_carlo(...)` nor `delta(...)`, or for
-            another generator: the family itself draws.
-    """
-    estimator = monte_carlo(10, antithetic=True) if estimator is None else estimator
-    kind = HESSIANS.get(type(getattr(estimator, "curvature", None)))
-    if isinstance(estimator, MonteCarlo) and kind:
-        if estimator.generator != "threefry":
+    def __init__(
+        self,
+        family: Conditional,
+        loss: Callable[..., Array],
+        estimator: Estimator | None,
+        prior: Posterior | None,
+        step: str,
+    ) -> None:
+        """Checks its arguments, and builds the natural gradient."""
+        self.family, self.prior, self.step = family, prior, check_step(step, family)
+        self.estimator = chosen(family, estimator)
+        check_plain(loss, family)
+        if isinstance(getattr(self.estimator, "curvature", None), SquaredGradient):
             raise ValueError(
-                f"estimator: generator={estimator.generator!r} is for Gaussian families; "
-                "conditional ones draw with 'threefry'."
+                "curvature=squared_gradient(...): blr_update adds ess and prior to the loss of a "
+                f"{type(family).__name__}, which would be squared with it; use exact() or "
+                "reparameterized()."
             )
-        return {
-            "samples": estimator.samples,
-            "antithetic": estimator.antithetic,
-            "hessian": kind,
-        }
-    if isinstance(estimator, Delta) and kind:
-        return {"delta": True, "hessian": kind}
-    raise ValueError(
-        f"estimator={estimator!r}: conditional families take monte_carlo(...) or delta(...), with "
-        "the curvature exact() or reparameterized()."
-    )
 
+        def potential(theta: Any, prior: Posterior | None, ess: Array, *batch: Any) -> Array:
+            total = ess * loss(theta, *batch)
+            return total if prior is None else total - jnp.sum(prior.log_prob(theta))
 
-def check_conditional(family: Conditional, loss: Any, step: str, estimator: Any) -> None:
-    """Raises ValueError for what a conditional family cannot do."""
-    if isinstance(loss, Term) or not callable(loss):
-        raise ValueError(
-            f"{type(family).__name__} is no exponential family: its loss must be one plain "
-            "function loss(theta, *batch)."
-        )
-    if isinstance(step, MixtureStep):
-        step = step.form
-    if step not in STEPS:
-        raise ValueError(f"step={step!r}: {type(family).__name__} knows {', '.join(STEPS)}.")
-    if isinstance(estimator, MixtureDraws):
-        return
-    if conditional_options(estimator).get("delta") and not family.at_means:
-        raise ValueError(
-            f"estimator={delta()!r}: the delta method never looks away from the mean, which says "
-            f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
-        )
+        self.gradient = natural_gradient(family, potential, self.estimator)
+
+    def first(self, params: Any, init: Posterior | None) -> Any:
+        """The first lambda, after checks of everything that must fit the parameters."""
+        family, given = self.family, getattr(init, "family", None)
+        prior_over(self.prior, params)
+        flat = family.family if isinstance(family, Raveled) else family
+        if given is not None and jax.tree.leaves(params) and given not in (family, flat):
+            raise ValueError(
+                f"init is a member of {given}, not of {flat}; give blr_update the family itself, "
+                "such as init.family."
+            )
+        check_like("init", init, family, params)
+        lam = first_natural(family, params, init, None)
+        check_params(family, lam, params)
+        return lam
+
+    def direction(
+        self, key: Array, lam: Any, batch: tuple, ess: Array, points: Any
+    ) -> tuple[Array, Any]:
+        """(E_q[E] / ess, the natural gradient of E_q[E] - H(q))."""
+        prior = prior_over(self.prior, jax.eval_shape(self.family.mean, lam))
+        value, gradient = self.gradient(key, lam, prior, ess, *batch, points=points)
+        return value / ess, gradient
+
+    def move(self, lam: Any, d: Any, rho: Array, count: Array) -> tuple[Any, Array]:
+        """The new lambda, block by block; a member is retracted where need be, uncounted."""
+        del count
+        return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
 def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
@@ -137,29 +113,3 @@ def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
             "Posterior(normal, normal.natural(mean=0.0, precision=1.0))."
         )
     return prior
-
-
-def conditional_gradient(
-    family: Conditional,
-    loss: Callable,
-    estimator: Estimator | None,
-    key: Array,
-    lam: Any,
-    batch: tuple,
-    ess: Any,
-    prior: Posterior | None,
-    points: Any = None,
-) -> tuple[Array, Any]:
-    """(E_q[E] / ess, the natural gradient of E_q[E] - H(q)), at recorded `points` where given."""
-
-    def potential(theta: Array) -> Array:
-        total = ess * loss(theta, *batch)
-        return total if prior is None else total - jnp.sum(prior.log_prob(theta))
-
-    if isinstance(estimator, MixtureDraws):
-        if points is None:
-            points = family.sample(key, lam, (estimator.samples,))
-        value, gradient = family.natural_gradient_from(lam, potential, points, estimator.hessian)
-        return value / ess, gradient
-    value, gradient = family.natural_gradient(key, lam, potential, **conditional_options(estimator))
-    return value / ess, gradient

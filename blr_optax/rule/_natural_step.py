@@ -16,19 +16,27 @@ import jax.numpy as jnp
 
 from blr_optax._distribution import Posterior
 from blr_optax.families import Family, MeanField, Product, SideBySide, get
+from blr_optax.families._base.conditional import STEPS as CONDITIONAL_STEPS
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax.families import Conditional
+
 STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
 
 
-def check_step(step: str, family: Family | None = None) -> str:
+def check_step(step: str, family: Family | Conditional) -> str:
     """Raises ValueError for an unknown step, or one that the family does not have."""
+    if family.conditional:
+        if step not in CONDITIONAL_STEPS:
+            known = ", ".join(CONDITIONAL_STEPS)
+            raise ValueError(f"step={step!r}: {type(family).__name__} knows {known}.")
+        return step
     if step not in STEPS:
         raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
     learns_scale = getattr(family, "curvature", None) in ("matrix", "diagonal")
-    if family is not None and step in ("improved_old", "square_root") and not learns_scale:
+    if step in ("improved_old", "square_root") and not learns_scale:
         raise ValueError(
             f"step={step!r} needs a Gaussian family that learns its precision; got "
             f"{type(family).__name__}. Use 'auto', 'plain' or 'improved'."
@@ -76,11 +84,15 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
     return Posterior(family, family.Natural(*map(everywhere, lam)))
 
 
-def _tree_of(family: Any, lam: Any) -> Any:
-    """A tree of the parameters' structure and shapes, as `spread` takes it."""
-    if isinstance(family, Product):
-        return {name: _tree_of(factor, lam.parts[name]) for name, factor in family.factors}
-    return lam[0]
+def spread_over(prior: Any, family: Any, lam: Any) -> Any:
+    """`spread` over the tree of a lambda."""
+
+    def tree(family: Any, lam: Any) -> Any:
+        if isinstance(family, Product):
+            return {name: tree(factor, lam.parts[name]) for name, factor in family.factors}
+        return lam[0]
+
+    return None if prior is None else spread(prior, family, tree(family, lam))
 
 
 def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess: Any) -> Any:
@@ -88,9 +100,7 @@ def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess:
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
     else:
-        pull = family.combine(
-            (-1.0, lam), (1.0, spread(prior, family, _tree_of(family, lam)).natural)
-        )
+        pull = family.combine((-1.0, lam), (1.0, prior.natural))
     return family.combine((1.0, pull), (-ess, grad_mu))
 
 
@@ -155,5 +165,5 @@ def natural_step(
             f"natural_step: {type(family).__name__} is a conditional family without a common mu; "
             "use blr_update, or the family's own move(lam, gradient, learning_rate)."
         )
-    d = direction(family, lam, grad_mu, prior, ess)
+    d = direction(family, lam, grad_mu, spread_over(prior, family, lam), ess)
     return move(family, lam, family.combine((learning_rate, d)), check_step(step, family))[0]

@@ -448,7 +448,7 @@ def scale_by_precision(
         denominator: what divides the direction in place of the precision, a function of the new
             curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
         adversary: r, for bSAM: `estimate` takes the gradient at m + r g / p, with g at the sample.
-        generator: "hash" (fast) or "threefry"; None for no noise, the delta method.
+        generator: "hash" (fast) or "jax"; None for no noise, the delta method.
         key: typed key or integer seed.
 
     Returns:

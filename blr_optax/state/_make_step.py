@@ -157,8 +157,8 @@ def make_step(
         names = [state.rule.aux_argument for state in states if state.rule.aux_argument]
         if names and not has_aux:
             raise ValueError(
-                f"make_step: this optimizer needs {names[0]}=, the auxiliary output of the loss; let "
-                f"the loss return (value, {names[0]}), and pass has_aux=True."
+                f"make_step: this optimizer needs {names[0]}=, an auxiliary output of the loss; "
+                f"let it return (value, {names[0]}), and pass has_aux=True."
             )
         extra |= dict.fromkeys(names, est.aux)
         updates, opt_state = tx.update(est.grad, opt_state, params, **extra)

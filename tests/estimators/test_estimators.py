@@ -13,6 +13,7 @@ from scipy import stats
 from blr_optax import families
 from blr_optax.estimators import (
     conjugate,
+    cubature,
     delta,
     exact,
     gauss_hermite,
@@ -21,9 +22,10 @@ from blr_optax.estimators import (
     monte_carlo,
     natural_gradient,
     reparameterized,
+    shared_draws,
     squared_gradient,
 )
-from blr_optax.estimators._expectation import hermite_rule
+from blr_optax.estimators._quadrature import hermite_rule
 
 NORMAL, GAUSSIAN = families.get("normal"), families.get("gaussian")
 FIXED, DIAGONAL = families.get("gaussian_fixed"), families.get("gaussian_diagonal")
@@ -171,6 +173,16 @@ def test_delta_looks_at_the_mean(x64):
     close(gradient.quadratic, h / 2)
     diagonal = gradient_of("normal", smooth, delta())(None, LAM["normal"]())[1]
     close(diagonal.quadratic, np.diag(h) / 2)
+
+
+def test_a_curvature_is_its_name():
+    """By name or as an object: the estimators are equal."""
+    for make in (monte_carlo, gauss_hermite, cubature):
+        assert make(curvature="reparameterized") == make(curvature=reparameterized())
+        assert make(curvature="exact") == make()
+    assert delta("hutchinson") == delta(hutchinson())
+    assert delta("per_example_squares").curvature.name == "per_example_squares"
+    assert shared_draws(3, "reparameterized") == shared_draws(3, reparameterized())
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -429,9 +441,20 @@ def test_float32_stays_float32():
     ("call", "message"),
     [
         (lambda: monte_carlo(0), r"monte_carlo: samples=0"),
-        (lambda: monte_carlo(1, generator="philox"), r"generator='philox'.*hash, threefry"),
+        (lambda: monte_carlo(1, generator="philox"), r"generator='philox'.*hash, jax"),
         (lambda: gauss_hermite(0), r"gauss_hermite: order=0"),
         (lambda: gauss_hermite(20).nodes(None, jnp.zeros(6)), r"20\*\*6 nodes. Use monte_carlo"),
+        (
+            lambda: monte_carlo(1, curvature="price"),
+            r"curvature='price'.*exact, reparameterized, sq",
+        ),
+        (lambda: cubature(curvature=None), r"curvature=None is unknown; known: exact"),
+        (lambda: monte_carlo(1, curvature="squared_gradient"), r"give batch_size=.*official"),
+        (lambda: delta("reparameterized"), r"delta: reparameterized\(\) needs displacements"),
+        (
+            lambda: natural_gradient("gaussian", smooth, delta("absolute_gradient")),
+            r"absolute_gradient\(\) estimates a diagonal",
+        ),
         (lambda: delta(reparameterized()), r"delta: reparameterized\(\) needs displacements"),
         (lambda: squared_gradient(), r"give batch_size=.*or official=True"),
         (lambda: squared_gradient(3, official=True), r"batch_size=3, official=True"),

@@ -104,11 +104,11 @@ def test_score_function_without_a_baseline_is_unbiased_and_worse(x64):
 
 
 @of_rows("enumerable")
-def test_enumerate_is_exact(x64, row):
+def test_enumeration_is_exact(x64, row):
     totals = {s.get("total") for s in row.members}
     assert len(totals) == 1
     (total,) = totals
-    rule = natural_gradient(row.family, smooth, estimators.enumerate(total and int(total)))
+    rule = natural_gradient(row.family, smooth, estimators.enumeration(total and int(total)))
     each = jax.jit(lambda lam: rule(None, lam))
     for i in range(len(row.members)):
         value, gradient = truth(row, i)
@@ -117,34 +117,34 @@ def test_enumerate_is_exact(x64, row):
         close(flat(row.family, found), gradient, rtol=1e-8, atol=1e-10)
 
 
-def test_enumerate_of_counts_needs_their_total():
+def test_enumeration_of_counts_needs_their_total():
     for family in ("binomial", families.MeanField("binomial"), "multinomial"):
-        with pytest.raises(ValueError, match=r"name it, enumerate\(total=n\)"):
-            natural_gradient(family, smooth, estimators.enumerate())
+        with pytest.raises(ValueError, match=r"name it, enumeration\(total=n\)"):
+            natural_gradient(family, smooth, estimators.enumeration())
     for total in (0, 2.0, True):
         with pytest.raises(ValueError, match=rf"total={total!r} must be an integer, at least 1"):
-            estimators.enumerate(total)
+            estimators.enumeration(total)
     lam = families.get("binomial").natural(logit=0.3, total=5)
-    found = natural_gradient("binomial", smooth, estimators.enumerate(4))(None, lam)
+    found = natural_gradient("binomial", smooth, estimators.enumeration(4))(None, lam)
     assert np.isnan(found[0]) and np.isnan(found[1].linear)
     lam = families.get("binomial").natural(logit=jnp.float32(0.3), total=200)
     with pytest.raises(ValueError, match="too large for float32"):
-        natural_gradient("binomial", smooth, estimators.enumerate(200))(None, lam)
+        natural_gradient("binomial", smooth, estimators.enumeration(200))(None, lam)
 
 
-def test_enumerate_keeps_its_digits_where_probabilities_are_zero_or_one(x64):
+def test_enumeration_keeps_its_digits_where_probabilities_are_zero_or_one(x64):
     """grad_mu is l(1) - l(0) at any logit, and l(k) - l(K) for labels."""
     natural_of = program(families.get("bernoulli").natural)
-    binary = gradient_of("bernoulli", lambda x: (x - 3.0) ** 2 / 7, estimators.enumerate())
+    binary = gradient_of("bernoulli", lambda x: (x - 3.0) ** 2 / 7, estimators.enumeration())
     for logit in (0.0, 40.0, 700.0, -700.0):
         close(binary(None, natural_of(logit=logit))[1].linear, (4 - 9) / 7)
     logits = np.array([700.0, -700.0, 0.0])
     lam = program(families.get("categorical").natural)(logits=logits)
-    found = gradient_of("categorical", lambda k: 1.0 * k**2, estimators.enumerate())(None, lam)
+    found = gradient_of("categorical", lambda k: 1.0 * k**2, estimators.enumeration())(None, lam)
     close(found[1].linear, [-4.0, -3.0])
 
 
-def test_enumerate_over_a_tree_sums_over_all_combinations(x64):
+def test_enumeration_over_a_tree_sums_over_all_combinations(x64):
     family = families.MeanField(families.get("rademacher"))
     logit = {"a": np.array([0.3, -1.0]), "b": np.array([[2.0]])}
     lam = program(family.natural)(logit=logit)
@@ -152,7 +152,7 @@ def test_enumerate_over_a_tree_sums_over_all_combinations(x64):
     def loss(w):
         return jnp.tanh(w["a"] @ np.array([1.0, 2.0]) - w["b"][0, 0]) + w["a"][0] * w["b"][0, 0]
 
-    value, found = gradient_of(family, loss, estimators.enumerate())(None, lam)
+    value, found = gradient_of(family, loss, estimators.enumeration())(None, lam)
     p = expit(np.array([0.3, -1.0, 2.0]))
     signs = np.stack(np.meshgrid(*[[-1, 1]] * 3, indexing="ij"), -1).reshape(-1, 3)
     chance = np.prod(np.where(signs > 0, p, 1 - p), axis=1)
@@ -206,20 +206,22 @@ def test_concrete_tends_to_the_truth(x64, row):
     slope = np.arange(1.0, k + 1)
     relaxed = lambda w: jnp.sum(slope * w)  # noqa: E731
     labels = relaxed if k == 1 else lambda label: jnp.asarray(slope)[label]
-    exact = gradient_of(row.family, labels, estimators.enumerate())(None, lam)[1].linear
+    exact = gradient_of(row.family, labels, estimators.enumeration())(None, lam)[1].linear
     rule = gradient_of(row.family, relaxed, estimators.concrete(0.1, 40_000))
     found, exact = np.asarray(rule(jax.random.key(2), lam)[1].linear), np.asarray(exact)
     assert np.all(np.abs(found - exact) < 0.12 * (1 + np.abs(exact)))
 
 
 @every_row
-def test_exact_differentiates_a_loss_of_mu(x64, row):
+def test_closed_form_differentiates_a_loss_of_mu(x64, row):
     family = row.family
     a = jax.tree.map(np.asarray, direction(family, first(row), 3))
 
     @jax.jit
     def run(lam):
-        rule = natural_gradient(family, lambda mu: jnp.sin(family.inner(a, mu)), estimators.exact())
+        rule = natural_gradient(
+            family, lambda mu: jnp.sin(family.inner(a, mu)), estimators.closed_form()
+        )
         return *rule(None, lam), family.inner(a, family.expectation(lam))
 
     value, found, inner = run(first(row))
@@ -332,7 +334,7 @@ def golden_program(family, has_base):
         (lambda: estimators.score_function(1), "no other sample"),
         (lambda: estimators.score_function(5, "median"), "baseline='median'; known: mean, none"),
         (lambda: estimators.least_squares(0), "samples=0"),
-        (lambda: estimators.reparameterized(0), "samples=0"),
+        (lambda: estimators.pathwise(0), "samples=0"),
         (lambda: estimators.concrete(0.0), "temperature=0.0 must be positive"),
         (lambda: estimators.cubature(4), "degree=4 must be 3 or 5"),
     ],
@@ -345,9 +347,9 @@ def test_bad_arguments(make, message):
 def test_bad_combinations():
     gamma = families.get("gamma").natural(concentration=2.0, rate=1.0)
     for name, estimator, message in [
-        ("gamma", estimators.enumerate(), "Gamma has no finite support"),
+        ("gamma", estimators.enumeration(), "Gamma has no finite support"),
         ("gamma", estimators.concrete(), "Gamma has no relaxation"),
-        ("poisson", estimators.reparameterized(3), "samples of Poisson have no gradient"),
+        ("poisson", estimators.pathwise(3), "samples of Poisson have no gradient"),
         ("poisson", estimators.cubature(), "Cubature is for Gaussian families"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -358,4 +360,4 @@ def test_bad_combinations():
         natural_gradient("gamma", smooth, estimators.score_function(3))(None, gamma)
     many = families.get("bernoulli").natural(logit=jnp.zeros(21))
     with pytest.raises(ValueError, match="2097152 values are too many"):
-        natural_gradient("bernoulli", jnp.sum, estimators.enumerate())(None, many)
+        natural_gradient("bernoulli", jnp.sum, estimators.enumeration())(None, many)

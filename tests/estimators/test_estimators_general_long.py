@@ -63,10 +63,10 @@ def golden_estimators(name, lam):
         return [(estimators.gauss_hermite(300), None), (estimators.monte_carlo(50), 5)]
     found = [(estimators.score_function(50), 5)]
     if family.reparameterized:
-        found.append((estimators.reparameterized(10), 5))
+        found.append((estimators.pathwise(10), 5))
     if family.enumerable:
         total = int(lam.total) if family.known else None
-        found.append((estimators.enumerate(total), None))
+        found.append((estimators.enumeration(total), None))
     return found
 
 
@@ -110,4 +110,4 @@ def test_score_function_is_unbiased(x64, row):
 
 @of_rows("reparameterized")
 def test_reparameterized_is_unbiased(x64, row):
-    unbiased(row, estimators.reparameterized(20), repeats=300)
+    unbiased(row, estimators.pathwise(20), repeats=300)

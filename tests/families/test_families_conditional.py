@@ -15,6 +15,7 @@ from family_rows.conditional import (
     MEANS,
     ROWS,
     VARIANCES,
+    advance,
     compiled,
     member,
     quartic,
@@ -24,6 +25,7 @@ from family_rows.conditional import (
 from scipy import special, stats
 
 import blr_optax as blr
+from blr_optax.estimators import delta, monte_carlo, natural_gradient, squared_gradient
 from blr_optax.families import Gaussian
 from blr_optax.families._conditional.low_rank import GaussianLowRank, LowRankGradient, LowRankNoise
 from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian, MatrixGaussianNatural
@@ -173,7 +175,14 @@ def test_a_move_is_first_order_right_and_inside_for_any_rate(name):
     rates = np.array([1e-6, 1e-2, 1.0, 7.0, 1e3])
 
     def gradients(key, lam):
-        return [family.natural_gradient(key, lam, saddle, 1, hessian=h)[1] for h in family.hessians]
+        curvatures = [
+            squared_gradient(1) if name == "squared_gradient" else name
+            for name in family.curvatures
+        ]
+        return [
+            natural_gradient(family, saddle, monte_carlo(1, curvature=c))(key, lam)[1]
+            for c in curvatures
+        ]
 
     @jax.jit
     def moves(lam, gradient):
@@ -227,7 +236,7 @@ def test_float32_stays_float32(name):
     family, lam = member(name, np.float32)
 
     def step(key, lam):
-        value, new = family.step(key, lam, quartic, 0.1, 2, antithetic=True)
+        value, new = advance(family, key, lam, quartic, 0.1, monte_carlo(2, antithetic=True))
         return value, new, family.in_domain(new)
 
     value, new, inside = jax.jit(step)(KEY, lam)
@@ -236,22 +245,48 @@ def test_float32_stays_float32(name):
     assert inside
     assert jax.tree.leaves(family) == []
     with jax.enable_x64(True):  # constants must not widen what is float32
-        wide = jax.eval_shape(lambda: family.step(KEY, lam, quartic, 0.1, 2))
+        wide = jax.eval_shape(lambda: advance(family, KEY, lam, quartic, 0.1, monte_carlo(2)))
     assert {x.dtype for x in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("curvature", ["exact", "reparameterized"])
+@pytest.mark.usefixtures("x64")
+def test_samples_are_averages_over_the_noise_of_the_family(curvature):
+    family, lam = member("student_t")
+
+    def evaluate(key, lam):
+        noise = family.noise(key, lam, 2, True)
+        expected = family.natural_gradient_at(lam, quartic, noise, jnp.full(4, 0.25), curvature)
+        estimator = monte_carlo(2, antithetic=True, curvature=curvature)
+        shifted = lambda x, by: quartic(x - by)  # noqa: E731
+        return natural_gradient(family, shifted, estimator)(key, lam, 0.0), expected
+
+    near(*compiled(evaluate, KEY, lam))
 
 
 def test_options_are_checked():
     family, lam = member("skew_gaussian", np.float32)
     mixture, mixed = member("mixture", np.float32)
-    with pytest.raises(ValueError, match="delta=True would never look away"):
-        family.natural_gradient(None, lam, quartic, delta=True)
-    with pytest.raises(ValueError, match="needs displacements"):
-        mixture.natural_gradient(None, mixed, quartic, delta=True, hessian="reparameterized")
-    with pytest.raises(ValueError, match="typed key"):
-        mixture.natural_gradient(None, mixed, quartic)
-    with pytest.raises(ValueError, match="samples=0"):
-        mixture.natural_gradient(KEY, mixed, quartic, 0)
-    with pytest.raises(ValueError, match="form='plain'"):
+    for who, estimator, message in [
+        (family, delta(), "the delta method never looks away"),
+        (mixture, blr.estimators.gauss_hermite(3), r"takes monte_carlo\(...\) or delta.*, shared"),
+        (family, blr.estimators.closed_form(), r"SkewGaussian .* monte_carlo\(...\) or delta"),
+        (mixture, monte_carlo(2, curvature="hutchinson"), "Mixture knows exact, reparameterized"),
+        (mixture, monte_carlo(2, generator="hash"), "generator='hash' is for Gaussian"),
+        (MatrixGaussian(), delta(squared_gradient(3)), r"use squared_gradient\(1\)"),
+        (family, blr.estimators.shared_draws(3), "SkewGaussian has no components"),
+        (Gaussian(), blr.estimators.shared_draws(3), "Gaussian has no components"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            natural_gradient(who, quartic, estimator)
+    with pytest.raises(ValueError, match="one plain function"):
+        natural_gradient(mixture, blr.estimators.conjugate(mixed))
+    for estimator in (None, blr.estimators.shared_draws(2)):
+        with pytest.raises(ValueError, match="typed key"):
+            natural_gradient(mixture, quartic, estimator)(None, mixed)
+    with pytest.raises(ValueError, match=r"points= are draws for estimator=shared_draws"):
+        natural_gradient(mixture, quartic)(KEY, mixed, points=np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="step='plain'"):
         mixture.move(mixed, mixed, 0.1, "plain")
     with pytest.raises(ValueError, match="no exponential family"):
         blr.Posterior(family, lam) * blr.Posterior(family, lam)
@@ -494,24 +529,22 @@ def test_low_rank_step_adds_curvature_and_keeps_the_diagonal():
     close(low_rank_precision(of_wide), 0.8 * before + 0.2 * added)
 
 
-@pytest.mark.parametrize("hessian", ["exact", "reparameterized"])
+@pytest.mark.parametrize("curvature", ["exact", "reparameterized"])
 @pytest.mark.usefixtures("x64")
-def test_low_rank_finds_a_quadratic_loss_of_its_kind(hessian):
+def test_low_rank_finds_a_quadratic_loss_of_its_kind(curvature):
     family, rng = GaussianLowRank(), np.random.default_rng(5)
     u, b, centre = rng.uniform(1.0, 3.0, size=8), rng.normal(size=(8, 2)), rng.normal(size=8)
     target = np.diag(u) + b @ b.T
     loss = lambda x: 0.5 * (x - centre) @ target @ (x - centre)  # noqa: E731
     start = {"mean": np.zeros(8), "diagonal": np.ones(8), "factor": np.zeros((8, 2))}
-    exact = hessian == "exact"
+    exact = curvature == "exact"
 
     def run(start):
         def step(lam, t):
             rho = 0.7 if exact else 0.5 / (1 + t / 10)
             key = jax.random.fold_in(KEY, t)
-            _, lam = family.step(
-                key, lam, loss, rho, 4 if exact else 100, hessian=hessian, antithetic=True
-            )
-            return lam, None
+            estimator = monte_carlo(4 if exact else 100, antithetic=True, curvature=curvature)
+            return advance(family, key, lam, loss, rho, estimator)[1], None
 
         return jax.lax.scan(step, family.natural(**start), jnp.arange(100))[0]
 
@@ -530,7 +563,7 @@ def test_low_rank_columns_are_the_gradients_of_the_terms():
     def evaluate(standard):
         loss = lambda x: (rows @ x - 1.0) ** 2  # noqa: E731
         lam = family.natural(**standard)
-        return family.natural_gradient(None, lam, loss, hessian="squared_gradient", delta=True)
+        return natural_gradient(family, loss, delta(squared_gradient(1)))(None, lam)
 
     value, gradient = compiled(evaluate, standard)
     each = -2.0 * rows
@@ -545,7 +578,7 @@ def test_low_rank_never_forms_a_square_matrix():
     lam = family.Natural(np.zeros(d), np.ones(d), np.ones((d, 3)))
 
     def everything(lam):
-        _, new = family.step(KEY, lam, lambda x: jnp.sum(jnp.cos(x)), 0.1, 2)
+        _, new = advance(family, KEY, lam, lambda x: jnp.sum(jnp.cos(x)), 0.1, monte_carlo(2))
         theta = family.sample(KEY, lam, (2,))
         return new, family.log_prob(lam, theta), family.variance(lam), family.kl(lam, new)
 
@@ -637,9 +670,7 @@ def test_squared_gradients_of_a_matrix_are_kronecker_contractions():
     u, v = np.linalg.inv(lam.row_precision), np.linalg.inv(lam.column_precision)
 
     def evaluate(lam):
-        _, gradient = family.natural_gradient(
-            None, lam, quartic, hessian="squared_gradient", delta=True
-        )
+        _, gradient = natural_gradient(family, quartic, delta(squared_gradient(1)))(None, lam)
         return jax.grad(quartic)(lam.mean), gradient
 
     g, gradient = compiled(evaluate, lam)
@@ -658,7 +689,7 @@ def settled(lam, target, rho):
     loss = lambda x: 0.5 * (x.reshape(-1) - 1.0) @ target @ (x.reshape(-1) - 1.0)  # noqa: E731
 
     def step(lam, _):
-        return MatrixGaussian().step(None, lam, loss, rho, delta=True)[1], None
+        return advance(MatrixGaussian(), None, lam, loss, rho, delta())[1], None
 
     def divergence(row, column):
         s = jnp.kron(row, column)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_rows._row import spd
+from family_rows.conditional import advance
 from scipy import special
 from tools import close
 
+from blr_optax.estimators import monte_carlo
 from blr_optax.families._conditional.student_t import StudentT
 
 KEY = jax.random.key(0)
@@ -44,7 +46,8 @@ def test_student_learns_a_student():
 
         def step(lam, t):
             key, rho = jax.random.fold_in(KEY, t), jnp.where(t < 300, 0.5, 0.05)
-            return family.step(key, lam, loss, rho, 400, antithetic=True)[1], None
+            estimator = monte_carlo(400, antithetic=True)
+            return advance(family, key, lam, loss, rho, estimator)[1], None
 
         lam, _ = jax.lax.scan(step, family.natural(**start), jnp.arange(500))
         return family.standard(lam)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_rows.conditional import advance
 from family_tools import program
 from tools import close
 
@@ -58,9 +59,9 @@ def test_a_product_of_located_factors_is_centred_at_the_parameters(x64):
 
     @jax.jit
     def learn(params):
-        tx = blr.blr_update(product, expected, 1.0, estimator=estimators.exact())
+        tx = blr.blr_update(product, expected, 1.0, estimator=estimators.closed_form())
         updates, state = tx.update(None, tx.init(params), params)
-        sampled = blr.blr_update(product, loss, 0.1, estimator=estimators.reparameterized(4))
+        sampled = blr.blr_update(product, loss, 0.1, estimator=estimators.pathwise(4))
         drawn = sampled.update(None, sampled.init(params), params)[0]
         return updates, blr.posterior(state, params).variance, drawn
 
@@ -99,7 +100,7 @@ def test_a_rank_above_the_dimension_keeps_its_shape(x64, rank):
     def loss(x):
         return 0.5 * (x - 1.0) @ SPD @ (x - 1.0)
 
-    step = jax.jit(lambda lam: family.step(None, lam, loss, 1.0, delta=True)[1])
+    step = jax.jit(lambda lam: advance(family, None, lam, loss, 1.0, estimators.delta())[1])
     for _ in range(3):
         new = jax.tree.map(np.asarray, step(lam))
         assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, lam)

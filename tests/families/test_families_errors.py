@@ -345,11 +345,11 @@ def test_a_prior_that_does_not_fit_init_is_refused_at_once():
 def test_hints_name_estimators_that_the_family_takes(name):
     family, refused = families.get(name), 0
     ways = {
-        "exact()": blr.estimators.exact(),
-        "reparameterized(...)": blr.estimators.reparameterized(10),
+        "closed_form()": blr.estimators.closed_form(),
+        "pathwise(...)": blr.estimators.pathwise(10),
         "score_function(...)": blr.estimators.score_function(),
         "least_squares(...)": blr.estimators.least_squares(),
-        "enumerate()": blr.estimators.enumerate(4),
+        "enumeration()": blr.estimators.enumeration(4),
         "concrete(...)": blr.estimators.concrete(),
     }
     for estimator in (blr.estimators.monte_carlo(3), *ways.values()):

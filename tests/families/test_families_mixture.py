@@ -12,6 +12,7 @@ from family_rows.conditional import (
     LINE,
     MEANS,
     VARIANCES,
+    advance,
     compiled,
     hermite,
     member,
@@ -22,6 +23,7 @@ from family_rows.conditional import (
 from tools import load_golden
 
 import blr_optax as blr
+from blr_optax.estimators import monte_carlo, shared_draws
 from blr_optax.families import Gaussian, Normal
 from blr_optax.families._conditional.mixture import Mixture, MixtureNatural
 
@@ -134,12 +136,12 @@ def test_one_component_makes_the_plain_gaussian_step(form):
 MOG = load_golden("mog_iblr")
 
 
-@functools.partial(jax.jit, static_argnames="hessian")
-def recorded_step(truth, rates, lam, theta, hessian):
+@functools.partial(jax.jit, static_argnames="curvature")
+def recorded_step(truth, rates, lam, theta, curvature):
     """What is on record of a step, and the lambda after it."""
     family = Mixture()
     loss = lambda x: -family.log_prob(truth, x)  # noqa: E731
-    _, gradient = family.natural_gradient_from(lam, loss, theta, hessian)
+    _, gradient = family.natural_gradient_from(lam, loss, theta, curvature)
     rate, of_weights = rates
     new = family.move(lam, gradient, rate, "improved_old", weight_learning_rate=of_weights)
     return {
@@ -161,9 +163,9 @@ def test_recorded_trajectories_of_the_improved_rule_are_reproduced(case):
     components = compiled(Gaussian().from_mean, means, precisions)
     lam = MixtureNatural(components, np.asarray(log_odds, np.float64))
     rates = hyper["lr"], hyper["lr"] * hyper["decay_mix"]
-    hessian = {"hess": "exact", "first": "reparameterized"}[case["option"]]
+    curvature = {"hess": "exact", "first": "reparameterized"}[case["option"]]
     for record in case["steps"]:
-        found, lam = recorded_step(truth, rates, lam, np.array(record["z"]), hessian)
+        found, lam = recorded_step(truth, rates, lam, np.array(record["z"]), curvature)
         for key, value in found.items():
             close(value, record[key], 1e-9, 1e-9)
 
@@ -176,11 +178,10 @@ def test_draws_of_the_mixture_and_of_its_components_agree_in_expectation():
         lam = family.natural(**standard)
 
         def drawn(key):
-            theta = family.sample(key, lam, (500,))
-            return family.natural_gradient_from(lam, bimodal, theta)
+            return blr.estimators.natural_gradient(family, bimodal, shared_draws(500))(key, lam)
 
         def stratified(key):
-            return family.natural_gradient(key, lam, bimodal, 170)
+            return blr.estimators.natural_gradient(family, bimodal, monte_carlo(170))(key, lam)
 
         return jax.vmap(drawn)(keys), jax.vmap(stratified)(keys)
 
@@ -202,7 +203,8 @@ def test_at_the_means_distant_components_are_independent_newton_iterations():
         return 2.0 * jnp.sum((jnp.abs(x) - 8.0) ** 2)
 
     def evaluate(standard):
-        _, new = family.step(None, family.natural(**standard), loss, 1.0, delta=True)
+        lam = family.natural(**standard)
+        _, new = advance(family, None, lam, loss, 1.0, blr.estimators.delta())
         inner = new.components
         return Gaussian().mean(inner), Gaussian().precision(inner), new.log_odds
 

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import special, stats
 from tools import compiled
 
+from blr_optax import estimators
 from blr_optax.families import Normal
 from blr_optax.families._conditional.low_rank import GaussianLowRank, LowRankNoise
 from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian
@@ -130,6 +131,12 @@ def member(name, dtype=np.float64):
 def natural(family, standard):
     """lambda in numpy."""
     return compiled(lambda s: family.natural(**s), standard)
+
+
+def advance(family, key, lam, loss, rate, estimator=None, **step):
+    """The value and the lambda of one step of the rule on a total potential."""
+    value, gradient = estimators.natural_gradient(family, loss, estimator)(key, lam)
+    return value, family.move(lam, gradient, rate, **step)
 
 
 def quartic(x):

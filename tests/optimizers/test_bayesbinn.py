@@ -157,7 +157,7 @@ def test_bayesbinn_is_the_rule_with_the_concrete_relaxation(x64, temperature):
 
 
 def test_bayesbinn_at_the_mean_is_the_rule_on_a_loss_of_mu(x64):
-    """Without noise a linear loss is treated exactly, as `exact()` does it."""
+    """Without noise a linear loss is treated exactly, as `closed_form()` does it."""
     tx = blr.bayesbinn(0.1, 5.0, generator=None)
     rule = built_inside(
         lambda: blr.blr_update(
@@ -167,7 +167,7 @@ def test_bayesbinn_at_the_mean_is_the_rule_on_a_loss_of_mu(x64):
             ess=5.0,
             prior=signs(TREE, np.zeros(3)),
             init=signs(TREE, START),
-            estimator=blr.estimators.exact(),
+            estimator=blr.estimators.closed_form(),
         )
     )
 

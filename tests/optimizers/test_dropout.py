@@ -117,7 +117,8 @@ def test_the_rule_for_a_unit_is_the_mixtures_with_a_responsibility_of_one(x64):
         lam = mixture.natural(
             weights=jnp.array([PI, 1 - PI]), mean=jnp.stack([m, 0 * m]), precision=precision
         )
-        _, gradient = mixture.natural_gradient(None, lam, loss, delta=True)
+        estimate = blr.estimators.natural_gradient(mixture, loss, blr.estimators.delta())
+        _, gradient = estimate(None, lam)
         return mixture.standard(mixture.move(lam, gradient, rho)), jax.hessian(loss)(m)
 
     m = params["a"][1]

@@ -158,7 +158,7 @@ def test_it_is_the_rule_in_the_basis(x64):
     diagonal = blr.families.get("gaussian_diagonal")
     first = drawn(5, (3, 2))
     tx = blr.evon(rho, ess, b1=0.0, b2=1 - rho, weight_decay=0.0, rescale_lr=False,
-                  refresh_every=NEVER, generator="threefry")  # fmt: skip
+                  refresh_every=NEVER, generator="jax")  # fmt: skip
 
     def start():
         params = {"w": jnp.asarray(first)}

@@ -127,7 +127,7 @@ def test_samples_are_averaged_and_antithetic_pairs_are_one_average():
 
 
 def test_many_samples_are_scanned_and_equal_the_unrolled_ones():
-    state = jax.jit(blr.ivon(0.1, 50.0, generator="threefry").init)(PARAMS)
+    state = jax.jit(blr.ivon(0.1, 50.0, generator="jax").init)(PARAMS)
     look = lambda state, **more: blr.estimate(mean_loss, state, PARAMS, *BATCH, **more)  # noqa: E731
     lowered = jax.jit(lambda state: look(state, samples=6)).lower(state)
     assert "while" in lowered.as_text()

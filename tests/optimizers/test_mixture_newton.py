@@ -65,13 +65,13 @@ def test_recorded_trajectories_of_the_improved_rule(x64, case):
         truth = FULL.natural(
             weights=problem["weights"], mean=problem["means"], precision=problem["precs"]
         )
-        return blr.multimodal(
+        return blr.mixture_vi(
             lambda x: -FULL.log_prob(truth, x),
             hyper["lr"],
             init=begin(),
-            draws="mixture",
-            samples=hyper["S"],
-            hessian={"hess": "exact", "first": "reparameterized"}[case["option"]],
+            estimator=blr.estimators.shared_draws(
+                hyper["S"], {"hess": "exact", "first": "reparameterized"}[case["option"]]
+            ),
             weight_rate=hyper["decay_mix"],
             step="improved_old",
         )
@@ -121,7 +121,7 @@ def test_one_component_with_samples_is_variational_online_newton(x64):
     a = np.array([[2.0, 0.5], [0.5, 1.0]])
     loss = lambda x: 0.5 * (x - 1.0) @ a @ (x - 1.0)  # noqa: E731
     params = np.array([0.3, -0.2])
-    p, _, q = train(blr.multimodal(loss, 0.3, 1, ess=5.0), params, 5)
+    p, _, q = train(blr.mixture_vi(loss, 0.3, 1, ess=5.0), params, 5)
     r, _, s = train(blr.variational_online_newton(loss, 0.3, ess=5.0), params, 5)
     close(p, r, rtol=1e-9)
     close(q["covariance"][0], s["covariance"], rtol=1e-9)
@@ -156,7 +156,7 @@ def test_far_components_are_newton_iterations_of_their_own(x64):
 
 
 @pytest.mark.parametrize("covariance", ["full", "diagonal"])
-@pytest.mark.parametrize("row", ["mixture_newton", "multimodal"])
+@pytest.mark.parametrize("row", ["mixture_newton", "mixture_vi"])
 def test_components_find_different_modes(x64, covariance, row):
     make = getattr(blr, row)
     tx = make(valleys, 0.2, 8, ess=4.0, scale=2.0, covariance=covariance, weight_rate=0.0, key=2)
@@ -178,12 +178,12 @@ def test_weights_are_learnt_or_kept(x64):
 
     def make(rate):
         truth = two(weights, jnp.array([[-4.0], [4.0]]))
-        return blr.multimodal(
+        return blr.mixture_vi(
             lambda x: -FULL.log_prob(truth, x),
             0.2,
             init=blr.Posterior(FULL, two(jnp.full(2, 0.5), jnp.array([[-3.0], [3.0]]))),
             weight_rate=rate,
-            samples=20,
+            estimator=blr.estimators.monte_carlo(20, antithetic=True),
         )
 
     kept, learnt = (
@@ -219,8 +219,8 @@ def test_temperature_is_the_weight_of_the_divergence(x64):
 def test_a_tree_starts_around_its_parameters():
     params = {"w": np.ones((2, 2), np.float32), "b": np.zeros(1, np.float32)}
     loss = lambda p: jnp.sum((p["w"] - 2.0) ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
-    for draws in ("components", "mixture"):
-        tx = blr.multimodal(loss, 0.1, 3, scale=0.5, covariance="diagonal", draws=draws)
+    for estimator in (None, blr.estimators.shared_draws(10)):
+        tx = blr.mixture_vi(loss, 0.1, 3, scale=0.5, covariance="diagonal", estimator=estimator)
 
         @jax.jit
         def begin(params, tx=tx):
@@ -252,9 +252,7 @@ def test_what_is_wrong_is_said():
         ({"components": 2, "temperature": 0.0}, "temperature"),
         ({"components": 2, "weight_rate": -1.0}, "weight_rate"),
         ({"components": 2, "step": "plain"}, "plain"),
-        ({"components": 2, "draws": "none"}, "draws='none'"),
-        ({"components": 2, "hessian": "none"}, "hessian='none'"),
-        ({"components": 2, "samples": 0}, "samples"),
+        ({"components": 2, "estimator": blr.estimators.pathwise(3)}, "takes monte_carlo"),
     ]:
         with pytest.raises(ValueError, match=match):
-            blr.multimodal(loss, 0.1, **more)
+            blr.mixture_vi(loss, 0.1, **more)

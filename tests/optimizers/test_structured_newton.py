@@ -282,9 +282,7 @@ def test_the_low_rank_step_written_out(x64):
     *a, rank=3, **k)], ids=["kronecker", "low_rank"])  # fmt: skip
 def test_they_learn_a_small_network_from_gradients_alone(make):
     params, batch = jax.tree.map(np.asarray, (make_params(), make_batch()))
-    rule = blr.estimators.monte_carlo(
-        4, antithetic=True, curvature=blr.estimators.reparameterized()
-    )
+    rule = blr.estimators.monte_carlo(4, antithetic=True, curvature="reparameterized")
     diagonal = families.get("gaussian_diagonal")
 
     @built_inside

@@ -101,7 +101,7 @@ def test_a_mixture_gets_the_losses_of_its_components():
         params, tx.init(params), *batch
     )
     assert info.aux.shape == (2,) and float(abs(state[0].log_odds[0])) > 0.0
-    with pytest.raises(ValueError, match="losses.*has_aux=True"):
+    with pytest.raises(ValueError, match=r"losses.*has_aux=True"):
         blr.make_step(tx, stacked_loss, donate=False)(params, tx.init(params), *batch)
 
 

@@ -11,9 +11,9 @@ and Schmidt 2019). With the total potential E,
     lambda_b  <-  lambda_b - rho * (natural gradient of L in block b)
 
 There is no arithmetic of natural parameters and no map from mu to lambda: the product of two
-members is no member. What learns calls two methods,
+members is no member. What learns makes two calls,
 
-    value, gradient = family.natural_gradient(key, lam, E, samples)         value = E_q[E]
+    value, gradient = estimators.natural_gradient(family, E)(key, lam)      value = E_q[E]
     lam = family.move(lam, gradient, rho)                                   inside for any rho
 """
 
@@ -32,7 +32,7 @@ from blr_optax.families._base.family import Density
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-FORMS = ("auto", "improved", "improved_old")
+STEPS = ("auto", "improved", "improved_old")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,16 @@ class Conditional(Density):
     are of one member (`jax.vmap` for more).
 
     Attributes:
-        hessians: the curvatures that `natural_gradient` knows.
-        at_means: whether the delta method makes sense: looking at the means only.
+        curvatures: the names of the curvatures that `natural_gradient_at` evaluates.
+        at_means: whether the delta method makes sense: evaluation at the means only.
+        shares_draws: whether it has components that can share draws, `natural_gradient_from`.
     """
 
     event_ndim: ClassVar[int] = 1
     conditional: ClassVar[bool] = True
-    hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized")
+    curvatures: ClassVar[tuple[str, ...]] = ("exact", "reparameterized")
     at_means: ClassVar[bool] = False
+    shares_draws: ClassVar[bool] = False
 
     # How it learns.
 
@@ -61,102 +63,49 @@ class Conditional(Density):
         raise NotImplementedError
 
     def natural_gradient_at(
-        self, lam: Any, loss: Callable, noise: Any, weights: Array, hessian: str = "exact"
+        self, lam: Any, loss: Callable, noise: Any, weights: Array, curvature: str = "exact"
     ) -> tuple[Array, Any]:
-        """`natural_gradient` from given noise and its weights (a quadrature rule, a recording)."""
+        """E_q[loss] and the natural gradient of E_q[loss] - H(q), block by block.
+
+        Args:
+            lam: natural parameters.
+            loss: `loss(theta) -> number`, the total potential, prior included.
+            noise: from `noise`, or a quadrature rule, or a recording.
+            weights: of the noise, with sum one.
+            curvature: "exact", by automatic differentiation (Price's form); "reparameterized",
+                S (theta - m) grad^T symmetrised, from gradients alone and right for piecewise
+                linear networks; "squared_gradient", grad grad^T, where the family has it.
+        """
         raise NotImplementedError
 
-    def move(self, lam: Any, gradient: Any, learning_rate: Any, form: str = "auto") -> Any:
+    def natural_gradient_from(
+        self, lam: Any, loss: Callable, theta: Array, curvature: str = "exact"
+    ) -> tuple[Array, Any]:
+        """`natural_gradient_at` from draws of q itself, where components can share them."""
+        raise NotImplementedError
+
+    def move(self, lam: Any, gradient: Any, learning_rate: Any, step: str = "auto") -> Any:
         """lambda - rho * gradient to first order, inside the domain for any rho.
 
         Args:
             lam: natural parameters.
-            gradient: from `natural_gradient`.
+            gradient: from `natural_gradient_at`.
             learning_rate: rho.
-            form: how a precision moves by D. "auto" is S + D where that stays positive, else
+            step: how a precision moves by D. "auto" is S + D where that stays positive, else
                 "improved", the second-order step S + D + D S^{-1} D / 2; the mean is
                 preconditioned with the new precision. "improved_old": with the old one.
         """
         raise NotImplementedError
 
-    def natural_gradient(
-        self,
-        key: Array | None,
-        lam: Any,
-        loss: Callable[[Array], Array],
-        samples: int = 10,
-        *,
-        hessian: str = "exact",
-        delta: bool = False,
-        antithetic: bool = False,
-    ) -> tuple[Array, Any]:
-        """E_q[loss] and the natural gradient of E_q[loss] - H(q), block by block.
-
-        Args:
-            key: a typed key; None with `delta`.
-            lam: natural parameters.
-            loss: `loss(theta) -> number`, the total potential, prior included.
-            samples: draws of q; of every component for a mixture.
-            hessian: "exact", by automatic differentiation (Price's form); "reparameterized",
-                S (theta - m) grad^T symmetrised, from gradients alone and right for piecewise
-                linear networks; "squared_gradient", grad grad^T, where the family has it.
-            delta: look at the means only, where the family allows it.
-            antithetic: look at the mirror images of the draws as well.
-
-        Raises:
-            ValueError: for options that the family does not have.
-        """
-        name = type(self).__name__
-        if hessian not in self.hessians:
-            known = ", ".join(self.hessians)
-            raise ValueError(f"{name}: hessian={hessian!r} is unknown; known: {known}.")
-        if delta and not self.at_means:
-            raise ValueError(
-                f"{name}: delta=True would never look away from the mean, which says nothing about "
-                "the shape of the density; use samples."
-            )
-        if delta and hessian == "reparameterized":
-            raise ValueError(
-                "hessian='reparameterized' needs displacements from the mean, which delta=True "
-                "does not have; use 'exact'."
-            )
-        if samples < 1:
-            raise ValueError(f"{name}: samples={samples} must be at least 1.")
-        if delta:
-            like = jax.eval_shape(lambda: self.noise(jax.random.key(0), lam, 1))
-            noise = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        elif key is None:
-            raise ValueError(f"{name}: natural_gradient draws samples; pass a typed key, not None.")
-        else:
-            noise = self.noise(key, lam, samples, antithetic)
-        leaf = jax.tree.leaves(noise)[0]
-        weights = jnp.full(leaf.shape[0], 1.0 / leaf.shape[0], leaf.dtype)
-        return self.natural_gradient_at(lam, loss, noise, weights, hessian)
-
-    def step(
-        self,
-        key: Array | None,
-        lam: Any,
-        loss: Callable[[Array], Array],
-        learning_rate: Any,
-        samples: int = 10,
-        *,
-        form: str = "auto",
-        **options: Any,
-    ) -> tuple[Array, Any]:
-        """`natural_gradient` and `move`: (E_q[loss] before the step, the new lambda)."""
-        value, gradient = self.natural_gradient(key, lam, loss, samples, **options)
-        return value, self.move(lam, gradient, learning_rate, form=form)
-
 
 # What the members share.
 
 
-def check_form(form: str) -> str:
+def check_step(step: str) -> str:
     """Raises ValueError for an unknown way to move."""
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is unknown; known: {', '.join(FORMS)}.")
-    return form
+    if step not in STEPS:
+        raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
+    return step
 
 
 def normals(
@@ -172,20 +121,20 @@ def repeated(x: Array, antithetic: bool) -> Array:
     return jnp.concatenate([x, x]) if antithetic else x
 
 
-def move_field(domain: Domain, x: Array, d: Array, form: str) -> Array:
+def move_field(domain: Domain, x: Array, d: Array, step: str) -> Array:
     """x moved by d in its domain; under "auto" the retraction only where x + d would leave it."""
     retracted = domain.retract(x, d)
-    if check_form(form) != "auto":
+    if check_step(step) != "auto":
         return retracted
     inside = jnp.expand_dims(domain.contains(x + d), tuple(range(-domain.event_ndim, 0)))
     return jnp.where(inside, x + d, retracted)
 
 
-def move_gaussian(family: Any, lam: Any, step: Any, form: str) -> Any:
-    """A Gaussian's lambda moved by a step, see `Conditional.move`."""
-    if check_form(form) == "auto":
-        return family.safe_step(lam, step)[0]
-    return family.retract(lam, step, form=form)
+def move_gaussian(family: Any, lam: Any, d: Any, step: str) -> Any:
+    """A Gaussian's lambda moved by d, see `Conditional.move`."""
+    if check_step(step) == "auto":
+        return family.safe_step(lam, d)[0]
+    return family.retract(lam, d, form=step)
 
 
 def hessian_diagonal(fun: Callable[[Array], Array], theta: Float[Array, " d"]) -> Array:

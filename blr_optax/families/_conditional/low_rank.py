@@ -29,7 +29,7 @@ import jax.scipy.linalg
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import (
     Conditional,
-    check_form,
+    check_step,
     hessian_diagonal,
     move_field,
     normals,
@@ -87,12 +87,12 @@ class GaussianLowRank(Conditional):
             precision of a Gaussian prior whose gradient is in the loss.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from blr_optax.families._conditional.low_rank import GaussianLowRank
-      >>> family, a = GaussianLowRank(), jnp.array([1.0, 2.0, -1.0, 0.5])
+      >>> import jax.numpy as jnp, blr_optax as blr
+      >>> family, a = blr.families.get("gaussian_low_rank"), jnp.array([1.0, 2.0, -1.0, 0.5])
       >>> loss = lambda x: 0.5 * (jnp.sum((x - 3.0) ** 2) + (a @ (x - 3.0)) ** 2)
       >>> lam = family.natural(mean=jnp.zeros(4), diagonal=jnp.ones(4), factor=jnp.zeros((4, 1)))
-      >>> _, lam = family.step(None, lam, loss, 1.0, delta=True)
+      >>> estimate = blr.estimators.natural_gradient(family, loss, blr.estimators.delta())
+      >>> lam = family.move(lam, estimate(None, lam)[1], 1.0)
       >>> print(*(x.round(3) for x in (family.mean(lam), lam.diagonal, jnp.abs(lam.factor[:, 0]))))
       [3. 3. 3. 3.] [1. 1. 1. 1.] [1.  2.  1.  0.5]
     """
@@ -100,7 +100,7 @@ class GaussianLowRank(Conditional):
     known_curvature: float = 0.0
 
     Natural: ClassVar[type] = LowRankNatural
-    hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
+    curvatures: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
     at_means: ClassVar[bool] = True
 
     @checked(mean=REAL.over("d"), diagonal=POSITIVE.over("d"), factor=REAL.over("d r"))
@@ -201,7 +201,7 @@ class GaussianLowRank(Conditional):
         loss: Callable,
         noise: LowRankNoise,
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, LowRankGradient]:
         away = self.displace(lam, noise)
         theta = lam.mean + away
@@ -211,7 +211,7 @@ class GaussianLowRank(Conditional):
 
         value, slope = jax.vmap(jax.value_and_grad(total))(theta)
         g = weights @ slope
-        if hessian == "squared_gradient":
+        if curvature == "squared_gradient":
             terms = jax.vmap(jax.jacrev(lambda x: jnp.atleast_1d(loss(x))))(theta)
             columns = jnp.sqrt(weights)[:, None, None] * terms
             x = columns.reshape(-1, columns.shape[-1]).T
@@ -219,7 +219,7 @@ class GaussianLowRank(Conditional):
             return weights @ value, LowRankGradient(g, lam.diagonal - h, x)
 
         basis = jnp.linalg.qr(jnp.concatenate([lam.factor, slope.T], axis=-1))[0]
-        if hessian == "exact":
+        if curvature == "exact":
 
             def curved(v: Array) -> Array:
                 def one(x: Array) -> Array:
@@ -254,18 +254,18 @@ class GaussianLowRank(Conditional):
         lam: LowRankNatural,
         gradient: LowRankGradient,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> LowRankNatural:
-        check_form(form)
+        check_step(step)
         old, new = (jnp.sqrt(jnp.maximum(x, 0.0)) for x in (1.0 - learning_rate, learning_rate))
         columns = jnp.concatenate([old * lam.factor, new * gradient.factor], axis=-1)
         left, sizes, _ = jnp.linalg.svd(columns, full_matrices=False)
         columns, rank = left * sizes, lam.factor.shape[-1]
         # A rank above d leaves columns of zeros.
         columns = jnp.pad(columns, ((0, 0), (0, max(0, rank - columns.shape[-1]))))
-        step = -learning_rate * gradient.diagonal
-        diagonal = move_field(domain.positive(), lam.diagonal, step, form)
+        d = -learning_rate * gradient.diagonal
+        diagonal = move_field(domain.positive(), lam.diagonal, d, step)
         diagonal += jnp.sum(jnp.square(columns[:, rank:]), axis=-1)
         moved = LowRankNatural(lam.mean, diagonal, columns[:, :rank])
-        by = lam if form == "improved_old" else moved
+        by = lam if step == "improved_old" else moved
         return moved._replace(mean=lam.mean - learning_rate * self.solve(by, gradient.mean))

@@ -106,14 +106,14 @@ class MatrixGaussian(Conditional):
     There is no mu.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from blr_optax.families._conditional.matrix_gaussian import MatrixGaussian
-      >>> family = MatrixGaussian()
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> family = blr.families.get("matrix_gaussian")
       >>> lam = family.natural(
       ...     mean=jnp.zeros((2, 3)), row_precision=jnp.eye(2), column_precision=jnp.eye(3)
       ... )
       >>> loss = lambda x: 2.0 * jnp.sum((x - 1.0) ** 2)
-      >>> step = jax.jit(lambda lam: family.step(None, lam, loss, 1.0, delta=True)[1])
+      >>> estimate = blr.estimators.natural_gradient(family, loss, blr.estimators.delta())
+      >>> step = jax.jit(lambda lam: family.move(lam, estimate(None, lam)[1], 1.0))
       >>> for _ in range(6):
       ...     lam = step(lam)
       >>> print(family.mean(lam)[0], family.variance(lam)[0])
@@ -122,7 +122,7 @@ class MatrixGaussian(Conditional):
 
     Natural: ClassVar[type] = MatrixGaussianNatural
     event_ndim: ClassVar[int] = 2
-    hessians: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
+    curvatures: ClassVar[tuple[str, ...]] = ("exact", "reparameterized", "squared_gradient")
     at_means: ClassVar[bool] = True
     location: ClassVar[bool] = True
 
@@ -207,7 +207,7 @@ class MatrixGaussian(Conditional):
         loss: Callable,
         noise: Float[Array, "samples n p"],
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, MatrixGaussianNatural]:
         (_, row, column), (n, p) = lam, lam.mean.shape
         row_root, column_root = _inverse_root(row), _inverse_root(column)
@@ -217,9 +217,9 @@ class MatrixGaussian(Conditional):
             away = row_root @ z @ column_root.T
             theta = lam.mean + away
             value, slope = jax.value_and_grad(loss)(theta)
-            if hessian == "exact":
+            if curvature == "exact":
                 bent = _contract(loss, theta, u, column_root, column)
-            elif hessian == "reparameterized":
+            elif curvature == "reparameterized":
                 bent = row @ away @ slope.T, column @ away.T @ slope
             else:
                 bent = slope @ v @ slope.T, slope.T @ u @ slope
@@ -242,14 +242,14 @@ class MatrixGaussian(Conditional):
         lam: MatrixGaussianNatural,
         gradient: MatrixGaussianNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> MatrixGaussianNatural:
-        step = jax.tree.map(lambda g: -learning_rate * g, gradient)
-        row = move_field(POSITIVE, lam.row_precision, step.row_precision, form)
-        column = move_field(POSITIVE, lam.column_precision, step.column_precision, form)
-        pull = step.mean
-        if form != "improved_old":  # U G V with the new U and V
-            raw = lam.row_precision @ step.mean @ lam.column_precision
+        d = jax.tree.map(lambda g: -learning_rate * g, gradient)
+        row = move_field(POSITIVE, lam.row_precision, d.row_precision, step)
+        column = move_field(POSITIVE, lam.column_precision, d.column_precision, step)
+        pull = d.mean
+        if step != "improved_old":  # U G V with the new U and V
+            raw = lam.row_precision @ d.mean @ lam.column_precision
             pull = _transpose(_solve(column, _transpose(_solve(row, raw))))
         # Of P c and Q / c the one with equal average log eigenvalues.
         shared = _log_det(column) / column.shape[-1] - _log_det(row) / row.shape[-1]

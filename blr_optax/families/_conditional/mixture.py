@@ -10,7 +10,7 @@ With f = E + log q and q_k the k-th component the natural gradient of E_q[E] - H
 
 in the metric of the joint q(k, theta), whose Fisher matrix is block-diagonal and invertible where
 the mixture's own need not be. No pi_k remains in it (Lin, Khan and Schmidt 2019; Khan and Rue 2023,
-Sec. 3.2: at the means, with `delta=True`, it is their multimodal optimizer).
+Sec. 3.2: at the means, with `delta()`, it is their multimodal optimizer).
 """
 
 from __future__ import annotations
@@ -76,9 +76,8 @@ class Mixture(Conditional):
         family: "gaussian", or "normal" for diagonal components, or the family itself.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from blr_optax.families._conditional.mixture import Mixture
-      >>> mixture = Mixture()
+      >>> import jax, jax.numpy as jnp, blr_optax as blr
+      >>> mixture = blr.families.get("mixture")
       >>> lam = mixture.natural(
       ...     weights=jnp.array([0.5, 0.5]),
       ...     mean=jnp.array([[-1.0], [3.0]]),
@@ -87,7 +86,8 @@ class Mixture(Conditional):
       >>> print(mixture.mean(lam), mixture.variance(lam))
       [1.] [5.]
       >>> two_wells = lambda x: 10.0 * jnp.sum((x**2 - 4.0) ** 2)
-      >>> step = jax.jit(lambda lam: mixture.step(None, lam, two_wells, 0.5, delta=True)[1])
+      >>> estimate = blr.estimators.natural_gradient(mixture, two_wells, blr.estimators.delta())
+      >>> step = jax.jit(lambda lam: mixture.move(lam, estimate(None, lam)[1], 0.5))
       >>> for _ in range(50):
       ...     lam = step(lam)
       >>> print(mixture.standard(lam)["mean"][:, 0].round(2))
@@ -98,6 +98,7 @@ class Mixture(Conditional):
 
     Natural: ClassVar[type] = MixtureNatural
     at_means: ClassVar[bool] = True
+    shares_draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", get(self.family))
@@ -200,29 +201,29 @@ class Mixture(Conditional):
         loss: Callable,
         noise: Float[Array, "samples K d"],
         weights: Float[Array, " samples"],
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, MixtureNatural]:
         theta = self.family.mean(lam.components) + self.family.displace(lam.components, noise)
         count = noise.shape[1]
         # Every component averages over its own draws only.
         share = jnp.kron(jnp.eye(count, dtype=theta.dtype), weights.astype(theta.dtype))
         theta = jnp.swapaxes(theta, 0, 1).reshape(-1, theta.shape[-1])
-        return self._gradient(lam, loss, theta, share, hessian)
+        return self._gradient(lam, loss, theta, share, curvature)
 
     def natural_gradient_from(
         self,
         lam: MixtureNatural,
         loss: Callable,
         theta: Float[Array, "samples d"],
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, MixtureNatural]:
-        """`natural_gradient` from draws of the mixture itself, however they came about.
+        """`natural_gradient_at` from draws of the mixture itself, however they came about.
 
         Each draw counts for component k with N_k(theta) / q(theta): unbiased, at a variance that
         grows like 1 / pi_k.
         """
         relative = self.component_log_prob(lam, theta) - self.log_prob(lam, theta)[..., None]
-        return self._gradient(lam, loss, theta, jnp.exp(relative).T / theta.shape[0], hessian)
+        return self._gradient(lam, loss, theta, jnp.exp(relative).T / theta.shape[0], curvature)
 
     def _gradient(
         self,
@@ -230,11 +231,11 @@ class Mixture(Conditional):
         loss: Callable,
         theta: Float[Array, "N d"],
         share: Float[Array, "K N"],
-        hessian: str,
+        curvature: str,
     ) -> tuple[Array, MixtureNatural]:
         """From points and what each counts for each component: E_k[f] ~ sum_n share[k, n] f_n."""
         second = hessian_diagonal if self._diagonal else lambda f, x: jax.hessian(f)(x)
-        exact = hessian == "exact"
+        exact = curvature == "exact"
 
         def look(x: Array) -> tuple[Array, ...]:
             log_q = lambda x: self.log_prob(lam, x)  # noqa: E731
@@ -265,7 +266,7 @@ class Mixture(Conditional):
         lam: MixtureNatural,
         gradient: MixtureNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
         *,
         weight_learning_rate: Any = None,
     ) -> MixtureNatural:
@@ -273,14 +274,14 @@ class Mixture(Conditional):
 
         Args:
             lam: natural parameters.
-            gradient: from `natural_gradient`.
+            gradient: from `natural_gradient_at`.
             learning_rate: rho.
-            form: how each precision moves.
+            step: how each precision moves.
             weight_learning_rate: rho of the weights, the same by default; smaller is common.
         """
-        step = jax.tree.map(lambda g: -learning_rate * g, gradient.components)
+        d = jax.tree.map(lambda g: -learning_rate * g, gradient.components)
         rate = learning_rate if weight_learning_rate is None else weight_learning_rate
         return MixtureNatural(
-            move_gaussian(self.family, lam.components, step, form),
+            move_gaussian(self.family, lam.components, d, step),
             lam.log_odds - rate * gradient.log_odds,
         )

@@ -196,13 +196,13 @@ class SkewGaussian(Conditional):
         loss: Callable,
         noise: SkewNoise,
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, SkewGaussianNatural]:
         m, a, s = self._parts(lam)
         away = GAUSSIAN.displace(lam, noise.normal)
         theta = m + noise.shift[:, None] * a + away
         value, slope = jax.vmap(jax.value_and_grad(loss))(theta)
-        if hessian == "exact":
+        if curvature == "exact":
             h = jnp.tensordot(weights, jax.vmap(jax.hessian(loss))(theta), 1)
         else:
             h = jnp.einsum("n,de,ne,nf->df", weights, s, away, slope)
@@ -221,13 +221,13 @@ class SkewGaussian(Conditional):
         lam: SkewGaussianNatural,
         gradient: SkewGaussianNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> SkewGaussianNatural:
-        step = jax.tree.map(lambda g: -learning_rate * g, gradient)
+        d = jax.tree.map(lambda g: -learning_rate * g, gradient)
         old = GAUSSIAN.precision(lam)
-        inner = move_gaussian(GAUSSIAN, self._inner(lam), self._inner(step), form)
+        inner = move_gaussian(GAUSSIAN, self._inner(lam), self._inner(d), step)
         new = GAUSSIAN.precision(inner)
         a = solve(old, lam.skew)
-        change = step.skew + 2.0 * matvec(step.quadratic, a)
-        a = a + solve(old if form == "improved_old" else new, change)
+        change = d.skew + 2.0 * matvec(d.quadratic, a)
+        a = a + solve(old if step == "improved_old" else new, change)
         return SkewGaussianNatural(inner.linear, matvec(new, a), inner.quadratic)

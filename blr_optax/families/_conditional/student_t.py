@@ -183,13 +183,13 @@ class StudentT(Conditional):
         loss: Callable,
         noise: StudentTNoise,
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, StudentTNatural]:
         s, a = GAUSSIAN.precision(lam), lam.shape
         away = jnp.exp(0.5 * noise.log_scale)[:, None] * GAUSSIAN.displace(lam, noise.normal)
         theta = self.mean(lam) + away
         value, slope = jax.vmap(jax.value_and_grad(loss))(theta)
-        if hessian == "exact":
+        if curvature == "exact":
             scaled = weights * jnp.exp(noise.log_scale)
             h = jnp.tensordot(scaled, jax.vmap(jax.hessian(loss))(theta), 1)
         else:
@@ -205,9 +205,9 @@ class StudentT(Conditional):
         lam: StudentTNatural,
         gradient: StudentTNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> StudentTNatural:
-        step = jax.tree.map(lambda g: -learning_rate * g, gradient)
-        inner = move_gaussian(GAUSSIAN, self._inner(lam), self._inner(step), form)
-        shape = move_field(domain.positive(), lam.shape, step.shape, form)
+        d = jax.tree.map(lambda g: -learning_rate * g, gradient)
+        inner = move_gaussian(GAUSSIAN, self._inner(lam), self._inner(d), step)
+        shape = move_field(domain.positive(), lam.shape, d.shape, step)
         return StudentTNatural(inner.linear, inner.quadratic, shape)

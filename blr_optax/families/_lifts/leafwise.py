@@ -73,7 +73,7 @@ class Leafwise(Independent, Conditional):
         return cls(family, treedef, tuple(jnp.shape(leaf) for leaf in leaves))
 
     location = property(lambda self: self.family.location)
-    hessians = property(lambda self: self.family.hessians)
+    curvatures = property(lambda self: self.family.curvatures)
     at_means = property(lambda self: self.family.at_means)
 
     def matrices(self, theta: Any) -> list[Array]:
@@ -119,7 +119,7 @@ class Leafwise(Independent, Conditional):
         loss: Callable,
         noise: tuple,
         weights: Array,
-        hessian: str = "exact",
+        curvature: str = "exact",
     ) -> tuple[Array, LeafwiseNatural]:
         """Draw by draw, and leaf by leaf with the others held at the draw."""
         one = jnp.ones((1,), weights.dtype)
@@ -135,7 +135,7 @@ class Leafwise(Independent, Conditional):
                     return loss(self.tree([*drawn[:i], x, *drawn[i + 1 :]]))
 
                 return self.family.natural_gradient_at(
-                    lam.members[i], with_others, z[i][None], one, hessian
+                    lam.members[i], with_others, z[i][None], one, curvature
                 )
 
             found = [alone(i) for i in range(len(drawn))]
@@ -149,8 +149,8 @@ class Leafwise(Independent, Conditional):
         lam: LeafwiseNatural,
         gradient: LeafwiseNatural,
         learning_rate: Any,
-        form: str = "auto",
+        step: str = "auto",
     ) -> LeafwiseNatural:
         pairs = zip(lam.members, gradient.members, strict=True)
-        moved = [self.family.move(member, d, learning_rate, form) for member, d in pairs]
+        moved = [self.family.move(member, d, learning_rate, step) for member, d in pairs]
         return LeafwiseNatural(tuple(moved))

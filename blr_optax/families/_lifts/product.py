@@ -49,7 +49,7 @@ class Product(Independent, Family):
     Standard parameters: per factor, a dict of its own standard parameters, or its lambda.
 
     lambda: parts = dict of every factor's lambda. mu: parts = dict of every factor's mu: a loss of
-    mu for `estimators.exact()` reads `mu.parts["mean"].linear`.
+    mu for `estimators.closed_form()` reads `mu.parts["mean"].linear`.
 
     Attributes:
         factors: (name, family) pairs, sorted by name; given as a dict of families or their

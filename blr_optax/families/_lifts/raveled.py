@@ -151,21 +151,14 @@ class Raveled(Density):
         return lambda theta: loss(self.unravel(theta))
 
     def natural_gradient_at(
-        self, lam: Any, loss: Callable, noise: Any, weights: Array, *how: Any, **options: Any
+        self, lam: Any, loss: Callable, noise: Any, weights: Array, curvature: str = "exact"
     ) -> tuple[Array, Any]:
-        return self.family.natural_gradient_at(
-            lam, self._flat(loss), noise, weights, *how, **options
-        )
+        return self.family.natural_gradient_at(lam, self._flat(loss), noise, weights, curvature)
 
     def natural_gradient_from(
-        self, lam: Any, loss: Callable, theta: Any, *how: Any, **options: Any
+        self, lam: Any, loss: Callable, theta: Any, curvature: str = "exact"
     ) -> tuple[Array, Any]:
         """As a mixture's, from draws that are trees."""
         return self.family.natural_gradient_from(
-            lam, self._flat(loss), self.ravel(theta), *how, **options
+            lam, self._flat(loss), self.ravel(theta), curvature
         )
-
-    def natural_gradient(
-        self, key: Any, lam: Any, loss: Callable, *how: Any, **options: Any
-    ) -> Any:
-        return self.family.natural_gradient(key, lam, self._flat(loss), *how, **options)

@@ -1,0 +1,96 @@
+"""Where `blr_update` starts: the family over a tree of parameters, and its first lambda."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blr_optax import _tree
+from blr_optax._distribution import Posterior
+from blr_optax.families import Density, Leafwise, MeanField, Product, Raveled, SideBySide, get
+
+
+def family_over(family: str | Density, params: Any) -> Density:
+    """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
+
+    Matrix families are one per leaf.
+
+    Other families take what they sample: a vector, a matrix, a NamedTuple, or batches of these.
+    """
+    family = get(family)
+    if isinstance(family, (MeanField, Raveled, Leafwise, Product, SideBySide)):
+        return family
+    if family.conditional:
+        leaves = jax.tree.leaves(params)
+        one = jax.tree_util.all_leaves([params]) or not leaves
+        if family.event_ndim == 2 and leaves:
+            is_matrix = one and jnp.ndim(params) == 2
+            return family if is_matrix else Leafwise.like(family, params)
+        return family if one else Raveled.like(family, params)
+    if family.elementwise:
+        return MeanField(family)
+    is_vector = isinstance(params, jax.Array) and params.ndim == 1
+    return Raveled.like(family, params) if family.location and not is_vector else family
+
+
+def first_natural(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
+    """The first lambda: `init`, else centred at params, else the prior."""
+    # Copies: a state that held the parameters themselves would be donated with them.
+    params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
+    if init is not None:
+        return jax.tree.map(jnp.array, init.natural)
+    if family.location:
+        return family.natural_at(params, None if prior is None else prior.natural)
+    if prior is not None:
+        return jax.tree.map(jnp.array, prior.natural)
+    lifted = isinstance(family, MeanField)
+    name = type(family.family if lifted else family).__name__
+    tree = f"; over a tree it is Posterior(MeanField({name}()), ...)" if lifted else ""
+    ways = "init= or prior=" if family.exponential else "init="
+    raise ValueError(
+        f"blr_update: {name} has no location to centre at params; pass {ways}, a Posterior of the "
+        f"family{tree}."
+    )
+
+
+def check_like(name: str, given: Posterior | None, family: Any, params: Any) -> None:
+    """Raises ValueError when a posterior argument does not fit the family and the parameters."""
+    if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
+        return
+    if not isinstance(given, Posterior):
+        raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
+    if not isinstance(given.natural, family.Natural):
+        raise ValueError(
+            f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
+            f"params has {family.Natural.__name__}."
+        )
+    if not family.location:
+        return  # nothing to compare with: `check_params` compares the mean
+    like = jax.eval_shape(lambda p: first_natural(family, p, None, None), params)
+    check_shapes(name, given, like)
+
+
+def check_shapes(name: str, given: Posterior, like: Any) -> None:
+    """Raises ValueError when a posterior argument is not shaped like lambda."""
+    found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
+    if found != wanted:
+        raise ValueError(
+            f"{name}: its natural parameters have structure and shapes {found}; the family over "
+            f"params has {wanted}."
+        )
+
+
+def check_params(family: Any, natural: Any, params: Any) -> None:
+    """Raises ValueError when the parameters are not shaped like q's mean."""
+    if not jax.tree.leaves(params):
+        return
+    mean = jax.eval_shape(family.mean, natural)
+    shapes = [jax.tree.map(jnp.shape, x) for x in (mean, params)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "blr_update: params must be like the mean of q, with structure and shapes "
+            f"{shapes[0]}; got {shapes[1]}. Start from params = q.mean, q being init= or prior=; "
+            "over a tree q is a Posterior of MeanField(family)."
+        )
