@@ -29,7 +29,6 @@ from blr_optax._random import (
     canonical_key,
     check_generator,
     standard_logistic,
-    step_key,
 )
 from blr_optax._validate import (
     at,
@@ -43,6 +42,7 @@ from blr_optax.rule import PointRule, with_posterior
 from blr_optax.rule._natural_step import own_part, spread
 from blr_optax.state import Rule
 from blr_optax.state._reader import check_transformation
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -286,12 +286,9 @@ def bayesbinn(
         like = state.momentum.ema
         grads = _tree.matching_leaves(updates, like, "grads")
         if curvature is None:
-            noise = rule.noise(state, step_key(state.key, state.count))
-            curvature = rule.statistic(state, params, None, grads, noise)
-        in_mu, grads = (
-            jax.tree.map(lambda v, c: c.astype(v.dtype), like, x)
-            for x in (_tree.matching_leaves(curvature, like, "curvature"), grads)
-        )
+            curvature = rule.statistic(state, params, None, grads, noise_of(state))
+        curvature = _tree.matching_leaves(curvature, like, "curvature")
+        in_mu, grads = (optax.tree.cast_like(x, like) for x in (curvature, grads))
         finite = squares_finite(grads, in_mu)
         prior_ = state.prior if jax.tree.leaves(state.prior) else jax.tree.map(lambda _: 0.0, like)
 

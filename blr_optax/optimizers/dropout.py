@@ -23,7 +23,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import canonical_key, standard_normal, step_key
+from blr_optax._random import canonical_key, standard_normal
 from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
 from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
@@ -33,6 +33,7 @@ from blr_optax.state._reader import (
     check_transformation,
     refuse_own_weights,
 )
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -155,7 +156,8 @@ def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> 
     below = jax.scipy.special.ndtri(state.keep)
 
     def leaf(path: Any, *leaves: Array) -> Array:
-        shape = state.units.shapes[name := _tree.leaf_name(path)]
+        name = _tree.leaf_name(path)
+        shape = state.units.shapes[name]
         if shape is None:
             return fun(None, *leaves)
         u = normals[name][tuple(slice(n) for n in shape)]
@@ -288,8 +290,7 @@ def dropout(
         if params is None:
             raise ValueError("dropout: update needs params, update(grads, state, params).")
         if curvature is None:
-            noise = rule.noise(state, step_key(state.key, state.count))
-            curvature = rule.statistic(state, params, None, updates, noise)
+            curvature = rule.statistic(state, params, None, updates, noise_of(state))
         else:
             curvature = _tree.matching_leaves(curvature, params, "curvature")
         wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)

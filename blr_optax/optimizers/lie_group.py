@@ -38,7 +38,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Posterior
-from blr_optax._random import canonical_key, check_generator, standard_normal, step_key
+from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._validate import (
     at,
     check_positive,
@@ -57,6 +57,7 @@ from blr_optax.optimizers._posteriors.moved_noise import (
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
 from blr_optax.rule._precision import filled
 from blr_optax.state import Rule
+from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -110,11 +111,6 @@ class LieAffineState(NamedTuple):
     skipped: Array
 
 
-def wide(like: Any, tree: Any) -> Any:
-    """A tree in the dtypes of another: those of the statistics."""
-    return jax.tree.map(lambda p, x: x.astype(p.dtype), like, tree)
-
-
 @dataclasses.dataclass(frozen=True)
 class AdditiveRule(Rule):
     """theta = m + s n: how a `LieAdditiveState` is read.
@@ -155,7 +151,7 @@ class AdditiveRule(Rule):
 
     def posterior(self, state: Any, params: Any) -> Posterior:
         """The law of theta: a normal where the noise is, else a location-scale family."""
-        mean, scale = wide(self.like(state), params), self.scale(state)
+        mean, scale = optax.tree.cast_like(params, self.like(state)), self.scale(state)
         if self.law == SYMMETRIC["gaussian"]:
             family = MeanField(Normal())
             precision = jax.tree.map(lambda s: 1.0 / (s * s), scale)
@@ -178,34 +174,45 @@ class AffineRule(AdditiveRule):
 
     def curvature(self, state: LieAffineState, params: Any, weights: Any, grads: Any) -> Any:
         """A s n g from the displacement actually made; for normal noise of mean (A s)^2 E[hess]."""
-        params, weights, grads = (wide(state.spread, x) for x in (params, weights, grads))
+        params, weights, grads = (
+            optax.tree.cast_like(x, state.spread) for x in (params, weights, grads)
+        )
         return jax.tree.map(lambda m, w, g: (w - m) * g, params, weights, grads)
 
 
 # What the updates share.
 
 
-def evidence(
-    who: str, like: Any, updates: Any, state: Any, params: Any, curvature: Any, needed: bool = True
-) -> tuple[Array, Any, Any]:
-    """(whether all is finite, gradients, statistic), the last two zero where it is not."""
+def gradients(who: str, like: Any, updates: Any, params: Any) -> Any:
+    """The gradients of the leaves in `like`, in its dtypes.
+
+    Raises:
+        ValueError: without params, or for another structure.
+    """
     if params is None:
         raise ValueError(f"{who}: update needs params, update(grads, state, params).")
-    grads = wide(like, _tree.matching_leaves(updates, like, "grads"))
-    axes = state.rule.noise_axes
-    if needed and curvature is not None:
-        curvature = wide(like, _tree.matching_leaves(curvature, like, "curvature", leading=axes))
-        if axes:
-            jax.tree.map(lambda c: check_pair("curvature", c), curvature)
-    else:
-        curvature = None
-    finite = squares_finite(grads, curvature)
-    grads, curvature = zero_unless(finite, (grads, curvature))
-    if needed and curvature is None:
-        noise = state.rule.noise(state, step_key(state.key, state.count))
+    return optax.tree.cast_like(_tree.matching_leaves(updates, like, "grads"), like)
+
+
+def gated_evidence(
+    grads: Any, like: Any, state: Any, params: Any, curvature: Any
+) -> tuple[Array, Any, Any]:
+    """(finite, gradients, statistic), the last two zero unless all their entries are finite.
+
+    A statistic that is not given is derived from the gradients and this step's noise.
+    """
+    if curvature is None:
+        finite = squares_finite(grads)
+        grads, noise = zero_unless(finite, grads), noise_of(state)
         weights = state.rule.weights(state, params, noise)
-        curvature = state.rule.statistic(state, params, weights, grads, noise)
-    return finite, grads, curvature
+        return finite, grads, state.rule.statistic(state, params, weights, grads, noise)
+    axes = state.rule.noise_axes
+    curvature = _tree.matching_leaves(curvature, like, "curvature", leading=axes)
+    curvature = optax.tree.cast_like(curvature, like)
+    if axes:
+        jax.tree.map(lambda c: check_pair("curvature", c), curvature)
+    finite = squares_finite(grads, curvature)
+    return finite, *zero_unless(finite, (grads, curvature))
 
 
 def check_pair(name: str, leaf: Array) -> None:
@@ -320,7 +327,9 @@ def lie_additive(
         updates: Any, state: LieAdditiveState, params: Any = None, **extra: Any
     ) -> tuple[Any, LieAdditiveState]:
         like = state.momentum.ema
-        finite, grads, _ = evidence("lie_additive", like, updates, state, params, None, False)
+        grads = gradients("lie_additive", like, updates, params)
+        finite = squares_finite(grads)
+        grads = zero_unless(finite, grads)
         decay = _spread_decay(weight_decay, like, state.count)
         grads = jax.tree.map(lambda g, d, m: g + d * m.astype(g.dtype), grads, decay, params)
         averaged, average = average_of(momentum, grads, state.momentum, finite)
@@ -434,9 +443,8 @@ def lie_affine(
         curvature: Any = None,
         **extra: Any,
     ) -> tuple[Any, LieAffineState]:
-        finite, grads, products = evidence(
-            "lie_affine", state.spread, updates, state, params, curvature
-        )
+        grads = gradients("lie_affine", state.spread, updates, params)
+        finite, grads, products = gated_evidence(grads, state.spread, state, params, curvature)
         decay = _spread_decay(weight_decay, state.spread, state.count)
 
         def turn(a: Array, c: Array, d: Array) -> Array:
@@ -538,7 +546,8 @@ class MultiplicativeRule(Rule):
             n = self.law.of_normal(z)
             return jnp.stack([plus * n[0] * g, -minus * n[1] * g])
 
-        return jax.tree.map(pair, state.plus, state.minus, wide(state.plus, grads), noise)
+        grads = optax.tree.cast_like(grads, state.plus)
+        return jax.tree.map(pair, state.plus, state.minus, grads, noise)
 
     def posterior(self, state: LieMultiplicativeState, params: Any) -> Posterior:
         """The law of g+ n+ - g- n-."""
@@ -640,9 +649,8 @@ def lie_multiplicative(
         curvature: Any = None,
         **extra: Any,
     ) -> tuple[Any, LieMultiplicativeState]:
-        finite, _, products = evidence(
-            "lie_multiplicative", state.plus, updates, state, params, curvature
-        )
+        grads = gradients("lie_multiplicative", state.plus, updates, params)
+        finite, _, products = gated_evidence(grads, state.plus, state, params, curvature)
         decay = _spread_decay(weight_decay, state.plus, state.count)
 
         def turn(side: int) -> Callable:

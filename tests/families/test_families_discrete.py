@@ -14,6 +14,7 @@ from scipy import special, stats
 from tools import close, compiled, load_golden
 
 from blr_optax.families import Family
+from blr_optax.families._discrete.bernoulli import softplus
 from blr_optax.families._numerics import log_factorial as lf
 
 ROUNDINGS = 100  # the accuracy bar, in roundings of what is given
@@ -394,6 +395,20 @@ def test_choices_with_logits_of_700_in_both_precisions(dtype, family):
     close(found["kl"], divergence, rtol=1e-6)
     close(found["none"], 0.0, atol=0)
     check_finite(found["slopes"])
+
+
+def test_softplus_and_its_derivatives_keep_their_digits_in_float32():
+    x = np.linspace(-80.0, 80.0, 2001, dtype=np.float32)
+    wide = x.astype(np.float64)
+    p, not_p = special.expit(wide), special.expit(-wide)
+
+    @jax.jit
+    def derivatives(x):
+        slope = jax.grad(softplus)
+        return [jax.vmap(f)(x) for f in (softplus, slope, jax.grad(slope))]
+
+    for found, wanted in zip(derivatives(x), (np.logaddexp(0, wide), p, p * not_p), strict=True):
+        close(found, wanted, rtol=4e-7)
 
 
 def kl_in_mpmath(p, q):
