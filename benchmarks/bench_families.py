@@ -192,7 +192,7 @@ def bench(rounds):
 
 
 def rows(table):
-    """Family, function and library -> ratio, ours over theirs."""
+    """ExponentialFamily, function and library -> ratio, ours over theirs."""
     return {
         f"{family}: {what} / {library}": ratio
         for family, functions in table.items()

@@ -92,7 +92,7 @@ SECOND = (3e-3, 1e-2, 3e-2, 1e-1)
 ROWS: dict[str, Row] = {
     "optax.adamw": Row(
         lambda lr, n: blr.with_posterior(
-            optax.adamw(lr, weight_decay=1.0 / n), blr.optimizers.gradient.StepSizeRule(),
+            optax.adamw(lr, weight_decay=1.0 / n), blr.optimizers.gradient.StepSizeReader(),
             ess=n, step_size=1.0,
         ),
         ADAPTIVE, sampled=False,

@@ -4,7 +4,7 @@ lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
 from blr_optax import estimators, families, metrics, plots, rule, state
-from blr_optax._distribution import Posterior, distribution
+from blr_optax._distribution import Distribution, distribution
 from blr_optax._predict import Predictive, binary_link, predict, predict_regression
 from blr_optax._table import TableRow, table
 from blr_optax.interop import TorchIvon, from_torch_ivon, to_torch_ivon
@@ -30,6 +30,7 @@ from blr_optax.optimizers import (
     newton,
     ogn,
     online_newton,
+    orthogonalize,
     random_signs,
     rmsprop,
     sam,
@@ -41,7 +42,6 @@ from blr_optax.optimizers import (
     variational_online_newton,
     vogn,
     vprop,
-    whiten,
 )
 from blr_optax.per_example import PerExample, explain, per_example, per_example_dot
 
@@ -65,7 +65,7 @@ __all__ = [
     "Diagnostics",
     "Estimate",
     "PerExample",
-    "Posterior",
+    "Distribution",
     "Predictive",
     "StepInfo",
     "TableRow",
@@ -125,6 +125,6 @@ __all__ = [
     "variational_online_newton",
     "vogn",
     "vprop",
-    "whiten",
+    "orthogonalize",
     "with_posterior",
 ]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from blr_optax._random import canonical_key
 from blr_optax._validate import holds
-from blr_optax.families import Density, MeanField, get
+from blr_optax.families import Family, MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Posterior:
+class Distribution:
     """A member of an exponential family: a pytree whose leaves are its natural parameters.
 
     Attributes:
@@ -33,21 +33,21 @@ class Posterior:
     Example:
       >>> import blr_optax as blr
       >>> normal = blr.families.get("normal")
-      >>> prior = blr.Posterior(normal, normal.natural(mean=0.0, precision=1.0))
-      >>> site = blr.Posterior(normal, normal.natural(mean=2.0, precision=3.0))
+      >>> prior = blr.Distribution(normal, normal.natural(mean=0.0, precision=1.0))
+      >>> site = blr.Distribution(normal, normal.natural(mean=2.0, precision=3.0))
       >>> q = prior * site
       >>> print(q.mean, q.variance, (q / site).mean)
       1.5 0.25 0.0
     """
 
-    family: Density = dataclasses.field(metadata={"static": True})
+    family: Family = dataclasses.field(metadata={"static": True})
     natural: Any
 
     def __post_init__(self) -> None:
         """Catches a name in place of a family; natural may be anything while jax builds trees."""
         if isinstance(self.family, str):
             raise ValueError(
-                f"Posterior: family={self.family!r} is a name; give the family itself, "
+                f"Distribution: family={self.family!r} is a name; give the family itself, "
                 f"families.get({self.family!r})."
             )
 
@@ -60,7 +60,7 @@ class Posterior:
         """lambda, after an eager check; traced ones go unchecked, `proper` tells."""
         if not holds(self.family.in_domain, self.natural):
             raise ValueError(
-                f"Posterior.{what}: the natural parameters are outside the domain of "
+                f"Distribution.{what}: the natural parameters are outside the domain of "
                 f"{type(self.family).__name__}, so this is no density. A site may be improper: "
                 "multiply it by a prior first."
             )
@@ -97,16 +97,17 @@ class Posterior:
         """H(q) in nats."""
         return self.family.entropy(self._proper("entropy"))
 
-    def kl(self, other: Posterior) -> Float[Array, ...]:
+    def kl(self, other: Distribution) -> Float[Array, ...]:
         """KL(q || other) in nats."""
         self._same_family(other, "kl")
         return self.family.kl(self._proper("kl"), other._proper("kl"))
 
     def _same_family(self, other: Any, what: str) -> None:
-        if not isinstance(other, Posterior) or other.family != self.family:
-            found = other.family if isinstance(other, Posterior) else type(other).__name__
+        if not isinstance(other, Distribution) or other.family != self.family:
+            found = other.family if isinstance(other, Distribution) else type(other).__name__
             raise ValueError(
-                f"Posterior: {what} needs two members of one family; got {self.family} and {found}."
+                f"Distribution: {what} needs two members of one family; got {self.family} and "
+                f"{found}."
             )
         ours, theirs = (jax.tree.leaves(x.natural) for x in (self, other))
         for a, b in zip(ours, theirs, strict=False):
@@ -114,31 +115,31 @@ class Posterior:
                 jnp.broadcast_shapes(jnp.shape(a), jnp.shape(b))
             except ValueError:
                 raise ValueError(
-                    f"Posterior: {what} needs members of one size; their natural parameters have "
-                    f"shapes {jnp.shape(a)} and {jnp.shape(b)}."
+                    f"Distribution: {what} needs members of one size; their natural parameters "
+                    f"have shapes {jnp.shape(a)} and {jnp.shape(b)}."
                 ) from None
         self.family.check_sizes(self.natural, other.natural)
 
-    def __mul__(self, other: Posterior) -> Posterior:
+    def __mul__(self, other: Distribution) -> Distribution:
         """The (unnormalised) product of two densities: lambda1 + lambda2."""
         self._same_family(other, "*")
-        return Posterior(
+        return Distribution(
             self.family, self.family.combine((1.0, self.natural), (1.0, other.natural))
         )
 
-    def __truediv__(self, other: Posterior) -> Posterior:
+    def __truediv__(self, other: Distribution) -> Distribution:
         """The (unnormalised) quotient: lambda1 - lambda2."""
         self._same_family(other, "/")
-        return Posterior(
+        return Distribution(
             self.family, self.family.combine((1.0, self.natural), (-1.0, other.natural))
         )
 
-    def __pow__(self, a: float) -> Posterior:
+    def __pow__(self, a: float) -> Distribution:
         """The (unnormalised) power q^a: a lambda."""
-        return Posterior(self.family, self.family.combine((a, self.natural)))
+        return Distribution(self.family, self.family.combine((a, self.natural)))
 
 
-def distribution(family: str | Density, **standard: Any) -> Posterior:
+def distribution(family: str | Family, **standard: Any) -> Distribution:
     """Return a distribution, from the name of its family and its standard parameters.
 
     q(theta) = q_lambda(theta),  lambda = natural(**standard).
@@ -166,4 +167,4 @@ def distribution(family: str | Density, **standard: Any) -> Posterior:
     given = [x for x in standard.values() if x is not None and type(x) not in (list, tuple)]
     if getattr(chosen, "elementwise", False) and not jax.tree_util.all_leaves(given):
         chosen = MeanField(chosen)
-    return Posterior(chosen, chosen.natural(**standard))
+    return Distribution(chosen, chosen.natural(**standard))

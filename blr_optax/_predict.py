@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """What a posterior must offer here: `blr_optax.Posterior`, an ensemble, an MCMC trace."""
+    """What a posterior must offer here: `blr_optax.Distribution`, an ensemble, an MCMC trace."""
 
     def sample(self, key: Key[Array, ""], shape: tuple[int, ...]) -> PyTree:
         """Draw weights with leading axes `shape`."""

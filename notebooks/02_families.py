@@ -87,8 +87,8 @@ def energy(mu: Any, y: jax.Array) -> jax.Array:
     return -jnp.sum(y * mu.log - mu.linear)
 
 
-prior = blr.Posterior(gamma, gamma.natural(concentration=2.0, rate=1.0))
-start = blr.Posterior(gamma, gamma.natural(concentration=0.3, rate=5.0))
+prior = blr.Distribution(gamma, gamma.natural(concentration=2.0, rate=1.0))
+start = blr.Distribution(gamma, gamma.natural(concentration=0.3, rate=5.0))
 bayes = blr.blr_update(
     "gamma", energy, 1.0, prior=prior, init=start, estimator=estimators.closed_form()
 )
@@ -168,7 +168,7 @@ class RayleighExpectation(NamedTuple):
 
 @families.register("rayleigh")
 @dataclasses.dataclass(frozen=True)
-class Rayleigh(families.Family):
+class Rayleigh(families.ExponentialFamily):
     """log q(x) = log x - 2 log s - x^2 / (2 s^2)."""
 
     Natural: ClassVar[type] = RayleighNatural
@@ -231,7 +231,7 @@ tx = blr.blr_update(
     "rayleigh",
     lambda x: (x - 2.0) ** 2,
     optax.exponential_decay(0.3, 50, 0.3),
-    init=blr.Posterior(rayleigh, one),
+    init=blr.Distribution(rayleigh, one),
     estimator=estimators.pathwise(200),
 )
 params = rayleigh.mean(one)
@@ -266,7 +266,7 @@ def two_modes(theta: jax.Array) -> jax.Array:
 
 
 mixture = families.get("mixture", family=families.get("gaussian"))
-first = blr.Posterior(
+first = blr.Distribution(
     mixture,
     mixture.natural(
         weights=jnp.array([0.5, 0.5]),

@@ -316,7 +316,7 @@ def settle(deviation: jax.Array) -> jax.Array:
         "gaussian_fixed",
         lambda mu: smoothed(mu.linear[0], deviation**2),
         0.002 * precision,
-        init=blr.Posterior(family, family.natural(mean=start, precision=precision * jnp.eye(1))),
+        init=blr.Distribution(family, family.natural(mean=start, precision=precision * jnp.eye(1))),
         estimator=blr.estimators.closed_form(),
     )
 

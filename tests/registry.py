@@ -188,7 +188,7 @@ class Row:
 
 def _prior(scale):
     family = blr.families.get("gaussian_diagonal")
-    return blr.Posterior(family, family.natural(mean=make_params(), precision=scale))
+    return blr.Distribution(family, family.natural(mean=make_params(), precision=scale))
 
 
 # Two samples, so that compiling the loss's Hessian is all that these rows cost.
@@ -270,7 +270,7 @@ ROWS = [
         "precision",
         lambda learning_rate, **k: optax.chain(
             blr.evon(1.0, refresh_every=2, max_size=2, **k),
-            blr.whiten(),
+            blr.orthogonalize(),
             optax.scale_by_learning_rate(learning_rate, flip_sign=False),
         ),
         _IVON,
@@ -456,13 +456,13 @@ def one_step(row, tx, params, state, batch, **extra):
 def core(state):
     """The state with key, count and precision, of the only posterior in an optimizer state."""
     (found,) = posterior_states(state, "test")
-    return found.rule.core(found)
+    return found.reader.core(found)
 
 
 def with_core(state, **fields):
     """An optimizer state whose posterior states have other fields in their core."""
     return map_posterior_states(
-        lambda s: s.rule.with_core(s, s.rule.core(s)._replace(**fields)), state
+        lambda s: s.reader.with_core(s, s.reader.core(s)._replace(**fields)), state
     )
 
 

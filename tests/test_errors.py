@@ -76,8 +76,8 @@ def ivon_state(params=None):
         (lambda: blr.low_rank_newton(mean_loss, 0.1, 2, init_precision={}), ["init_precision"]),
         (lambda: blr.random_signs(jax.random.key(0), make_params(), abs), ["scale", "schedule"]),
         (lambda: blr.random_signs(make_params(), jax.random.key(0)), ["key", "dict"]),
-        (lambda: blr.ste(0.1, inner=blr.ivon(0.1, 5.0)).init(make_params()), ["PrecisionRule"]),
-        (lambda: blr.dropout(blr.sam(0.1), 0.5).init(make_params()), ["dropout", "SamRule"]),
+        (lambda: blr.ste(0.1, inner=blr.ivon(0.1, 5.0)).init(make_params()), ["PrecisionReader"]),
+        (lambda: blr.dropout(blr.sam(0.1), 0.5).init(make_params()), ["dropout", "SamReader"]),
         (lambda: blr.dropout(blr.sgd(0.1), 0.5, mask="b").init(make_params()), ["mask", "'b'"]),
         (lambda: blr.predict(jax.random.key(0), make_params(), lambda p, x: x, 1.0), ["sample("]),
     ],
@@ -131,7 +131,7 @@ def test_wrong_trees(name, how):
             noise = jax.tree.map(lambda x: jnp.asarray(x)[None], wrong)
             blr.estimate(mean_loss, state, params, *make_batch(), noise=noise)
         else:
-            q = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=wrong, precision=1.0))
+            q = blr.Distribution(DIAGONAL, DIAGONAL.natural(mean=wrong, precision=1.0))
             blr.ivon(0.1, 5.0, **{name: q}).init(params)
     assert "'b'" in str(error.value)
 
@@ -158,10 +158,10 @@ def test_prefix_trees_must_reach_every_leaf(name):
 
 def test_priors_of_another_kind():
     gaussian = blr.families.get("gaussian")
-    full = blr.Posterior(gaussian, gaussian.natural(mean=jnp.zeros(2), precision=jnp.eye(2)))
+    full = blr.Distribution(gaussian, gaussian.natural(mean=jnp.zeros(2), precision=jnp.eye(2)))
     with pytest.raises(ValueError, match=r"prior.*mean-field"):
         blr.ivon(0.1, 5.0, prior=full).init(jnp.zeros(2))
-    with pytest.raises(ValueError, match=r"prior.*Posterior"):
+    with pytest.raises(ValueError, match=r"prior.*Distribution"):
         blr.ivon(0.1, 5.0, prior=1.0).init(jnp.zeros(2))
     with pytest.raises(ValueError, match="prior"):
         blr.blr_update("gaussian", lambda w: w @ w, 0.1, prior=full).init(jnp.zeros(3))
@@ -216,7 +216,7 @@ def test_joint_posterior_beside_others():
 
 def test_functions_under_families_without_an_estimator():
     @blr.families.register("test_errors_poisson_like")
-    class PoissonLike(blr.families.Family):
+    class PoissonLike(blr.families.ExponentialFamily):
         """A family that is not Gaussian."""
 
         Natural = blr.families.GaussianNatural
@@ -260,8 +260,8 @@ def test_priors_of_rows_that_take_the_loss(make):
     loss = lambda p: 0.5 * jnp.sum((p["w"] - 1.0) ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
     params = {"w": np.zeros((2, 2), np.float32), "b": np.ones(2, np.float32)}
     normal = blr.families.get("normal")
-    one = blr.Posterior(normal, normal.natural(mean=0.0, precision=2.0))
-    tree = blr.Posterior(
+    one = blr.Distribution(normal, normal.natural(mean=0.0, precision=2.0))
+    tree = blr.Distribution(
         DIAGONAL, DIAGONAL.natural(mean=jax.tree.map(np.zeros_like, params), precision=2.0)
     )
     steps = []
@@ -269,9 +269,9 @@ def test_priors_of_rows_that_take_the_loss(make):
         tx = make(loss, 0.3, prior=prior)
         steps.append(jax.jit(lambda p, tx=tx: tx.update(None, tx.init(p), p)[0])(params))
     jax.tree.map(np.testing.assert_array_equal, *steps)
-    part = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean={"w": params["w"]}, precision=2.0))
+    part = blr.Distribution(DIAGONAL, DIAGONAL.natural(mean={"w": params["w"]}, precision=2.0))
     stacked = jax.tree.map(lambda x: np.stack([x, x]), params)
-    many = blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=stacked, precision=2.0))
+    many = blr.Distribution(DIAGONAL, DIAGONAL.natural(mean=stacked, precision=2.0))
     for wrong, words in (
         (part, r"prior.*\(2, 2\)"),
         (many, r"prior.*\(2, 2, 2\)"),
@@ -298,7 +298,7 @@ def test_points_skip_what_is_not_finite(tx):
     state = jax.jit(tx.init)(params)
     good = jax.tree.map(np.ones_like, params)
     bad = {**good, "b": good["b"] * np.float32(np.nan)}
-    extra = {"curvature": good} if state.rule.adversarial else {}
+    extra = {"curvature": good} if state.reader.adversarial else {}
     _, state = update(good, state, params, **extra)
     updates, after = update(bad, state, params, **extra)
     assert all(not np.any(u) for u in jax.tree.leaves(updates))

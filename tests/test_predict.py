@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from blr_optax import Posterior, families, metrics
+from blr_optax import Distribution, families, metrics
 from blr_optax._predict import binary_link, predict, predict_regression
 
 KEY = jax.random.key(3)
@@ -176,7 +176,7 @@ def test_a_sharded_batch_gives_the_same_numbers(axis_type):
 def test_a_posterior_over_a_pytree(x64):
     family = families.MeanField(families.get("normal"))
     mean = {"w": np.array([[1.0, -1.0], [0.5, 2.0]]), "b": np.array([0.0, 1.0])}
-    q = Posterior(family, family.natural(mean=mean, precision=4.0))
+    q = Distribution(family, family.natural(mean=mean, precision=4.0))
     x = np.array([[1.0, 2.0], [-1.0, 0.5]])
     apply = lambda weights, x: x @ weights["w"] + weights["b"]  # noqa: E731
     expected = np.mean(split_of(stored_outputs(q, apply, x, 12))[0], 0)

@@ -26,7 +26,7 @@ from blr_optax.estimators._estimator import (
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax.families import Family
+    from blr_optax.families import ExponentialFamily
 
 LARGEST_TABLE = 2**20
 BLOCK = 1024  # losses evaluated at a time
@@ -38,7 +38,7 @@ class Enumeration(Estimator):
 
     total: int | None = None
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         if not family.enumerable:
             raise ValueError(
                 f"enumeration: {type(family).__name__} has no finite support; use {others(family)}."
@@ -50,7 +50,7 @@ class Enumeration(Estimator):
             )
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """grad_mu sum_x l(x) prod_j P_j(x_j; mu)."""
         mu = family.expectation(lam)
@@ -99,7 +99,7 @@ class Concrete(Estimator):
     temperature: float
     samples: int
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         if not family.relaxable:
             raise ValueError(
                 f"concrete: {type(family).__name__} has no relaxation; known for bernoulli, "
@@ -107,7 +107,7 @@ class Concrete(Estimator):
             )
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
         key = check_key("concrete", key)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax.families import Conditional, Family
+    from blr_optax.families import ConditionalFamily, ExponentialFamily
 
 
 class Estimator:
@@ -35,16 +35,16 @@ class Estimator:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         """Raises ValueError when this estimator does not apply to the family."""
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """(E_q[l], grad_mu E_q[l]), the gradient of the family's natural type."""
         raise NotImplementedError
 
-    def check_conditional(self, family: Conditional) -> None:
+    def check_conditional(self, family: ConditionalFamily) -> None:
         """Raises ValueError when this estimator does not apply to the conditional family."""
         shared = ", shared_draws(...)" if family.shares_draws else ""
         raise ValueError(
@@ -53,13 +53,18 @@ class Estimator:
         )
 
     def block_gradient(
-        self, family: Conditional, potential: Callable, key: Array | None, lam: Any, points: Any
+        self,
+        family: ConditionalFamily,
+        potential: Callable,
+        key: Array | None,
+        lam: Any,
+        points: Any,
     ) -> tuple[Array, Any]:
         """(E_q[E], the natural gradient of E_q[E] - H(q) in every block), E the potential."""
         raise NotImplementedError
 
 
-def others(family: Family, *refused: str) -> str:
+def others(family: ExponentialFamily, *refused: str) -> str:
     """The estimators that a family that is not Gaussian takes, in words."""
     takes = {
         "closed_form()": True,

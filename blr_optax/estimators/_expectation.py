@@ -32,10 +32,10 @@ from blr_optax.estimators._estimator import Estimator, check_key, check_samples,
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from blr_optax.families import Conditional, Family
+    from blr_optax.families import ConditionalFamily, ExponentialFamily
 
 
-def check_blocks(family: Conditional, curvature: Curvature) -> None:
+def check_blocks(family: ConditionalFamily, curvature: Curvature) -> None:
     """Raises ValueError for a curvature that a conditional family does not evaluate."""
     who, known = type(family).__name__, family.curvatures
     if curvature.name not in known:
@@ -60,7 +60,7 @@ class NodeRule(Estimator):
         """(z, w): a tree with a leading axis of nodes, and their weights."""
         raise NotImplementedError
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         form = getattr(family, "curvature", None)
         if form is None:
             raise ValueError(
@@ -134,15 +134,20 @@ class NodeRule(Estimator):
 class NoiseRule(NodeRule):
     """Base of the rules that conditional families take too, turning their own noise into draws."""
 
-    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
-        """What `Conditional.natural_gradient_at` takes, with a leading axis of samples."""
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
+        """What `ConditionalFamily.natural_gradient_at` takes, with a leading axis of samples."""
         raise NotImplementedError
 
-    def check_conditional(self, family: Conditional) -> None:
+    def check_conditional(self, family: ConditionalFamily) -> None:
         check_blocks(family, self.curvature)
 
     def block_gradient(
-        self, family: Conditional, potential: Callable, key: Array | None, lam: Any, points: Any
+        self,
+        family: ConditionalFamily,
+        potential: Callable,
+        key: Array | None,
+        lam: Any,
+        points: Any,
     ) -> tuple[Array, Any]:
         noise = self.noise(family, key, lam)
         leaf = jax.tree.leaves(noise)[0]
@@ -156,7 +161,7 @@ class Delta(NoiseRule):
 
     curvature: Curvature
 
-    def check_conditional(self, family: Conditional) -> None:
+    def check_conditional(self, family: ConditionalFamily) -> None:
         super().check_conditional(family)
         if not family.at_means:
             raise ValueError(
@@ -164,7 +169,7 @@ class Delta(NoiseRule):
                 f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
             )
 
-    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
         like = jax.eval_shape(lambda: family.noise(jax.random.key(0), lam, 1))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -181,7 +186,7 @@ class MonteCarlo(NoiseRule):
     curvature: Curvature
     generator: str
 
-    def check_conditional(self, family: Conditional) -> None:
+    def check_conditional(self, family: ConditionalFamily) -> None:
         super().check_conditional(family)
         if self.generator != "jax":
             raise ValueError(
@@ -189,7 +194,7 @@ class MonteCarlo(NoiseRule):
                 f"{type(family).__name__} draws with 'jax'."
             )
 
-    def noise(self, family: Conditional, key: Array | None, lam: Any) -> Any:
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
         return family.noise(check_key("monte_carlo", key), lam, self.samples, self.antithetic)
 
     def nodes(self, key: Array, like: Any) -> tuple[Any, Float[Array, " k"]]:
@@ -210,13 +215,13 @@ class SharedDraws(Estimator):
     curvature: Curvature
     takes_points = True
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         raise ValueError(
             f"shared_draws: {type(family).__name__} has no components to share draws; use "
             "monte_carlo(...)."
         )
 
-    def check_conditional(self, family: Conditional) -> None:
+    def check_conditional(self, family: ConditionalFamily) -> None:
         if not family.shares_draws:
             self.check(family)
         check_blocks(family, self.curvature)

@@ -22,13 +22,13 @@ from blr_optax.estimators._estimator import Estimator, check_key, check_samples,
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from blr_optax.families import Family
+    from blr_optax.families import ExponentialFamily
 
 BASELINES = ("mean", "none")
 
 
 def _draw(
-    family: Family, loss: Callable, key: Array, lam: Any, batch: tuple, samples: int
+    family: ExponentialFamily, loss: Callable, key: Array, lam: Any, batch: tuple, samples: int
 ) -> tuple[Any, Float[Array, " s"]]:
     """Samples, and the values of the loss there."""
     theta = family.sample(key, lam, (samples,))
@@ -40,7 +40,7 @@ class ClosedForm(Estimator):
     """The gradient of a loss of mu; see `closed_form`."""
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
         try:
@@ -60,7 +60,7 @@ class Pathwise(Estimator):
 
     samples: int
 
-    def check(self, family: Family) -> None:
+    def check(self, family: ExponentialFamily) -> None:
         if not family.reparameterized:
             raise ValueError(
                 f"pathwise: samples of {type(family).__name__} have no gradient; use "
@@ -68,7 +68,7 @@ class Pathwise(Estimator):
             )
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
 
@@ -87,7 +87,7 @@ class ScoreFunction(Estimator):
     baseline: str
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """F^{-1} mean_s (l_s - b_s) grad_lambda log q(theta_s), the score being T - mu."""
         key = check_key("score_function", key)
@@ -110,7 +110,7 @@ class LeastSquares(Estimator):
     samples: int
 
     def natural_gradient(
-        self, family: Family, loss: Callable, key: Array | None, lam: Any, batch: tuple
+        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
     ) -> tuple[Array, Any]:
         """The slope b of l_s ~ a + <b, T_s - mu>, the score of a sample being T_s - mu."""
         key = check_key("least_squares", key)

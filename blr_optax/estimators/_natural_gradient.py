@@ -14,7 +14,7 @@ from blr_optax.estimators._estimator import Estimator, check_points
 from blr_optax.estimators._expectation import monte_carlo
 from blr_optax.estimators._general import pathwise, score_function
 from blr_optax.estimators._terms import GLM, Term, terms
-from blr_optax.families import Family, MeanField, get
+from blr_optax.families import MeanField, get
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -34,7 +34,7 @@ KNOWN = (
 )
 
 
-def chosen(family: Family | Conditional, estimator: Estimator | None) -> Estimator:
+def chosen(family: Family, estimator: Estimator | None) -> Estimator:
     """The estimator, or what a plain function gets when none is named.
 
     Ten antithetic pairs for Gaussians and conditional families, ten samples with gradients where
@@ -58,7 +58,7 @@ def chosen(family: Family | Conditional, estimator: Estimator | None) -> Estimat
 
 
 def natural_gradient(
-    family: str | Family | Conditional, loss: Any, estimator: Estimator | None = None
+    family: str | Family, loss: Any, estimator: Estimator | None = None
 ) -> Callable:
     """The natural gradient of an expected loss: (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]).
 
@@ -132,7 +132,7 @@ def natural_gradient(
     return gradient
 
 
-def check_plain(loss: Any, family: Conditional) -> None:
+def check_plain(loss: Any, family: ConditionalFamily) -> None:
     """Raises ValueError for a loss that is not one plain function."""
     if isinstance(loss, Term) or not callable(loss):
         raise ValueError(
@@ -141,7 +141,7 @@ def check_plain(loss: Any, family: Conditional) -> None:
         )
 
 
-def _block_gradient(family: Conditional, loss: Any, estimator: Estimator) -> Callable:
+def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) -> Callable:
     """`natural_gradient` of a conditional family."""
     check_plain(loss, family)
     estimator.check_conditional(family)

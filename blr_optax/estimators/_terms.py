@@ -23,7 +23,7 @@ from blr_optax.estimators._quadrature import hermite_rule
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    from blr_optax.families import Family
+    from blr_optax.families import ExponentialFamily
 
 
 class Term:
@@ -51,7 +51,9 @@ class Conjugate(Term):
 
     natural: Any
 
-    def natural_gradient(self, family: Family, lam: Any, batch: tuple) -> tuple[Array, Any]:
+    def natural_gradient(
+        self, family: ExponentialFamily, lam: Any, batch: tuple
+    ) -> tuple[Array, Any]:
         """(E_q[l], grad_mu E_q[l]) = (-<natural, mu>, -natural)."""
         value = -jnp.sum(family.inner(self.natural, family.expectation(lam)))
         return value, family.combine((0.0, lam), (-1.0, self.natural))

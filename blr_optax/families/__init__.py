@@ -3,10 +3,10 @@
 `register(name)`, `get(name, **static)` and `names()` are the registry.
 """
 
-from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.conditional import ConditionalFamily
 from blr_optax.families._base.domain import Domain
-from blr_optax.families._base.exponential import Family
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.exponential import ExponentialFamily
+from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.registry import REGISTRY, get, names, register
 from blr_optax.families._conditional.low_rank import GaussianLowRank
@@ -53,12 +53,12 @@ __all__ = [
     "Beta",
     "Binomial",
     "Categorical",
-    "Conditional",
-    "Density",
+    "ConditionalFamily",
+    "Family",
     "Dirichlet",
     "Domain",
     "Exponential",
-    "Family",
+    "ExponentialFamily",
     "FixedExpectation",
     "FixedNatural",
     "Gamma",

@@ -285,8 +285,8 @@ def _average(state: Any, who: str) -> optax.EmaState:
     if (
         not isinstance(state, ScaleByPrecisionState)
         or not isinstance(state.momentum, optax.EmaState)
-        or not isinstance(state.rule.kind, (Reparameterized, SquaredGradient))
-        or state.rule.step != "improved"
+        or not isinstance(state.reader.kind, (Reparameterized, SquaredGradient))
+        or state.reader.step != "improved"
         or jax.tree.leaves(state.prior)
     ):
         raise ValueError(

@@ -3,7 +3,7 @@
 from blr_optax.optimizers.adam import adam, rmsprop
 from blr_optax.optimizers.bayesbinn import bayesbinn, random_signs, ste
 from blr_optax.optimizers.dropout import dropout
-from blr_optax.optimizers.evon import evon, whiten
+from blr_optax.optimizers.evon import evon, orthogonalize
 from blr_optax.optimizers.ivon import ivon, soba
 from blr_optax.optimizers.ivon_lora import ivon_lora, signal_to_noise
 from blr_optax.optimizers.lie_group import lie_additive, lie_affine, lie_multiplicative
@@ -47,5 +47,5 @@ __all__ = [
     "variational_online_newton",
     "vogn",
     "vprop",
-    "whiten",
+    "orthogonalize",
 ]

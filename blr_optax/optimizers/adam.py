@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax._validate import check_positive
-from blr_optax.rule import PointRule, with_posterior
+from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
     from blr_optax.rule import WithPosteriorState
 
 
-class AdamRule(PointRule):
+class AdamReader(PointReader):
     """Precision ess (sqrt(v_hat + eps_root) + eps) + prior."""
 
     who = "adam"
@@ -43,7 +43,7 @@ class AdamRule(PointRule):
         return jax.tree.map(leaf, optax.tree.get(state.inner, "nu"), mean)
 
 
-class RmspropRule(PointRule):
+class RmspropReader(PointReader):
     """Precision ess times optax's own denominator, + prior."""
 
     who = "rmsprop"
@@ -54,7 +54,7 @@ class RmspropRule(PointRule):
 
     def __eq__(self, other: object) -> bool:
         """Rules with the same choices are one static node."""
-        return isinstance(other, RmspropRule) and self.choices == other.choices
+        return isinstance(other, RmspropReader) and self.choices == other.choices
 
     def __hash__(self) -> int:
         """Of the choices."""
@@ -135,9 +135,9 @@ def rmsprop(
         nesterov,
         bias_correction,
     )
-    rule = RmspropRule(eps_in_sqrt, centered, bias_correction)
+    reader = RmspropReader(eps_in_sqrt, centered, bias_correction)
     return with_posterior(
-        inner, rule, ess=ess, decay=decay, eps=eps, prior_precision=prior_precision
+        inner, reader, ess=ess, decay=decay, eps=eps, prior_precision=prior_precision
     )
 
 
@@ -186,7 +186,7 @@ def adam(
     inner = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
     return with_posterior(
         inner,
-        AdamRule(),
+        AdamReader(),
         ess=ess,
         b2=b2,
         eps=eps,

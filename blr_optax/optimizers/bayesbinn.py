@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import (
     canonical_key,
     check_generator,
@@ -38,9 +38,9 @@ from blr_optax._validate import (
     squares_finite,
 )
 from blr_optax.families import MeanField, Rademacher
-from blr_optax.rule import PointRule, with_posterior
+from blr_optax.rule import PointReader, with_posterior
 from blr_optax.rule._natural_step import own_part, spread
-from blr_optax.state import Rule
+from blr_optax.state import Reader
 from blr_optax.state._reader import check_transformation
 from blr_optax.state._reading import noise_of
 
@@ -69,7 +69,7 @@ class BayesBinnState(NamedTuple):
     Attributes:
         count: steps made, skipped ones too (int32).
         key: typed key, constant.
-        rule: static, how weights and their gradients in mu are formed.
+        reader: static, how weights and their gradients in mu are formed.
         ess: effective sample size of the coming step.
         prior: natural parameters of the prior, a tree like the parameters; () for even odds.
         momentum: average of natural gradients.
@@ -78,7 +78,7 @@ class BayesBinnState(NamedTuple):
 
     count: Array
     key: Array
-    rule: BinaryRule
+    reader: BinaryReader
     ess: Array
     prior: Any
     momentum: Any
@@ -86,7 +86,7 @@ class BayesBinnState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class BinaryRule(Rule):
+class BinaryReader(Reader):
     """How a `BayesBinnState` is read.
 
     Attributes:
@@ -135,9 +135,9 @@ class BinaryRule(Rule):
 
         return jax.tree.map(leaf, _wide(params), noise, _wide(grads))
 
-    def posterior(self, state: Any, params: Any) -> Posterior:
+    def posterior(self, state: Any, params: Any) -> Distribution:
         """Independent signs of natural parameters lambda = params."""
-        return Posterior(FAMILY, FAMILY.Natural(_wide(params)))
+        return Distribution(FAMILY, FAMILY.Natural(_wide(params)))
 
 
 def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
@@ -166,16 +166,16 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _prior_signs(prior: Posterior | None, params: Any) -> Any:
+def _prior_signs(prior: Distribution | None, params: Any) -> Any:
     """lambda_0 as a tree like params; () for None, which is zero."""
     if prior is None:
         return ()
     prior = own_part(spread(prior, FAMILY, params), FAMILY)
-    if not isinstance(prior, Posterior) or prior.family != FAMILY:
-        found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
+    if not isinstance(prior, Distribution) or prior.family != FAMILY:
+        found = prior.family if isinstance(prior, Distribution) else type(prior).__name__
         raise ValueError(
-            f"prior must be a mean-field Posterior of rademacher signs, such as the posterior of "
-            f"an earlier bayesbinn; got {found}."
+            f"prior must be a mean-field Distribution of rademacher signs, such as the posterior "
+            f"of an earlier bayesbinn; got {found}."
         )
     found = _tree.matching_leaves(prior.natural.linear, params, "prior")
     return jax.tree.map(lambda m, x: x.astype(_tree.statistics_dtype(m.dtype)), params, found)
@@ -189,7 +189,7 @@ def bayesbinn(
     b1: Any = 0.0,
     kl_weight: Any = 1.0,
     floor: float = 1e-10,
-    prior: Posterior | None = None,
+    prior: Distribution | None = None,
     key: Any = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -222,7 +222,7 @@ def bayesbinn(
             parameters, missing params.
 
     Source: Meng, Bachmann and Khan (2020), "Training Binary Neural Networks using the Bayesian
-    Learning Rule", Algorithm 1. Special case of `blr_update` with family "rademacher" and
+    Learning Reader", Algorithm 1. Special case of `blr_update` with family "rademacher" and
     `estimator=concrete(temperature)`, when b1 = 0 and floor = 0.
 
     Example:
@@ -255,7 +255,7 @@ def bayesbinn(
         raise ValueError("temperature=0 has no gradient; use `ste`, or a small one such as 1e-10.")
     if generator is not None:
         check_generator(generator)
-    rule = BinaryRule(float(temperature), float(floor), generator)
+    reader = BinaryReader(float(temperature), float(floor), generator)
     average = optax.ema(b1, debias=True)
 
     def init_fn(params: Any) -> BayesBinnState:
@@ -266,7 +266,7 @@ def bayesbinn(
         return BayesBinnState(
             count=jnp.zeros((), jnp.int32),
             key=canonical_key(key),
-            rule=rule,
+            reader=reader,
             ess=jnp.array(at(ess, 0), jnp.result_type(float)),
             prior=_prior_signs(prior, params),
             momentum=average.init(zeros),
@@ -286,7 +286,7 @@ def bayesbinn(
         like = state.momentum.ema
         grads = _tree.matching_leaves(updates, like, "grads")
         if curvature is None:
-            curvature = rule.statistic(state, params, None, grads, noise_of(state))
+            curvature = reader.statistic(state, params, None, grads, noise_of(state))
         curvature = _tree.matching_leaves(curvature, like, "curvature")
         in_mu, grads = (optax.tree.cast_like(x, like) for x in (curvature, grads))
         finite = squares_finite(grads, in_mu)
@@ -313,7 +313,7 @@ def bayesbinn(
     )
 
 
-class SignRule(PointRule):
+class SignReader(PointReader):
     """The delta method for signs: the loss is looked at the most likely network."""
 
     who = "ste"
@@ -322,9 +322,9 @@ class SignRule(PointRule):
         """The sign of the latent weights, +1 at zero."""
         return jax.tree.map(lambda m: jnp.where(m < 0, -1, 1).astype(m.dtype), params)
 
-    def posterior(self, state: WithPosteriorState, params: Any) -> Posterior:
+    def posterior(self, state: WithPosteriorState, params: Any) -> Distribution:
         """Independent signs of natural parameters lambda = params."""
-        return Posterior(FAMILY, FAMILY.Natural(_wide(params)))
+        return Distribution(FAMILY, FAMILY.Natural(_wide(params)))
 
 
 def _keep_within(radius: float) -> optax.GradientTransformation:
@@ -393,4 +393,4 @@ def ste(
     parts = [optax.adam(learning_rate, b1, b2, eps) if inner is None else inner]
     if clip is not None:
         parts.append(_keep_within(clip))
-    return with_posterior(optax.chain(*parts), SignRule())
+    return with_posterior(optax.chain(*parts), SignReader())

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
 from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
 from blr_optax.state._reader import (
-    Rule,
+    Reader,
     carries_posterior,
     check_transformation,
     refuse_own_weights,
@@ -70,7 +70,7 @@ class DropoutState(NamedTuple):
     Attributes:
         count: steps made (int32).
         key: typed key, constant; the masks of step t are a function of (key, t, path).
-        rule: static, how the masks are drawn.
+        reader: static, how the masks are drawn.
         units: static, the units of every leaf.
         keep: the keep rate of the coming step.
         dropped_variance: 1 / s_0.
@@ -80,7 +80,7 @@ class DropoutState(NamedTuple):
 
     count: Array
     key: Array
-    rule: DropoutRule
+    reader: DropoutReader
     units: Units
     keep: Array
     dropped_variance: Array
@@ -88,7 +88,7 @@ class DropoutState(NamedTuple):
     skipped: Array
 
 
-class DropoutRule(Rule):
+class DropoutReader(Reader):
     """Weights are the parameters with units dropped; the posterior is the mixture of both."""
 
     def part(self, state: DropoutState, params: Any) -> Any:
@@ -127,14 +127,14 @@ class DropoutRule(Rule):
 
         return _over_units(leaf, state, noise, params, grads)
 
-    def posterior(self, state: DropoutState, params: Any) -> Posterior:
+    def posterior(self, state: DropoutState, params: Any) -> Distribution:
         """pi N(m, v) + (1 - pi) N(0, 1 / s_0) per unit; v of the inner optimizer, else zero."""
         # A copy: the parameters may be donated, the posterior is a value to keep.
         mean = jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
         inner = jax.tree.leaves(state.inner, is_leaf=carries_posterior)
         known = any(map(carries_posterior, inner))
         family = UnitMixture(tuple(state.units.shapes.items()))
-        return Posterior(
+        return Distribution(
             family,
             family.natural(
                 mean=mean,
@@ -258,7 +258,7 @@ def dropout(
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
     check_transformation("dropout", inner)
     inner = optax.with_extra_args_support(inner)
-    rule = DropoutRule()
+    reader = DropoutReader()
 
     def rate(count: Array) -> Array:
         return jnp.array(at(keep_rate, count), jnp.result_type(float))
@@ -271,7 +271,7 @@ def dropout(
         return DropoutState(
             count,
             canonical_key(key),
-            rule,
+            reader,
             _units_of(params, mask, unit_axis),
             rate(count),
             jnp.array(dropped_variance, jnp.result_type(float)),
@@ -290,7 +290,7 @@ def dropout(
         if params is None:
             raise ValueError("dropout: update needs params, update(grads, state, params).")
         if curvature is None:
-            curvature = rule.statistic(state, params, None, updates, noise_of(state))
+            curvature = reader.statistic(state, params, None, updates, noise_of(state))
         else:
             curvature = _tree.matching_leaves(curvature, params, "curvature")
         wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)

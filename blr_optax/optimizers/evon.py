@@ -8,7 +8,7 @@
     M     <-  M - lr (h_0 + delta) L [ ( V / (1 - b1^t) + delta M' ) / p ] R^T
 
 Minut et al. (2026), SOAP-Bubbles. IVON is the case L = R = I. The authors' code orthogonalises the
-bracket as Muon does (`whiten`), after which the step is a natural gradient no more.
+bracket as Muon does (`orthogonalize`), after which the step is a natural gradient no more.
 
 `scale_by_eigenbasis` is `scale_by_precision` in that basis:
 
@@ -42,7 +42,7 @@ import optax
 import optax.contrib
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
@@ -59,7 +59,7 @@ from blr_optax.optimizers._posteriors.rotated import (
 )
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.state._reader import OuterRule
+from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
@@ -72,19 +72,19 @@ class ScaleByEigenbasisState(NamedTuple):
     """State of EVON: that of `scale_by_precision`, in the basis, and the basis.
 
     Attributes:
-        rule: static, how samples, curvature and the posterior are read.
+        reader: static, how samples, curvature and the posterior are read.
         gaussian: state of `scale_by_precision`, its precision and momentum in the basis.
         bases: L and R by path of the leaf, for leaves of two axes or more.
         factors: A and B, likewise.
     """
 
-    rule: EigenbasisRule
+    reader: EigenbasisReader
     gaussian: ScaleByPrecisionState
     bases: Any
     factors: Any
 
 
-class EigenbasisRule(OuterRule):
+class EigenbasisReader(OuterReader):
     """How a `ScaleByEigenbasisState` is read: as its Gaussian, along the axes of the basis."""
 
     inside = "gaussian"
@@ -112,14 +112,14 @@ class EigenbasisRule(OuterRule):
         """The same from displacement and gradient in the basis."""
         return super().curvature(state, optax.tree.zeros_like(moved), moved, grads)
 
-    def posterior(self, state: ScaleByEigenbasisState, params: Any) -> Posterior:
+    def posterior(self, state: ScaleByEigenbasisState, params: Any) -> Distribution:
         """N(params, 1 / (ess p)) along the axes of the basis."""
         gaussian = state.gaussian
-        total = gaussian.rule.total_precision(gaussian)
+        total = gaussian.reader.total_precision(gaussian)
         # Copies: the state and the parameters may be donated.
         mean = jax.tree.map(lambda p, m: jnp.array(m, p.dtype), gaussian.precision, params)
         bases = jax.tree.map(jnp.copy, state.bases)
-        return Posterior(Rotated(), Rotated().natural(mean=mean, precision=total, bases=bases))
+        return Distribution(Rotated(), Rotated().natural(mean=mean, precision=total, bases=bases))
 
 
 def _first_bases(params: Any, max_size: int) -> Any:
@@ -191,7 +191,7 @@ def scale_by_eigenbasis(
     inner = scale_by_precision(
         ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
     )
-    rule = EigenbasisRule()
+    reader = EigenbasisReader()
 
     def init_fn(params: Any) -> ScaleByEigenbasisState:
         bases = _first_bases(params, max_size)
@@ -205,7 +205,7 @@ def scale_by_eigenbasis(
                         "matrix needs one number."
                     )
         return ScaleByEigenbasisState(
-            rule=rule,
+            reader=reader,
             gaussian=inner.init(params),
             bases=bases,
             factors=jax.tree.map(jnp.zeros_like, bases),
@@ -224,18 +224,18 @@ def scale_by_eigenbasis(
         gaussian, bases = state.gaussian, state.bases
         if not jax.tree.leaves(gaussian.precision):  # an empty group of a partition
             return updates, state
-        params = rule.part(state, params)
+        params = reader.part(state, params)
         raw = _tree.matching_leaves(updates, gaussian.precision, "grads")
         raw = optax.tree.cast_like(raw, gaussian.precision)
         grads = over(to_basis, raw, bases)
         if curvature is None:
             noise = noise_of(state)
-            moved = rule.displacement(state, noise)
+            moved = reader.displacement(state, noise)
             if jax.tree.map(jnp.result_type, moved) != jax.tree.map(jnp.result_type, params):
-                weights = rule.weights(state, params, noise)  # rounded to a short dtype
-                curvature = rule.curvature(state, params, weights, raw)
+                weights = reader.weights(state, params, noise)  # rounded to a short dtype
+                curvature = reader.curvature(state, params, weights, raw)
             else:
-                curvature = rule.curvature_in_basis(state, moved, grads)
+                curvature = reader.curvature_in_basis(state, moved, grads)
         else:
             curvature = _tree.matching_leaves(curvature, gaussian.precision, "curvature")
         if clip_curvature is not None:
@@ -259,7 +259,7 @@ def scale_by_eigenbasis(
         )
         bases, factors = jax.tree.map(on_every_device, (bases, factors))
         after = after._replace(precision=precision, momentum=after.momentum._replace(ema=ema))
-        return out, ScaleByEigenbasisState(rule, after, bases, factors)
+        return out, ScaleByEigenbasisState(reader, after, bases, factors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -413,15 +413,15 @@ def evon(
     )
 
 
-def whiten(steps: int = 5) -> optax.GradientTransformationExtraArgs:
+def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
     """Replaces every matrix by the orthogonal matrix near it, as Muon and EVON's authors do.
 
     U = A S B^T  ->  about A B^T, by Newton and Schulz's iteration: all singular values near one
     (between 0.7 and 1.2). Vectors and numbers pass; more than two axes are flattened as in `evon`.
 
     It forgets the size of the step, so the learning rate comes after it:
-    `optax.chain(blr.evon(1.0, ess), blr.whiten(), optax.scale(lr))`. The mean then no longer takes
-    a step of the rule; the precision still does.
+    `optax.chain(blr.evon(1.0, ess), blr.orthogonalize(), optax.scale(lr))`. The mean then no longer
+    takes a step of the rule; the precision still does.
 
     Args:
         steps: of the iteration.
@@ -435,13 +435,13 @@ def whiten(steps: int = 5) -> optax.GradientTransformationExtraArgs:
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
-      >>> tx, g = blr.whiten(), jnp.array([[3.0, 0.0], [0.0, 0.1]])
+      >>> tx, g = blr.orthogonalize(), jnp.array([[3.0, 0.0], [0.0, 0.1]])
       >>> u, _ = tx.update(g, tx.init(g))
       >>> print(bool(jnp.all(jnp.abs(jnp.diag(u) - 1.0) < 0.35)))
       True
     """
     if steps < 1:
-        raise ValueError(f"whiten: steps={steps} must be at least 1.")
+        raise ValueError(f"orthogonalize: steps={steps} must be at least 1.")
 
     def axes(tree: Any) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers

@@ -28,7 +28,7 @@ from blr_optax.rule import scale_by_precision
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
     from blr_optax.estimators import Curvature
 
 WEIGHT_DECAY = 1e-4
@@ -97,8 +97,8 @@ def ivon(
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     key: Any = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -187,8 +187,8 @@ def soba(
     b2: Any = 0.99999,
     weight_decay: Any = None,
     curvature: str | Curvature = "reparameterized",
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     key: Any = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._validate import (
     at,
@@ -56,7 +56,7 @@ from blr_optax.optimizers._posteriors.moved_noise import (
 )
 from blr_optax.optimizers.ivon import WEIGHT_DECAY
 from blr_optax.rule._precision import filled
-from blr_optax.state import Rule
+from blr_optax.state import Reader
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class LieAdditiveState(NamedTuple):
     Attributes:
         count: steps made, skipped ones too (int32).
         key: typed key, constant; the draw of step t is a function of (key, t, path).
-        rule: static, how samples and the posterior are read.
+        reader: static, how samples and the posterior are read.
         noise_scale: s of the coming step.
         momentum: state of the gradients' average, float32 or wider.
         skipped: steps skipped because something was not finite (int32).
@@ -82,7 +82,7 @@ class LieAdditiveState(NamedTuple):
 
     count: Array
     key: Array
-    rule: AdditiveRule
+    reader: AdditiveReader
     noise_scale: Array
     momentum: Any
     skipped: Array
@@ -92,7 +92,7 @@ class LieAffineState(NamedTuple):
     """State of `lie_affine`.
 
     Attributes:
-        count, key, rule, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped: as in `LieAdditiveState`.
         noise_scale: s, constant.
         ess: effective sample size of the coming step.
         spread: A, a tree like the parameters, float32 or wider.
@@ -102,7 +102,7 @@ class LieAffineState(NamedTuple):
 
     count: Array
     key: Array
-    rule: AffineRule
+    reader: AffineReader
     noise_scale: Array
     ess: Array
     spread: Any
@@ -112,7 +112,7 @@ class LieAffineState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdditiveRule(Rule):
+class AdditiveReader(Reader):
     """theta = m + s n: how a `LieAdditiveState` is read.
 
     Attributes:
@@ -149,19 +149,19 @@ class AdditiveRule(Rule):
 
         return jax.tree.map(draw, self.scale(state), noise, params)
 
-    def posterior(self, state: Any, params: Any) -> Posterior:
+    def posterior(self, state: Any, params: Any) -> Distribution:
         """The law of theta: a normal where the noise is, else a location-scale family."""
         mean, scale = optax.tree.cast_like(params, self.like(state)), self.scale(state)
         if self.law == SYMMETRIC["gaussian"]:
             family = MeanField(Normal())
             precision = jax.tree.map(lambda s: 1.0 / (s * s), scale)
-            return Posterior(family, family.from_mean(mean, precision))
+            return Distribution(family, family.from_mean(mean, precision))
         family = LocationScale(self.law)
         mean = jax.tree.map(jnp.copy, mean)  # a posterior outlives donated parameters
-        return Posterior(family, family.natural(location=mean, scale=scale))
+        return Distribution(family, family.natural(location=mean, scale=scale))
 
 
-class AffineRule(AdditiveRule):
+class AffineReader(AdditiveReader):
     """theta = m + A s n: how a `LieAffineState` is read."""
 
     def like(self, state: LieAffineState) -> Any:
@@ -204,9 +204,9 @@ def gated_evidence(
     if curvature is None:
         finite = squares_finite(grads)
         grads, noise = zero_unless(finite, grads), noise_of(state)
-        weights = state.rule.weights(state, params, noise)
-        return finite, grads, state.rule.statistic(state, params, weights, grads, noise)
-    axes = state.rule.noise_axes
+        weights = state.reader.weights(state, params, noise)
+        return finite, grads, state.reader.statistic(state, params, weights, grads, noise)
+    axes = state.reader.noise_axes
     curvature = _tree.matching_leaves(curvature, like, "curvature", leading=axes)
     curvature = optax.tree.cast_like(curvature, like)
     if axes:
@@ -313,14 +313,14 @@ def lie_additive(
     """
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
     check_positive("noise_scale", noise_scale, scalar=True)
-    rule = AdditiveRule(as_law(noise), generator)
+    reader = AdditiveReader(as_law(noise), generator)
 
     def init_fn(params: Any) -> LieAdditiveState:
         count, first_key = start("lie_additive", params, key)
         average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
         return LieAdditiveState(
-            count, first_key, rule, number(noise_scale, count), average, skipped
+            count, first_key, reader, number(noise_scale, count), average, skipped
         )
 
     def update_fn(
@@ -419,14 +419,14 @@ def lie_affine(
             "noise_scale is the first one and no schedule: the rule moves it from there."
         )
     check_positive("noise_scale", noise_scale, scalar=True)
-    rule = AffineRule(as_law(noise), generator)
+    reader = AffineReader(as_law(noise), generator)
 
     def init_fn(params: Any) -> LieAffineState:
         count, first_key = start("lie_affine", params, key)
         return LieAffineState(
             count,
             first_key,
-            rule,
+            reader,
             number(noise_scale, count),
             number(ess, count),
             jax.tree.map(lambda m: filled(m, 1.0), params),
@@ -449,7 +449,7 @@ def lie_affine(
 
         def turn(a: Array, c: Array, d: Array) -> Array:
             scale = a * state.noise_scale.astype(a.dtype)
-            return c + d * scale * scale * rule.law.variance - 1.0 / state.ess.astype(a.dtype)
+            return c + d * scale * scale * reader.law.variance - 1.0 / state.ess.astype(a.dtype)
 
         def shift(a: Array, g: Array, d: Array, m: Array) -> Array:
             return a * (g + d * m.astype(a.dtype))
@@ -489,7 +489,7 @@ class LieMultiplicativeState(NamedTuple):
     """State of `lie_multiplicative`.
 
     Attributes:
-        count, key, rule, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped: as in `LieAdditiveState`.
         ess: effective sample size of the coming step.
         plus: g+, a tree like the parameters, float32 or wider.
         minus: g-, likewise.
@@ -498,7 +498,7 @@ class LieMultiplicativeState(NamedTuple):
 
     count: Array
     key: Array
-    rule: MultiplicativeRule
+    reader: MultiplicativeReader
     ess: Array
     plus: Any
     minus: Any
@@ -507,7 +507,7 @@ class LieMultiplicativeState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiplicativeRule(Rule):
+class MultiplicativeReader(Reader):
     """theta = g+ n+ - g- n-: how a `LieMultiplicativeState` is read.
 
     Attributes:
@@ -549,11 +549,11 @@ class MultiplicativeRule(Rule):
         grads = optax.tree.cast_like(grads, state.plus)
         return jax.tree.map(pair, state.plus, state.minus, grads, noise)
 
-    def posterior(self, state: LieMultiplicativeState, params: Any) -> Posterior:
+    def posterior(self, state: LieMultiplicativeState, params: Any) -> Distribution:
         """The law of g+ n+ - g- n-."""
         family = SignedScale(self.law)
         copies = jax.tree.map(jnp.copy, (state.plus, state.minus))
-        return Posterior(family, family.natural(plus=copies[0], minus=copies[1]))
+        return Distribution(family, family.natural(plus=copies[0], minus=copies[1]))
 
 
 def lie_multiplicative(
@@ -616,7 +616,7 @@ def lie_multiplicative(
     check_positive("ess", ess, scalar=True)
     check_positive("init_offset", init_offset)
     law = as_law(noise, positive=True)
-    rule = MultiplicativeRule(law, generator)
+    reader = MultiplicativeReader(law, generator)
 
     def init_fn(params: Any) -> LieMultiplicativeState:
         count, first_key = start("lie_multiplicative", params, key)
@@ -633,7 +633,7 @@ def lie_multiplicative(
         return LieMultiplicativeState(
             count,
             first_key,
-            rule,
+            reader,
             number(ess, count),
             gain(1.0),
             gain(-1.0),

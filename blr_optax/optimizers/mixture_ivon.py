@@ -32,13 +32,13 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
 from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._precision import prior_of_step
-from blr_optax.state._reader import OuterRule
+from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
@@ -49,18 +49,18 @@ class MixtureIvonState(NamedTuple):
     """State of `mixture_ivon`'s precision: that of its Gaussians, and the mixing weights.
 
     Attributes:
-        rule: static, how samples, curvature and the posterior are read.
+        reader: static, how samples, curvature and the posterior are read.
         gaussians: state of `scale_by_precision` over the stacked parameters.
         log_odds: log(pi_k / pi_K) for k < K.
     """
 
-    rule: MixtureRule
+    reader: MixtureReader
     gaussians: ScaleByPrecisionState
     log_odds: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureRule(OuterRule):
+class MixtureReader(OuterReader):
     """Samples and curvatures are those of the K Gaussians; the posterior is their mixture.
 
     Attributes:
@@ -70,12 +70,12 @@ class MixtureRule(OuterRule):
     inside = "gaussians"
     aux_argument: str | None = None
 
-    def posterior(self, state: MixtureIvonState, params: Any) -> Posterior:
+    def posterior(self, state: MixtureIvonState, params: Any) -> Distribution:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
-        stacked = state.gaussians.rule.posterior(state.gaussians, params).natural
+        stacked = state.gaussians.reader.posterior(state.gaussians, params).natural
         family = Raveled.like(get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params))
         components = GaussianNatural(*map(family.ravel, stacked))
-        return Posterior(family, family.Natural(components, jnp.copy(state.log_odds)))
+        return Distribution(family, family.Natural(components, jnp.copy(state.log_odds)))
 
 
 def components_of(params: Any) -> int:
@@ -165,10 +165,10 @@ def _expected_cost(state: ScaleByPrecisionState, mean: Any, d0: Any) -> Array:
     return sum(jax.tree.leaves(jax.tree.map(leaf, mean, state.precision, d0, linear)))
 
 
-def _for_all_components(prior: Posterior | None) -> Any:
+def _for_all_components(prior: Distribution | None) -> Any:
     """The prior of one network, repeated for every component of the parameters."""
 
-    def repeated(params: Any) -> Posterior:
+    def repeated(params: Any) -> Distribution:
         count = components_of(params)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), prior)
 
@@ -179,7 +179,7 @@ def _for_all_components(prior: Posterior | None) -> Any:
 
 
 def _scale_by_mixture(
-    ess: Any, weight_decay: Any, prior: Posterior | None, strength: Any, weight_rate: Any,
+    ess: Any, weight_decay: Any, prior: Distribution | None, strength: Any, weight_rate: Any,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`scale_by_precision` over stacked parameters, given the corrected gradient and curvature."""
@@ -190,14 +190,14 @@ def _scale_by_mixture(
     learns = callable(weight_rate) or (
         isinstance(weight_rate, (int, float)) and not is_zero(weight_rate)
     )
-    rule = MixtureRule(aux_argument="losses" if learns else None)
+    reader = MixtureReader(aux_argument="losses" if learns else None)
 
     def init_fn(params: Any) -> MixtureIvonState:
         count = components_of(params)
         gaussians = inner.init(params)
         dtypes = [x.dtype for x in jax.tree.leaves(gaussians.precision)]
         log_odds = jnp.zeros(count - 1, jnp.result_type(jnp.float32, *dtypes))
-        return MixtureIvonState(rule, gaussians, log_odds)
+        return MixtureIvonState(reader, gaussians, log_odds)
 
     def update_fn(
         updates: Any,
@@ -228,11 +228,11 @@ def _scale_by_mixture(
         def wide(tree: Any, name: str) -> Any:
             return optax.tree.cast_like(_tree.matching_leaves(tree, p, name), p)
 
-        weights = rule.weights(state, rule.part(state, params), noise_of(state))
+        weights = reader.weights(state, reader.part(state, params), noise_of(state))
         if curvature is None:
-            curvature = rule.curvature(state, params, weights, updates)
+            curvature = reader.curvature(state, params, weights, updates)
         theta, mean = wide(weights, "weights"), wide(params, "params")
-        total = gaussians.rule.total_precision(gaussians)
+        total = gaussians.reader.total_precision(gaussians)
         log_ratio, ratio_gradient, ratio_curvature = repulsion(
             theta, mean, total, log_weights(log_odds)
         )
@@ -255,7 +255,7 @@ def _scale_by_mixture(
             step = at(weight_rate, gaussians.count) * (cost[:-1] - cost[-1]).astype(log_odds.dtype)
             moves = (after.skipped == gaussians.skipped) & jnp.all(jnp.isfinite(step))
             log_odds = jnp.where(moves, log_odds - step, log_odds).astype(log_odds.dtype)
-        return out, MixtureIvonState(rule, after, log_odds)
+        return out, MixtureIvonState(reader, after, log_odds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -273,7 +273,7 @@ def mixture_ivon(
     clip_radius: Any = None,
     rescale_lr: bool = True,
     debias: bool = True,
-    prior: Posterior | None = None,
+    prior: Distribution | None = None,
     key: Any = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

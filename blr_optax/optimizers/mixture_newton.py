@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key
 from blr_optax._validate import at, check_count, check_number, check_positive
 from blr_optax.estimators import delta
@@ -63,7 +63,9 @@ class MixtureStep(ConditionalStep):
         return new, jnp.zeros((), jnp.int32)
 
 
-def _spread_out(params: Any, components: int, scale: Any, covariance: str, key: Any) -> Posterior:
+def _spread_out(
+    params: Any, components: int, scale: Any, covariance: str, key: Any
+) -> Distribution:
     """Equal components of variance scale^2, at random around params, their mean."""
     flat = jnp.concatenate(
         [jnp.ravel(p).astype(_tree.statistics_dtype(p.dtype)) for p in jax.tree.leaves(params)]
@@ -76,7 +78,7 @@ def _spread_out(params: Any, components: int, scale: Any, covariance: str, key: 
         precision = precision[..., None] * jnp.eye(flat.size, dtype=flat.dtype)
     family = _family(covariance)
     weights = jnp.full(components, 1.0 / components, flat.dtype)
-    return Posterior(family, family.natural(weights=weights, mean=means, precision=precision))
+    return Distribution(family, family.natural(weights=weights, mean=means, precision=precision))
 
 
 def _mixture(
@@ -86,8 +88,8 @@ def _mixture(
     estimator: Estimator | None,
     *,
     ess: Any,
-    prior: Posterior | None,
-    init: Posterior | None,
+    prior: Distribution | None,
+    init: Distribution | None,
     covariance: str,
     scale: Any,
     temperature: Any,
@@ -106,20 +108,21 @@ def _mixture(
     family = _family(covariance)
     if (components is None) == (init is None):
         raise ValueError(
-            "give either components=K, for a random start around params, or init=, a Posterior of "
-            f"the mixture family; got components={components} and "
+            "give either components=K, for a random start around params, or init=, a Distribution "
+            f"of the mixture family; got components={components} and "
             f"{'no init' if init is None else 'init'}."
         )
     given = getattr(init, "family", None)
     flat = given.family if isinstance(given, Raveled) else given
     if init is not None and not isinstance(flat, type(family)):
         raise ValueError(
-            f"init must be a Posterior of the mixture family, families.get('mixture'); got {given}."
+            "init must be a Distribution of the mixture family, families.get('mixture'); got "
+            f"{given}."
         )
     if components is not None and components < 1:
         raise ValueError(f"components={components} must be at least 1.")
 
-    def spread_out(params: Any) -> Posterior:
+    def spread_out(params: Any) -> Distribution:
         return _spread_out(params, components, scale, covariance, key)
 
     form = "auto" if step is None else step
@@ -139,8 +142,8 @@ def mixture_newton(
     components: int | None = None,
     *,
     ess: float | Array | Callable = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     covariance: str = "full",
     scale: float | Array = 1.0,
     temperature: float | Array | Callable = 1.0,
@@ -203,8 +206,8 @@ def mixture_vi(
     components: int | None = None,
     *,
     ess: float | Array | Callable = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     covariance: str = "full",
     estimator: Estimator | None = None,
     scale: float | Array = 1.0,

@@ -20,7 +20,7 @@ from blr_optax.rule import blr_update
 if TYPE_CHECKING:
     import optax
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
     from blr_optax.estimators import Estimator
 
 
@@ -28,8 +28,8 @@ def newton(
     loss: Any,
     *,
     ess: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method; its fixed point is the Laplace approximation.
@@ -64,8 +64,8 @@ def online_newton(
     learning_rate: Any,
     *,
     ess: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method with a moving average of Hessians.
@@ -110,8 +110,8 @@ def variational_online_newton(
     learning_rate: Any,
     *,
     ess: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
     key: Any = 0,

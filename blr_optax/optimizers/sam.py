@@ -26,7 +26,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
-from blr_optax.optimizers.sgd import StepSizeRule
+from blr_optax.optimizers.sgd import StepSizeReader
 from blr_optax.optimizers.vogn import (
     check_one_start,
     curvature_at_start,
@@ -39,12 +39,12 @@ from blr_optax.state._reader import refuse_one_gradient
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
     from blr_optax.rule import WithPosteriorState
 
 
 @dataclasses.dataclass(frozen=True)
-class SamRule(StepSizeRule):
+class SamReader(StepSizeReader):
     """SGD's posterior, and an adversary at distance r.
 
     Attributes:
@@ -135,7 +135,7 @@ def sam(
             optax.add_decayed_weights(weight_decay),
             optax.sgd(learning_rate, momentum, nesterov),
         ),
-        SamRule(float(rho)),
+        SamReader(float(rho)),
         ess=ess,
         step_size=learning_rate,
     )
@@ -143,7 +143,7 @@ def sam(
     def update_fn(
         updates: Any, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        refuse_one_gradient(state.rule, curvature)
+        refuse_one_gradient(state.reader, curvature)
         return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
@@ -159,8 +159,8 @@ def bsam(
     b1: Any = 0.9,
     b2: Any = 0.999,
     damping: Any = 0.1,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     key: Any = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax._validate import check_positive
-from blr_optax.rule import PointRule, with_posterior
+from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
     from blr_optax.rule import WithPosteriorState
 
 
-class StepSizeRule(PointRule):
+class StepSizeReader(PointReader):
     """Precision ess / step size, the same for every parameter."""
 
     who = "sgd"
@@ -70,7 +70,7 @@ def sgd(
     """
     check_positive("ess", ess, scalar=True)
     inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    return with_posterior(inner, StepSizeRule(), ess=ess, step_size=learning_rate)
+    return with_posterior(inner, StepSizeReader(), ess=ess, step_size=learning_rate)
 
 
 def gradient_descent(

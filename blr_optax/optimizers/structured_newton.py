@@ -24,7 +24,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count, check_number
 from blr_optax.estimators import delta
@@ -42,8 +42,8 @@ def kronecker_newton(
     learning_rate: Any,
     *,
     ess: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
     key: Any = 0,
@@ -107,8 +107,8 @@ def low_rank_newton(
     *,
     ess: Any = 1.0,
     init_precision: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
     key: Any = 0,
@@ -156,13 +156,13 @@ def low_rank_newton(
     check_number("init_precision", init_precision)
     family = get("gaussian_low_rank")
 
-    def centred(params: Any) -> Posterior:
+    def centred(params: Any) -> Distribution:
         wide = jax.tree.map(lambda p: jnp.asarray(p, _tree.statistics_dtype(p.dtype)), params)
         mean = jax.flatten_util.ravel_pytree(wide)[0]
         small = jnp.sqrt(1e-3 * jnp.asarray(init_precision, mean.dtype) / max(mean.size, 1))
         draw = jax.random.normal(canonical_key(key), (mean.size, rank), mean.dtype)
         diagonal = jnp.full_like(mean, jnp.asarray(init_precision, mean.dtype))
-        return Posterior(family, family.Natural(mean, diagonal, small * draw))
+        return Distribution(family, family.Natural(mean, diagonal, small * draw))
 
     return blr_update(
         family,

@@ -26,7 +26,7 @@ from blr_optax.rule import scale_by_precision
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
 
 PRIOR_PRECISION = 1.0
 
@@ -94,8 +94,8 @@ def vogn(
     b1: Any = 0.9,
     b2: Any = 0.999,
     damping: Any = 0.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
     key: Any = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -181,8 +181,8 @@ def ogn(
     b1: Any = 0.9,
     b2: Any = 0.999,
     damping: Any = 0.0,
-    prior: Posterior | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """OGN, online Gauss-Newton: VOGN without noise, by the delta method.
 

@@ -21,16 +21,16 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._validate import all_finite, at, check_positive, zero_unless
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
-from blr_optax.families import Density, get
+from blr_optax.families import Family, get
 from blr_optax.rule._conditional_step import ConditionalStep
 from blr_optax.rule._exponential_step import ExponentialStep
 from blr_optax.rule._start import family_over
-from blr_optax.state._reader import Rule
+from blr_optax.state._reader import Reader
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -44,7 +44,7 @@ class BlrUpdateState(NamedTuple):
     Attributes:
         count: steps made, skipped ones too (int32).
         key: typed key, constant; step t draws from fold_in(key, t).
-        rule: static, how the posterior is read.
+        reader: static, how the posterior is read.
         natural: lambda.
         expected_loss: E_q[mean loss] before the last step, as estimated.
         retracted: members of lambda that the last step had to retract (int32).
@@ -53,7 +53,7 @@ class BlrUpdateState(NamedTuple):
 
     count: Array
     key: Array
-    rule: BlrRule
+    reader: BlrReader
     natural: Any
     expected_loss: Array
     retracted: Array
@@ -61,7 +61,7 @@ class BlrUpdateState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlrRule(Rule):
+class BlrReader(Reader):
     """How a `BlrUpdateState` is read: q itself, with or without noise.
 
     Attributes:
@@ -70,7 +70,7 @@ class BlrRule(Rule):
         generator: of the noise.
     """
 
-    family: Family
+    family: ExponentialFamily
     point: bool
     generator: str
     evaluates_loss = True
@@ -91,19 +91,19 @@ class BlrRule(Rule):
         )
         return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
 
-    def posterior(self, state: BlrUpdateState, params: Any) -> Posterior:
+    def posterior(self, state: BlrUpdateState, params: Any) -> Distribution:
         # A copy: the state may be donated, the posterior is a value to keep.
-        return Posterior(self.family, jax.tree.map(jnp.copy, state.natural))
+        return Distribution(self.family, jax.tree.map(jnp.copy, state.natural))
 
 
 def blr_update(
-    family: str | Density,
+    family: str | Family,
     loss: Any,
     learning_rate: Any,
     *,
     ess: Any = 1.0,
-    prior: Posterior | None = None,
-    init: Posterior | Callable[[Any], Posterior] | None = None,
+    prior: Distribution | None = None,
+    init: Distribution | Callable[[Any], Distribution] | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
     key: Any = 0,
@@ -130,8 +130,8 @@ def blr_update(
             schedule.
         prior: a posterior of the family (of any family for conditional ones); that of one number
             holds for every parameter of a mean field. None is a flat density.
-        init: the first posterior, or a function `params -> Posterior` of the first parameters; by
-            default centred at params with the precision of the prior, else one, for families with a
+        init: the first posterior, or a function `params -> Distribution` of the first parameters;
+            by default centred at params with the precision of the prior, else one, for families with a
             location, else the prior.
         estimator: how plain functions are treated, see `estimators.natural_gradient`; conditional
             families take `monte_carlo(...)` and `delta(...)`, mixtures `shared_draws(...)`, with
@@ -146,7 +146,7 @@ def blr_update(
         ValueError: for an unknown family, loss, estimator or step, a rate or ess that is not
             positive, a prior or init of another structure, integer parameters, or missing params.
 
-    Source: Khan and Rue (2023), "The Bayesian Learning Rule", Eqs. 3-5. Every optimizer of this
+    Source: Khan and Rue (2023), "The Bayesian Learning Reader", Eqs. 3-5. Every optimizer of this
     library is a special case.
 
     Example:
@@ -181,12 +181,12 @@ def blr_update(
 
 
 def from_steps(
-    family: Density,
+    family: Family,
     steps: Callable[[Any], ExponentialStep | ConditionalStep],
     learning_rate: Any,
     *,
     ess: Any,
-    init: Posterior | Callable[[Any], Posterior] | None,
+    init: Distribution | Callable[[Any], Distribution] | None,
     key: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` from its step: `steps(family)` for the family over the parameters."""
@@ -202,7 +202,7 @@ def from_steps(
         return BlrUpdateState(
             count=jnp.zeros((), jnp.int32),
             key=canonical_key(key),
-            rule=BlrRule(
+            reader=BlrReader(
                 step.family,
                 isinstance(step.estimator, Delta),
                 getattr(step.estimator, "generator", "jax"),
@@ -227,7 +227,7 @@ def from_steps(
             raise ValueError(
                 "blr_update: update needs params, update(grads, state, params, batch=(...))."
             )
-        step, lam = step_of(state.rule.family), state.natural
+        step, lam = step_of(state.reader.family), state.natural
         dtype = jnp.result_type(*jax.tree.leaves(lam))
         rho = jnp.asarray(at(learning_rate, state.count), dtype)
         scale = jnp.asarray(at(ess, state.count), dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax.estimators import natural_gradient
 from blr_optax.estimators._curvature import SquaredGradient
 from blr_optax.estimators._natural_gradient import check_plain, chosen
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax.estimators import Estimator
-    from blr_optax.families import Conditional
+    from blr_optax.families import ConditionalFamily
 
 
 class ConditionalStep:
@@ -40,10 +40,10 @@ class ConditionalStep:
 
     def __init__(
         self,
-        family: Conditional,
+        family: ConditionalFamily,
         loss: Callable[..., Array],
         estimator: Estimator | None,
-        prior: Posterior | None,
+        prior: Distribution | None,
         step: str,
     ) -> None:
         """Checks its arguments, and builds the natural gradient."""
@@ -57,13 +57,13 @@ class ConditionalStep:
                 "reparameterized()."
             )
 
-        def potential(theta: Any, prior: Posterior | None, ess: Array, *batch: Any) -> Array:
+        def potential(theta: Any, prior: Distribution | None, ess: Array, *batch: Any) -> Array:
             total = ess * loss(theta, *batch)
             return total if prior is None else total - jnp.sum(prior.log_prob(theta))
 
         self.gradient = natural_gradient(family, potential, self.estimator)
 
-    def first(self, params: Any, init: Posterior | None) -> Any:
+    def first(self, params: Any, init: Distribution | None) -> Any:
         """The first lambda, after checks of everything that must fit the parameters."""
         family, given = self.family, getattr(init, "family", None)
         prior_over(self.prior, params)
@@ -92,7 +92,7 @@ class ConditionalStep:
         return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
-def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
+def prior_over(prior: Distribution | None, params: Any) -> Distribution | None:
     """A prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:
@@ -100,8 +100,8 @@ def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
     """
     if prior is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return prior
-    if not isinstance(prior, Posterior):
-        raise ValueError(f"prior must be a Posterior; got {type(prior).__name__}.")
+    if not isinstance(prior, Distribution):
+        raise ValueError(f"prior must be a Distribution; got {type(prior).__name__}.")
     if getattr(prior.family, "elementwise", False):
         prior = spread(prior, MeanField(prior.family), params)
     mean = jax.eval_shape(prior.family.mean, prior.natural)
@@ -110,6 +110,6 @@ def prior_over(prior: Posterior | None, params: Any) -> Posterior | None:
         raise ValueError(
             f"prior: it is over structure and shapes {found}, params have {wanted}. Give one over "
             "a tree like params, or one number for all, "
-            "Posterior(normal, normal.natural(mean=0.0, precision=1.0))."
+            "Distribution(normal, normal.natural(mean=0.0, precision=1.0))."
         )
     return prior

@@ -14,9 +14,9 @@ from blr_optax.rule._start import check_like, check_params, check_shapes, first_
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
     from blr_optax.estimators import Estimator
-    from blr_optax.families import Family
+    from blr_optax.families import ExponentialFamily
 
 
 class ExponentialStep:
@@ -28,10 +28,10 @@ class ExponentialStep:
 
     def __init__(
         self,
-        family: Family,
+        family: ExponentialFamily,
         loss: Any,
         estimator: Estimator | None,
-        prior: Posterior | None,
+        prior: Distribution | None,
         step: str,
     ) -> None:
         """Checks its arguments, and builds the natural gradient."""
@@ -39,7 +39,7 @@ class ExponentialStep:
         self.estimator = chosen(family, estimator)
         self.gradient = natural_gradient(family, loss, self.estimator)
 
-    def first(self, params: Any, init: Posterior | None) -> Any:
+    def first(self, params: Any, init: Distribution | None) -> Any:
         """The first lambda, after checks of everything that must fit the parameters."""
         own = spread(self.prior, self.family, params)
         check_like("prior", own, self.family, params)

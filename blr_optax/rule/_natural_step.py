@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax._distribution import Posterior
-from blr_optax.families import Family, MeanField, Product, SideBySide, get
+from blr_optax._distribution import Distribution
+from blr_optax.families import ExponentialFamily, MeanField, Product, SideBySide, get
 from blr_optax.families._base.conditional import STEPS as CONDITIONAL_STEPS
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax.families import Conditional
 
 STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
 
 
-def check_step(step: str, family: Family | Conditional) -> str:
+def check_step(step: str, family: Family) -> str:
     """Raises ValueError for an unknown step, or one that the family does not have."""
     if family.conditional:
         if step not in CONDITIONAL_STEPS:
@@ -44,7 +43,7 @@ def check_step(step: str, family: Family | Conditional) -> str:
     return step
 
 
-def own_part(prior: Any, family: Family) -> Any:
+def own_part(prior: Any, family: ExponentialFamily) -> Any:
     """Of a joint posterior with points or of several families the part of one family, as prior.
 
     Args:
@@ -53,7 +52,7 @@ def own_part(prior: Any, family: Family) -> Any:
     """
     joint = getattr(prior, "family", None)
     if isinstance(joint, SideBySide) and family in joint.families:
-        return Posterior(family, prior.natural.parts[joint.families.index(family)])
+        return Distribution(family, prior.natural.parts[joint.families.index(family)])
     return prior
 
 
@@ -66,14 +65,14 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
         like: a tree of parameters; for a product, of every factor by name.
     """
     lam = getattr(prior, "natural", None)
-    if not isinstance(family, Family) or not isinstance(lam, family.Natural):
+    if not isinstance(family, ExponentialFamily) or not isinstance(lam, family.Natural):
         return prior
     if isinstance(family, Product):
         parts = {
-            name: spread(Posterior(factor, lam.parts[name]), factor, like[name]).natural
+            name: spread(Distribution(factor, lam.parts[name]), factor, like[name]).natural
             for name, factor in family.factors
         }
-        return Posterior(family, family.Natural(parts))
+        return Distribution(family, family.Natural(parts))
     is_number = all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam)
     if not (isinstance(family, MeanField) and is_number):
         return prior
@@ -81,7 +80,7 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
     def everywhere(x: Array) -> Any:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(x, jnp.shape(leaf)), like)
 
-    return Posterior(family, family.Natural(*map(everywhere, lam)))
+    return Distribution(family, family.Natural(*map(everywhere, lam)))
 
 
 def spread_over(prior: Any, family: Any, lam: Any) -> Any:
@@ -95,7 +94,7 @@ def spread_over(prior: Any, family: Any, lam: Any) -> Any:
     return None if prior is None else spread(prior, family, tree(family, lam))
 
 
-def direction(family: Any, lam: Any, grad_mu: Any, prior: Posterior | None, ess: Any) -> Any:
+def direction(family: Any, lam: Any, grad_mu: Any, prior: Distribution | None, ess: Any) -> Any:
     """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
@@ -115,11 +114,11 @@ def move(family: Any, lam: Any, step: Any, how: str) -> tuple[Any, Array]:
 
 
 def natural_step(
-    family: str | Family,
+    family: str | ExponentialFamily,
     lam: Any,
     grad_mu: Any,
     learning_rate: Any,
-    prior: Posterior | None = None,
+    prior: Distribution | None = None,
     ess: Any = 1.0,
     step: str = "auto",
 ) -> Any:
@@ -154,7 +153,7 @@ def natural_step(
       >>> lam = normal.natural(mean=0.0, precision=1.0)
       >>> site = normal.natural(mean=2.0, precision=3.0)
       >>> gradient = normal.combine((-1.0, site))  # of the loss -<site, T>
-      >>> new = blr.natural_step("normal", lam, gradient, 1.0, prior=blr.Posterior(normal, lam))
+      >>> new = blr.natural_step("normal", lam, gradient, 1.0, prior=blr.Distribution(normal, lam))
       >>> print(normal.mean(new), normal.precision(new))
       1.5 4.0
     """

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._validate import (
     at,
@@ -59,7 +59,7 @@ from blr_optax.estimators._curvature import (
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._natural_step import own_part, spread
-from blr_optax.state._reader import Rule, refuse_one_gradient
+from blr_optax.state._reader import Reader, refuse_one_gradient
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def filled(m: Any, x: Any) -> Array:
     return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
 
 
-def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> Any:
+def prior_trees(prior: Distribution | None, params: Any, name: str = "prior") -> Any:
     """The natural parameters of a mean-field Gaussian as trees like params; () for None.
 
     One of one number holds for every parameter.
@@ -113,10 +113,10 @@ def prior_trees(prior: Posterior | None, params: Any, name: str = "prior") -> An
     if prior is None:
         return ()
     prior = own_part(spread(prior, MeanField(Normal()), params), MeanField(Normal()))
-    if not isinstance(prior, Posterior) or prior.family not in (Normal(), MeanField(Normal())):
-        found = prior.family if isinstance(prior, Posterior) else type(prior).__name__
+    if not isinstance(prior, Distribution) or prior.family not in (Normal(), MeanField(Normal())):
+        found = prior.family if isinstance(prior, Distribution) else type(prior).__name__
         raise ValueError(
-            f"{name} must be a mean-field Gaussian Posterior (gaussian_diagonal); got {found}."
+            f"{name} must be a mean-field Gaussian Distribution (gaussian_diagonal); got {found}."
         )
     fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
     return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
@@ -141,7 +141,7 @@ def _relative_step(before: Array, after: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class PrecisionRule(Rule):
+class PrecisionReader(Reader):
     """How a `ScaleByPrecisionState` is read.
 
     Attributes:
@@ -196,11 +196,11 @@ class PrecisionRule(Rule):
             Sample(None, theta, g, displacement, self.total_precision(state), state.ess, None)
         )
 
-    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Posterior:
+    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Distribution:
         """N(params, 1 / (ess p))."""
         family = MeanField(Normal())
         mean = optax.tree.cast_like(params, state.precision)
-        return Posterior(family, family.from_mean(mean, self.total_precision(state)))
+        return Distribution(family, family.from_mean(mean, self.total_precision(state)))
 
     def corrections(
         self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
@@ -246,7 +246,7 @@ class ScaleByPrecisionState(NamedTuple):
     Attributes:
         count: steps made, skipped ones too (int32).
         key: typed key, constant; the draw of step t is a function of (key, t, path).
-        rule: static, how samples, curvature and the posterior are read.
+        reader: static, how samples, curvature and the posterior are read.
         precision: per-example precision p, a tree like the parameters, float32 or wider.
         ess: effective sample size of the coming step.
         prior: natural parameters of the prior, trees like the parameters; () without one.
@@ -256,7 +256,7 @@ class ScaleByPrecisionState(NamedTuple):
 
     count: Array
     key: Array
-    rule: PrecisionRule
+    reader: PrecisionReader
     precision: Any
     ess: Array
     prior: Any
@@ -274,18 +274,18 @@ def gated_evidence(
 
     A curvature that is not given is derived from the gradient and this step's noise.
     """
-    refuse_one_gradient(state.rule, curvature)
+    refuse_one_gradient(state.reader, curvature)
     g = _tree.matching_leaves(updates, state.precision, "grads")
     g = optax.tree.cast_like(g, state.precision)
     if curvature is None:
-        weights = state.rule.weights(state, params, noise_of(state))
+        weights = state.reader.weights(state, params, noise_of(state))
         finite = squares_finite(g)
         g = zero_unless(finite, g)
-        return finite, g, state.rule.curvature(state, params, weights, g)
+        return finite, g, state.reader.curvature(state, params, weights, g)
     c = _tree.matching_leaves(curvature, state.precision, "curvature")
     c = optax.tree.cast_like(c, state.precision)
     finite = squares_finite(g, c)
-    if isinstance(state.rule.kind, NEVER_NEGATIVE):
+    if isinstance(state.reader.kind, NEVER_NEGATIVE):
         finite &= jnp.all(jnp.array([jnp.all(x >= 0) for x in jax.tree.leaves(c)]))
     return finite, *zero_unless(finite, (g, c))
 
@@ -372,7 +372,7 @@ def _first_precision(params: Any, hess_init: Any, d0: Any, damping: Any) -> Any:
     return precision
 
 
-def _precision_of(init: Posterior, params: Any, ess: Array) -> Any:
+def _precision_of(init: Distribution, params: Any, ess: Array) -> Any:
     """The precision per example of a first posterior.
 
     Raises:
@@ -398,8 +398,8 @@ def scale_by_precision(
     b2: Any = 0.99999,
     hess_init: Any = 1.0,
     weight_decay: Any = 0.0,
-    prior: Posterior | Callable[[Any], Posterior] | None = None,
-    init: Posterior | None = None,
+    prior: Distribution | Callable[[Any], Distribution] | None = None,
+    init: Distribution | None = None,
     momentum: optax.GradientTransformation | None = None,
     curvature: str | Curvature = "reparameterized",
     step: str = "improved",
@@ -488,7 +488,7 @@ def scale_by_precision(
     plain = step in ("plain", "plain_old")
     if isinstance(weight_decay, EmpiricalPrior) and plain:
         raise ValueError(f"weight_decay=EmpiricalPrior(...) needs an improved step, not {step!r}.")
-    rule = PrecisionRule(from_gradient(curvature), generator, step, adversary)
+    reader = PrecisionReader(from_gradient(curvature), generator, step, adversary)
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
     def init_fn(params: Any) -> ScaleByPrecisionState:
@@ -504,7 +504,7 @@ def scale_by_precision(
         return ScaleByPrecisionState(
             count=count,
             key=canonical_key(key),
-            rule=rule,
+            reader=reader,
             precision=precision,
             ess=size,
             prior=prior_,

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
-from blr_optax.families import Density, Leafwise, MeanField, Product, Raveled, SideBySide, get
+from blr_optax._distribution import Distribution
+from blr_optax.families import Family, Leafwise, MeanField, Product, Raveled, SideBySide, get
 
 
-def family_over(family: str | Density, params: Any) -> Density:
+def family_over(family: str | Family, params: Any) -> Family:
     """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
 
     Matrix families are one per leaf.
@@ -35,7 +35,9 @@ def family_over(family: str | Density, params: Any) -> Density:
     return Raveled.like(family, params) if family.location and not is_vector else family
 
 
-def first_natural(family: Any, params: Any, init: Posterior | None, prior: Posterior | None) -> Any:
+def first_natural(
+    family: Any, params: Any, init: Distribution | None, prior: Distribution | None
+) -> Any:
     """The first lambda: `init`, else centred at params, else the prior."""
     # Copies: a state that held the parameters themselves would be donated with them.
     params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
@@ -47,20 +49,20 @@ def first_natural(family: Any, params: Any, init: Posterior | None, prior: Poste
         return jax.tree.map(jnp.array, prior.natural)
     lifted = isinstance(family, MeanField)
     name = type(family.family if lifted else family).__name__
-    tree = f"; over a tree it is Posterior(MeanField({name}()), ...)" if lifted else ""
+    tree = f"; over a tree it is Distribution(MeanField({name}()), ...)" if lifted else ""
     ways = "init= or prior=" if family.exponential else "init="
     raise ValueError(
-        f"blr_update: {name} has no location to centre at params; pass {ways}, a Posterior of the "
-        f"family{tree}."
+        f"blr_update: {name} has no location to centre at params; pass {ways}, a Distribution of "
+        f"the family{tree}."
     )
 
 
-def check_like(name: str, given: Posterior | None, family: Any, params: Any) -> None:
+def check_like(name: str, given: Distribution | None, family: Any, params: Any) -> None:
     """Raises ValueError when a posterior argument does not fit the family and the parameters."""
     if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return
-    if not isinstance(given, Posterior):
-        raise ValueError(f"{name} must be a Posterior; got {type(given).__name__}.")
+    if not isinstance(given, Distribution):
+        raise ValueError(f"{name} must be a Distribution; got {type(given).__name__}.")
     if not isinstance(given.natural, family.Natural):
         raise ValueError(
             f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
@@ -72,7 +74,7 @@ def check_like(name: str, given: Posterior | None, family: Any, params: Any) -> 
     check_shapes(name, given, like)
 
 
-def check_shapes(name: str, given: Posterior, like: Any) -> None:
+def check_shapes(name: str, given: Distribution, like: Any) -> None:
     """Raises ValueError when a posterior argument is not shaped like lambda."""
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
@@ -92,5 +94,5 @@ def check_params(family: Any, natural: Any, params: Any) -> None:
         raise ValueError(
             "blr_update: params must be like the mean of q, with structure and shapes "
             f"{shapes[0]}; got {shapes[1]}. Start from params = q.mean, q being init= or prior=; "
-            "over a tree q is a Posterior of MeanField(family)."
+            "over a tree q is a Distribution of MeanField(family)."
         )

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._validate import all_finite, at, zero_unless
 from blr_optax.families import MeanField, Normal
-from blr_optax.state._reader import Rule, refuse_own_weights
+from blr_optax.state._reader import Reader, refuse_own_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -50,7 +50,7 @@ class WithPosteriorState(NamedTuple):
 
     Attributes:
         count: steps made, without skipped ones (int32).
-        rule: static, how the precision is read off `inner`.
+        reader: static, how the precision is read off `inner`.
         covered: static, the parameters that the state was made for.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
@@ -58,14 +58,14 @@ class WithPosteriorState(NamedTuple):
     """
 
     count: Array
-    rule: PointRule
+    reader: PointReader
     covered: Covered
     hyper: dict[str, Array]
     inner: Any
     skipped: Array
 
 
-class PointRule(Rule):
+class PointReader(Reader):
     """A delta-method rule: the loss is looked at the parameters themselves."""
 
     who = "with_posterior"  # the optimizer's name, in errors
@@ -77,15 +77,15 @@ class PointRule(Rule):
         """Total posterior precision, a tree like `mean`."""
         raise NotImplementedError
 
-    def posterior(self, state: WithPosteriorState, params: Any) -> Posterior:
+    def posterior(self, state: WithPosteriorState, params: Any) -> Distribution:
         """N(params, 1 / precision)."""
         mean = jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
         family = MeanField(Normal())
-        return Posterior(family, family.from_mean(mean, self.precision(state, mean)))
+        return Distribution(family, family.from_mean(mean, self.precision(state, mean)))
 
 
 def with_posterior(
-    tx: optax.GradientTransformation, rule: PointRule, **hyper: float | Array | Callable
+    tx: optax.GradientTransformation, reader: PointReader, **hyper: float | Array | Callable
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
 
@@ -115,12 +115,12 @@ def with_posterior(
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Any) -> WithPosteriorState:
-        _tree.check_float_leaves(params, rule.who)
+        _tree.check_float_leaves(params, reader.who)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
-        refuse_own_weights(inner, rule.who)
+        refuse_own_weights(inner, reader.who)
         paths = Covered(frozenset(_tree.paths(params)))
-        return WithPosteriorState(count, rule, paths, numbers(count), inner, skipped)
+        return WithPosteriorState(count, reader, paths, numbers(count), inner, skipped)
 
     def update_fn(
         updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any

@@ -159,7 +159,7 @@ def diagnostics(
     if bound is not None:
         check_positive("bound", bound)
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
-    rules = [[(s.rule, s.rule.core(s).rule) for s in side] for side in states]
+    rules = [[(s.reader, s.reader.core(s).reader) for s in side] for side in states]
     if rules[0] != rules[1]:
         raise ValueError(
             "diagnostics: before and after hold different posteriors; pass the states that one "
@@ -185,14 +185,14 @@ def _one(
     weight_decay: Any,
 ) -> Diagnostics:
     """The diagnostics of one posterior state."""
-    q = new.rule.posterior(new, part)
+    q = new.reader.posterior(new, part)
     # Not q.variance, which refuses an improper posterior: that is what a diagnostic must show.
     variances = jax.tree.leaves(q.family.variance(q.natural))
     smallest = functools.reduce(jnp.minimum, [jnp.min(1.0 / v) for v in variances])
-    before, core = old.rule.core(old), new.rule.core(new)
+    before, core = old.reader.core(old), new.reader.core(new)
     ess = getattr(core, "ess", None)
     return Diagnostics(
-        *new.rule.corrections(old, new, b2, curvature, weight_decay),
+        *new.reader.corrections(old, new, b2, curvature, weight_decay),
         clipped=_clipped(part, updates, bound),
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),

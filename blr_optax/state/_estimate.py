@@ -176,7 +176,7 @@ class Evaluation:
 
     def gradient(self, weights: Any, examples: tuple) -> tuple[tuple, Any, Any]:
         """((value, aux), gradient, mean squared gradients of examples if a state needs them)."""
-        if not any(state.rule.by_example for state in self.states):
+        if not any(state.reader.by_example for state in self.states):
             value, grad = jax.value_and_grad(self.loss, has_aux=self.has_aux)(weights, *examples)
             return value if self.has_aux else (value, None), grad, None
         from blr_optax.per_example._statistics import batch_size, per_example  # with all taps
@@ -189,9 +189,9 @@ class Evaluation:
     def second_gradient(self, first: Any, weights: Any, examples: tuple) -> Any:
         """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
         moved = [
-            state.rule.adversary(state, part, _tree.matching_leaves(first, part, "grads"))
+            state.reader.adversary(state, part, _tree.matching_leaves(first, part, "grads"))
             for state, part in zip(self.states, self.parts, strict=True)
-            if state.rule.adversarial
+            if state.reader.adversarial
         ]
         if not moved:
             return first
@@ -202,11 +202,11 @@ class Evaluation:
     @staticmethod
     def statistic(state: Any, part: Any, noise: Any, weights: Any, first: Any, squares: Any) -> Any:
         """What one state's `update` takes beside the gradient, from the first gradient."""
-        if state.rule.by_example:
+        if state.reader.by_example:
             return _tree.matching_leaves(squares, part, "squares")
         weights = _tree.matching_leaves(weights, part, "weights")
         first = _tree.matching_leaves(first, part, "grads")
-        return state.rule.statistic(state, part, weights, first, noise)
+        return state.reader.statistic(state, part, weights, first, noise)
 
 
 def _recorded(noise: Any, samples: int, states: list[Any], parts: list[Any]) -> tuple[Any, int]:
@@ -224,7 +224,7 @@ def _recorded(noise: Any, samples: int, states: list[Any], parts: list[Any]) -> 
     if samples not in (1, recorded):
         raise ValueError(f"noise: it has {recorded} samples, but samples={samples}.")
     noises = [
-        _tree.matching_leaves(noise, part, "noise", leading=1 + state.rule.noise_axes)
+        _tree.matching_leaves(noise, part, "noise", leading=1 + state.reader.noise_axes)
         if draws_noise(state)
         else None
         for state, part in zip(states, parts, strict=True)
@@ -292,12 +292,12 @@ def estimate(
     """
     refuse_multi_steps(opt_state, "estimate")
     states = posterior_states(opt_state, "estimate")
-    if any(state.rule.evaluates_loss for state in states):
+    if any(state.reader.evaluates_loss for state in states):
         raise ValueError(
             "estimate: blr_update evaluates the loss itself; call update(None, opt_state, params, "
             "batch=(...)) instead."
         )
-    if has_aux and any(state.rule.by_example for state in states):
+    if has_aux and any(state.reader.by_example for state in states):
         raise ValueError(
             "estimate: vogn and ogn take the gradients of single examples, for which has_aux=True "
             "has no meaning; drop the auxiliary output."

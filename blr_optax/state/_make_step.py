@@ -18,7 +18,7 @@ import optax
 
 from blr_optax._validate import check_count
 from blr_optax.state._estimate import estimate
-from blr_optax.state._reader import Rule, check_transformation, draws_noise, find_posterior_states
+from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -42,12 +42,12 @@ class StepInfo(NamedTuple):
 class PointState(NamedTuple):
     """What `estimate` reads for an optimizer without a posterior: the loss at the parameters."""
 
-    rule: Rule
+    reader: Reader
 
 
 def _skipped(opt_state: Any) -> Array:
     states = find_posterior_states(opt_state)
-    counts = [getattr(state.rule.core(state), "skipped", 0) for state in states]
+    counts = [getattr(state.reader.core(state), "skipped", 0) for state in states]
     return jnp.asarray(sum(counts), jnp.int32)
 
 
@@ -131,12 +131,12 @@ def make_step(
 
     def step(params: Any, opt_state: Any, *batch: Any) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
-        if states and all(state.rule.evaluates_loss for state in states):
+        if states and all(state.reader.evaluates_loss for state in states):
             return by_batch(params, opt_state, batch)
         draws = any(map(draws_noise, states))
         est = estimate(
             loss,
-            opt_state if states else PointState(Rule()),
+            opt_state if states else PointState(Reader()),
             params,
             *batch,
             samples=samples if draws else 1,
@@ -154,7 +154,7 @@ def make_step(
         extra = {"value": est.value, "grad": est.grad, "value_fn": value_fn}
         if est.curvature is not None:
             extra["curvature"] = est.curvature
-        names = [state.rule.aux_argument for state in states if state.rule.aux_argument]
+        names = [state.reader.aux_argument for state in states if state.reader.aux_argument]
         if names and not has_aux:
             raise ValueError(
                 f"make_step: this optimizer needs {names[0]}=, an auxiliary output of the loss; "

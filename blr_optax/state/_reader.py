@@ -1,9 +1,9 @@
 """How a posterior is found inside any optimizer state, and what may be asked of it.
 
-A state that carries a posterior is a NamedTuple with a field `rule`: a small static object with the
-protocol below. Chains, masks, partitions and wrappers keep it where they keep the state, so it is
-searched for by what it is, never by position or class name. Everything that a rule returns is a
-tree like the part of the parameters that its state knows, with `MaskedNode` elsewhere.
+A state that carries a posterior is a NamedTuple with a field `reader`: a small static object with
+the protocol below. Chains, masks, partitions and wrappers keep it where they keep the state, so it
+is searched for by what it is, never by position or class name. Everything that a reader returns is
+a tree like the part of the parameters that its state knows, with `MaskedNode` elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._distribution import Posterior
+    from blr_optax._distribution import Distribution
 
 NO_POSTERIOR = (
     "{who}: the optimizer state carries no posterior. Pass the state of one of this library's "
@@ -25,16 +25,16 @@ NO_POSTERIOR = (
 )
 
 
-class Rule:
-    """Base of the rule objects; a rule without noise is a point: it samples the parameters."""
+class Reader:
+    """Base of all readers; one without noise is of a point: it samples the parameters."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Rules ride in states as static pytree nodes."""
+        """Readers ride in states as static pytree nodes."""
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
 
     def __eq__(self, other: object) -> bool:
-        """Rules without choices of their own are equal by type; those with are dataclasses."""
+        """Readers without choices of their own are equal by type; those with are dataclasses."""
         return type(self) is type(other)
 
     def __hash__(self) -> int:
@@ -85,12 +85,12 @@ class Rule:
         """Shares of a second-order term in a step of the precision and in the precision itself."""
         return None, None
 
-    def posterior(self, state: Any, params: Any) -> Posterior:
+    def posterior(self, state: Any, params: Any) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
 
 
-class OuterRule(Rule):
+class OuterReader(Reader):
     """Base of the rules of states around another posterior state, read as that one unless changed.
 
     Attributes:
@@ -107,35 +107,35 @@ class OuterRule(Rule):
 
     def part(self, state: Any, params: Any) -> Any:
         core = self.core(state)
-        return core.rule.part(core, params)
+        return core.reader.part(core, params)
 
     def noise(self, state: Any, key: Array) -> Any:
         core = self.core(state)
-        return core.rule.noise(core, key)
+        return core.reader.noise(core, key)
 
     def weights(self, state: Any, params: Any, noise: Any) -> Any:
         core = self.core(state)
-        return core.rule.weights(core, params, noise)
+        return core.reader.weights(core, params, noise)
 
     def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
         core = self.core(state)
-        return core.rule.curvature(core, params, weights, grads)
+        return core.reader.curvature(core, params, weights, grads)
 
     def corrections(
         self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
     ) -> tuple[Array | None, Array | None]:
         old, new = self.core(before), self.core(after)
-        return new.rule.corrections(old, new, b2, curvature, weight_decay)
+        return new.reader.corrections(old, new, b2, curvature, weight_decay)
 
 
 def draws_noise(state: Any) -> bool:
     """Whether a state that carries a posterior has a key, to draw samples with."""
-    return hasattr(state.rule.core(state), "key")
+    return hasattr(state.reader.core(state), "key")
 
 
 def carries_posterior(node: Any) -> bool:
     """Whether a node of a state is one that carries a posterior."""
-    return isinstance(getattr(node, "rule", None), Rule)
+    return isinstance(getattr(node, "reader", None), Reader)
 
 
 def find_posterior_states(opt_state: Any) -> list[Any]:
@@ -156,9 +156,9 @@ def posterior_states(opt_state: Any, who: str) -> list[Any]:
     return found
 
 
-def refuse_one_gradient(rule: Rule, curvature: Any) -> None:
+def refuse_one_gradient(reader: Reader, curvature: Any) -> None:
     """Raises ValueError when an update of two gradients gets no sign that there were two."""
-    if rule.adversarial and curvature is None:
+    if reader.adversarial and curvature is None:
         raise ValueError(
             "sam, bsam: a step takes two gradients, the second at the adversary of the first. Take "
             "both from est = blr.estimate(loss, opt_state, params, *batch), then "
@@ -176,11 +176,11 @@ def check_transformation(who: str, tx: Any) -> None:
 
 def refuse_own_weights(state: Any, who: str) -> None:
     """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
-    rules = [x.rule for x in jax.tree.leaves(state, is_leaf=carries_posterior)
-             if carries_posterior(x) and (draws_noise(x) or x.rule.adversarial)]  # fmt: skip
-    if rules:
+    readers = [x.reader for x in jax.tree.leaves(state, is_leaf=carries_posterior)
+             if carries_posterior(x) and (draws_noise(x) or x.reader.adversarial)]  # fmt: skip
+    if readers:
         raise ValueError(
-            f"{who}: the inner optimizer ({type(rules[0]).__name__}) samples its weights or moves "
+            f"{who}: the inner optimizer ({type(readers[0]).__name__}) samples its weights or moves "
             "them itself; give one that looks at its parameters, such as blr.sgd, blr.adam or one "
             "of optax."
         )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._distribution import Posterior
+from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, step_key
 from blr_optax.families import MeanField, Point, PointNatural, SideBySide
 from blr_optax.state._reader import draws_noise, map_posterior_states, posterior_states
@@ -31,7 +31,7 @@ def covered(states: list[Any], params: Any, who: str) -> list[Any]:
     """
     parts, seen = [], set()
     for state in states:
-        part = state.rule.part(state, params)
+        part = state.reader.part(state, params)
         twice = seen & (known := _tree.paths(part))
         if twice:
             raise ValueError(
@@ -46,7 +46,7 @@ def covered(states: list[Any], params: Any, who: str) -> list[Any]:
 def draw(states: list[Any], parts: list[Any], params: Any, noises: list[Any]) -> Any:
     """The weights at which the loss is looked at, given each state's noise (None: a point)."""
     drawn = [
-        state.rule.weights(state, part, noise)
+        state.reader.weights(state, part, noise)
         for state, part, noise in zip(states, parts, noises, strict=True)
     ]
     return _tree.merge_by_path(params, *drawn)
@@ -88,12 +88,12 @@ def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
     """The noise of one draw of this step; None for a point. `fold` separates devices."""
     if not draws_noise(state):
         return None
-    core = state.rule.core(state)
+    core = state.reader.core(state)
     key = step_key(core.key, core.count, index)
-    return state.rule.noise(state, key if fold is None else jax.random.fold_in(key, fold))
+    return state.reader.noise(state, key if fold is None else jax.random.fold_in(key, fold))
 
 
-def posterior(opt_state: Any, params: Any) -> Posterior:
+def posterior(opt_state: Any, params: Any) -> Distribution:
     """The posterior that an optimizer state carries, as a value.
 
     Args:
@@ -101,7 +101,7 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
         params: the parameters, the posterior's mean.
 
     Returns:
-        A `Posterior` over a tree like params. Leaves without one are the points that params has
+        A `Distribution` over a tree like params. Leaves without one are the points that params has
         there (family `Point`); parts of different families stand side by side (`SideBySide`).
 
     Raises:
@@ -121,33 +121,33 @@ def posterior(opt_state: Any, params: Any) -> Posterior:
     states = posterior_states(opt_state, "posterior")
     parts = covered(states, params, "posterior")
     found = [
-        (_tree.paths(part), state.rule.posterior(state, part))
+        (_tree.paths(part), state.reader.posterior(state, part))
         for state, part in zip(states, parts, strict=True)
     ]
     together = _together([one for one in found if one[0]] or found[:1])
     points = _tree.paths(params).difference(*(paths for paths, _ in found))
     if points:
-        together.append(Posterior(POINTS, PointNatural(_tree.mask_to(params, points))))
+        together.append(Distribution(POINTS, PointNatural(_tree.mask_to(params, points))))
     if len(together) == 1:
         return together[0]
     family = SideBySide(tuple(q.family for q in together))
-    return Posterior(family, family.natural(*(q.natural for q in together)))
+    return Distribution(family, family.natural(*(q.natural for q in together)))
 
 
-def _together(found: list[tuple[set[str], Posterior]]) -> list[Posterior]:
+def _together(found: list[tuple[set[str], Distribution]]) -> list[Distribution]:
     """Join posteriors over disjoint leaves (given by path) where one family holds both.
 
     Those that cannot be joined are sorted by their first leaf, so that the order of an optimizer's
     groups does not matter.
     """
-    joined: list[tuple[set[str], Posterior]] = []
+    joined: list[tuple[set[str], Distribution]] = []
     for paths, q in found:
         for k, (others, p) in enumerate(joined):
             both = p.family.join(p.natural, q.family, q.natural) or q.family.join(
                 q.natural, p.family, p.natural
             )
             if both is not None:
-                joined[k] = (others | paths, Posterior(*both))
+                joined[k] = (others | paths, Distribution(*both))
                 break
         else:
             joined.append((paths, q))
@@ -183,9 +183,9 @@ def reseed(opt_state: Any, key: Array) -> Any:
     def renew(state: Any) -> Any:
         if not draws_noise(state):
             return state
-        core = state.rule.core(state)
+        core = state.reader.core(state)
         shape = jnp.shape(core.key)
         new = core._replace(key=jax.random.split(key, shape) if shape else jax.random.clone(key))
-        return state.rule.with_core(state, new)
+        return state.reader.with_core(state, new)
 
     return map_posterior_states(renew, opt_state)

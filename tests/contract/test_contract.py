@@ -588,7 +588,7 @@ def on_one_device(row):
     params, more = wide_params(), {}
     if row.name == "ivon_prior":  # its own prior is made for the small tree
         family = blr.families.get("gaussian_diagonal")
-        more["prior"] = blr.Posterior(family, family.natural(mean=params, precision=2.0))
+        more["prior"] = blr.Distribution(family, family.natural(mean=params, precision=2.0))
         tx = blr.ivon(**row.numbers, **more)
     else:
         tx = row.tx()

@@ -30,8 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tools import close, near
 
-from blr_optax import Posterior, families
-from blr_optax.families import Family
+from blr_optax import Distribution, families
+from blr_optax.families import ExponentialFamily
 
 every_row = pytest.mark.parametrize("row", rows())
 
@@ -82,12 +82,15 @@ def facts(row):
             "mean": family.mean(lam),
             "variance": family.variance(lam),
             "entropy": family.entropy(lam),
-            "default_entropy": Family.entropy(family, lam),
+            "default_entropy": ExponentialFamily.entropy(family, lam),
             "expected_log_base_measure": family.expected_log_base_measure(lam),
         }
 
     def pairs(first, second):
-        return {"kl": family.kl(first, second), "default_kl": Family.kl(family, first, second)}
+        return {
+            "kl": family.kl(first, second),
+            "default_kl": ExponentialFamily.kl(family, first, second),
+        }
 
     lam = stacked(row)
     # Every member with another one, then with itself.
@@ -220,7 +223,7 @@ def test_density_moments_and_entropy_against_quadrature(x64, row):
     def evaluate(lam, points):
         each = jax.vmap(lambda x: (family.log_prob(lam, x), family.log_base_measure(lam, x)))
         statistics = jax.vmap(lambda x: flat_learnt(family, family.sufficient_statistics(x, lam)))
-        direct = jax.vmap(lambda x: Family.log_prob(family, lam, x))(points)
+        direct = jax.vmap(lambda x: ExponentialFamily.log_prob(family, lam, x))(points)
         return *each(points), statistics(points), direct
 
     size = max(len(integral(row, i)[1]) for i in range(len(row.members)))
@@ -559,7 +562,7 @@ def test_properties_of_random_members(x64, row):
         bound = family.inner(v, family.fisher_product(a, v))
         exponent = family.inner(a, mu)
         parts = family.log_partition(a) - exponent - family.expected_log_base_measure(a)
-        product = Posterior(family, a) * Posterior(family, b) / Posterior(family, b)
+        product = Distribution(family, a) * Distribution(family, b) / Distribution(family, b)
         return {
             "inside": family.in_domain(a) & family.in_domain(b),
             "converged": converged,

@@ -289,7 +289,7 @@ def test_options_are_checked():
     with pytest.raises(ValueError, match="step='plain'"):
         mixture.move(mixed, mixed, 0.1, "plain")
     with pytest.raises(ValueError, match="no exponential family"):
-        blr.Posterior(family, lam) * blr.Posterior(family, lam)
+        blr.Distribution(family, lam) * blr.Distribution(family, lam)
     with pytest.raises(ValueError, match="entropy in closed form"):
         mixture.entropy(mixed)
     with pytest.raises(ValueError, match="KL divergence in closed form"):

@@ -9,7 +9,7 @@ from family_tools import program
 from tools import close
 
 import blr_optax as blr
-from blr_optax import Posterior, estimators, families
+from blr_optax import Distribution, estimators, families
 from blr_optax.families._base import domain
 
 SPD = np.array([[2.0, 0.5], [0.5, 1.0]])
@@ -124,7 +124,7 @@ def test_conditional_families_refuse_what_needs_a_common_mu():
     with pytest.raises(ValueError, match=r"StudentT is a conditional family .* move"):
         blr.natural_step("student_t", lam, lam, 0.5)
     with pytest.raises(ValueError, match="no expectation parameters"):
-        Posterior(family, lam).expectation()
+        Distribution(family, lam).expectation()
 
 
 @pytest.mark.parametrize("name", ["dirichlet", "beta"])
@@ -150,7 +150,7 @@ def test_a_prior_of_one_number_holds_in_every_factor():
     @jax.jit
     def step(w, tau):
         lam = product.natural(w=w, tau=tau)
-        prior = Posterior(product, product.natural(w={"mean": 1.0, "variance": 4.0}, tau=tau))
+        prior = Distribution(product, product.natural(w={"mean": 1.0, "variance": 4.0}, tau=tau))
         new = blr.natural_step(product, lam, product.combine((0.0, lam)), 1.0, prior=prior)
         return product.variance(new)["w"]["a"], product.mean(new)["w"]["a"]
 
@@ -163,10 +163,10 @@ def test_members_of_different_sizes_are_refused():
     gaussian = families.get("gaussian")
     small, large = (gaussian.natural(mean=jnp.zeros(d), covariance=jnp.eye(d)) for d in (1, 3))
     with pytest.raises(ValueError, match=r"different sizes; .* \(3,\), \(1,\)"):
-        blr.natural_step(gaussian, large, large, 0.5, prior=Posterior(gaussian, small))
+        blr.natural_step(gaussian, large, large, 0.5, prior=Distribution(gaussian, small))
     product = families.Product({"a": gaussian})
     for family, of in ((gaussian, lambda x: x), (product, lambda x: product.natural(a=x))):
-        p, q = Posterior(family, of(large)), Posterior(family, of(small))
+        p, q = Distribution(family, of(large)), Distribution(family, of(small))
         for ask in (lambda p=p, q=q: p * q, lambda p=p, q=q: p.kl(q)):
             with pytest.raises(ValueError, match="different sizes"):
                 ask()

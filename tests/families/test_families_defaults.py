@@ -15,7 +15,7 @@ from scipy.special import expit
 from tools import close, near
 
 from blr_optax import families
-from blr_optax.families import Domain, Family, GaussianExpectation, GaussianNatural
+from blr_optax.families import Domain, ExponentialFamily, GaussianExpectation, GaussianNatural
 from blr_optax.families._base import domain
 
 
@@ -48,7 +48,7 @@ class OneExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainGamma(Family):
+class PlainGamma(ExponentialFamily):
     """T = (log x, x), lambda = (a - 1, -b), and nothing but the log-partition."""
 
     Natural: ClassVar[type] = TwoNatural
@@ -61,7 +61,7 @@ class PlainGamma(Family):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainPoisson(Family):
+class PlainPoisson(ExponentialFamily):
     Natural: ClassVar[type] = OneNatural
     Expectation: ClassVar[type] = OneExpectation
     domains: ClassVar[dict] = {"log_rate": domain.real()}
@@ -71,7 +71,7 @@ class PlainPoisson(Family):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainGaussian(Family):
+class PlainGaussian(ExponentialFamily):
     Natural: ClassVar[type] = GaussianNatural
     Expectation: ClassVar[type] = GaussianExpectation
     domains: ClassVar[dict] = {"linear": domain.real(1), "quadratic": domain.negative_definite()}
@@ -236,7 +236,7 @@ def test_domains(x64, domain, inside, outside):
 
 
 @families.register("test_binomial")
-class KnownTotal(families.Family):
+class KnownTotal(families.ExponentialFamily):
     """A binomial that overrides nothing: total is known, and the base measure is left out."""
 
     Natural = collections.namedtuple("KnownTotalNatural", ["logit", "total"])

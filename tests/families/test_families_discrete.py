@@ -13,7 +13,7 @@ from family_rows.discrete import ROWS
 from scipy import special, stats
 from tools import close, compiled, load_golden
 
-from blr_optax.families import Family
+from blr_optax.families import ExponentialFamily
 from blr_optax.families._discrete.bernoulli import softplus
 from blr_optax.families._numerics import log_factorial as lf
 
@@ -250,7 +250,7 @@ def both_gradients(family):
     """grad_mu E log h as the family has it, and as the base class finds it."""
     return lambda lam: (
         family.base_measure_gradient(lam),
-        Family.base_measure_gradient(family, lam).linear,
+        ExponentialFamily.base_measure_gradient(family, lam).linear,
     )
 
 

@@ -217,7 +217,7 @@ def test_the_docstring_says_what_the_fields_are(name):
     text = " ".join(family.__doc__.split())
     assert text.count(" lambda: ") == 1
     lam, mu = text.split(" lambda: ")[1].split("Example:")[0], "There is no mu"
-    if isinstance(family, families.Family):
+    if isinstance(family, families.ExponentialFamily):
         lam, mu = lam.split(" mu: ")
     for field in family.Natural._fields:
         assert all(field in part for part in (lam, *([mu] if " = " in mu else []))), field
@@ -313,8 +313,8 @@ def test_a_prior_of_one_number_holds_for_a_whole_tree():
     tree = {"w": jnp.full(3, 2.0), "b": jnp.full(2, 2.0)}
     gamma, lift = families.get("gamma"), families.MeanField("gamma")
     one = {"concentration": 2.0, "rate": 1.0}
-    scalar = blr.Posterior(gamma, gamma.natural(**one))
-    full = blr.Posterior(
+    scalar = blr.Distribution(gamma, gamma.natural(**one))
+    full = blr.Distribution(
         lift,
         lift.natural(**{k: jax.tree.map(lambda x, v=v: 0 * x + v, tree) for k, v in one.items()}),
     )
@@ -333,14 +333,14 @@ def test_a_prior_of_one_number_holds_for_a_whole_tree():
 def test_a_prior_that_does_not_fit_init_is_refused_at_once():
     gamma = families.get("gamma")
     prior, init = (
-        blr.Posterior(gamma, gamma.natural(concentration=jnp.ones(k), rate=1.0)) for k in (2, 3)
+        blr.Distribution(gamma, gamma.natural(concentration=jnp.ones(k), rate=1.0)) for k in (2, 3)
     )
     tx = blr.blr_update("gamma", jnp.sum, 0.1, prior=prior, init=init)
     says(lambda: tx.init(jnp.ones(3)), "prior", "structure and shapes", "(2,)", "(3,)")
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in STARTS if isinstance(families.get(n), families.Family)]
+    "name", [n for n in STARTS if isinstance(families.get(n), families.ExponentialFamily)]
 )
 def test_hints_name_estimators_that_the_family_takes(name):
     family, refused = families.get(name), 0

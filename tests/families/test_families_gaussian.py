@@ -15,7 +15,7 @@ from scipy import stats
 from tools import close, load_golden, near
 
 from blr_optax import families
-from blr_optax.families import Family, GaussianNatural
+from blr_optax.families import ExponentialFamily, GaussianNatural
 
 LOG_2PI = np.log(2 * np.pi)
 DIAGONAL = families.get("gaussian_diagonal")
@@ -107,7 +107,7 @@ def test_gaussian_broadcasts_means_against_precisions(x64):
 def test_base_measure_gradient_of_the_fixed_gaussian_is_minus_lambda(x64):
     lam = member(stacked(ROWS["gaussian_fixed"]), 0)
     own = program(FIXED.base_measure_gradient)(lam)
-    default = jax.jit(lambda lam: Family.base_measure_gradient(FIXED, lam))(lam)
+    default = jax.jit(lambda lam: ExponentialFamily.base_measure_gradient(FIXED, lam))(lam)
     near(own.linear, -lam.linear)
     near(default.linear, -lam.linear)
     assert not np.any(own.precision)
@@ -354,7 +354,7 @@ def test_mean_field_is_a_diagonal_gaussian(x64, hole):
             "entropy": DIAGONAL.entropy(lam),
             "theta": theta,
             "log_q": DIAGONAL.log_prob(lam, theta),
-            "default_log_q": Family.log_prob(DIAGONAL, lam, one),
+            "default_log_q": ExponentialFamily.log_prob(DIAGONAL, lam, one),
             "kl": (DIAGONAL.kl(lam, other), GAUSSIAN.kl(full_lam, full_other)),
             "log_partition": (DIAGONAL.log_partition(lam), GAUSSIAN.log_partition(full_lam)),
             "slope": (jax.grad(DIAGONAL.log_partition)(lam), DIAGONAL.expectation(lam)),
@@ -496,7 +496,7 @@ def test_raveled_is_a_gaussian_over_the_flat_vector(x64):
             "fresh": raveled.natural_at(theta).linear,
             "draw": draw,
             "log_prob": raveled.log_prob(lam, draw),
-            "default_log_prob": Family.log_prob(raveled, lam, theta),
+            "default_log_prob": ExponentialFamily.log_prob(raveled, lam, theta),
             "entropy": raveled.entropy(lam),
             "displaced": (raveled.displace(lam, theta)["w"], GAUSSIAN.displace(lam, flat)),
             "gradients": (raveled.gradient(lam, theta, eye), GAUSSIAN.gradient(lam, flat, eye)),

@@ -76,7 +76,7 @@ def test_algebra_is_that_of_the_parts(x64):
 
     def parts_of(q):
         parts = zip(q.family.families, q.natural.parts, strict=True)
-        return [blr.Posterior(f, lam) for f, lam in parts]
+        return [blr.Distribution(f, lam) for f, lam in parts]
 
     def ask(q, other):
         parts = parts_of(q)
@@ -121,7 +121,7 @@ def test_points_beside_both():
     def ask(q):
         draw = q.sample(jax.random.key(1), (5,))
         normals, signs = (
-            blr.Posterior(*pair)
+            blr.Distribution(*pair)
             for pair in zip(q.family.families[:2], q.natural.parts[:2], strict=True)
         )
         log_w, log_b = signs.log_prob(holes(draw, "w")), normals.log_prob(holes(draw, "b"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from blr_optax.families import Family
+from blr_optax.families import ExponentialFamily
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # by identity, so that results can be cached
@@ -28,7 +28,7 @@ class Row:
         moment: points -> what `mean` and `variance` are of, when it is not theta (labels: one-hot).
     """
 
-    family: Family
+    family: ExponentialFamily
     kind: str
     members: tuple[dict, ...]
     logpdf: Callable[[dict, Any], np.ndarray]

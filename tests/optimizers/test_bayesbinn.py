@@ -35,7 +35,7 @@ def transformation(case, names, shapes):
     prior = None
     if hyper["prior_lamda"] is not None:
         linear = unflatten(hyper["prior_lamda"], names, shapes)
-        prior = blr.Posterior(TREE, TREE.Natural(linear))
+        prior = blr.Distribution(TREE, TREE.Natural(linear))
     return blr.bayesbinn(
         hyper["lr"],
         hyper["train_set_size"],
@@ -125,7 +125,7 @@ def quartic(w, a):
 
 
 def signs(family, linear):
-    return blr.Posterior(family, family.Natural(jnp.asarray(linear)))
+    return blr.Distribution(family, family.Natural(jnp.asarray(linear)))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
@@ -197,7 +197,7 @@ def test_ste_is_the_rule_without_entropy_at_the_most_likely_signs(x64):
         lam = SIGNS.Natural(params)
         mode = jnp.where(params < 0, -1.0, 1.0)
         grad_mu = SIGNS.Natural(jax.grad(quartic)(mode, A))
-        expected = blr.natural_step(SIGNS, lam, grad_mu, rho, blr.Posterior(SIGNS, lam), ess)
+        expected = blr.natural_step(SIGNS, lam, grad_mu, rho, blr.Distribution(SIGNS, lam), ess)
         updates, state = tx.update(jax.grad(quartic)(blr.sample(state, params), A), state, params)
         params = params + updates
         return (params, state), (params, expected.linear)
@@ -228,7 +228,9 @@ def test_expected_gradient_tends_to_the_exact_one(x64):
     @jax.jit
     def look(params):
         values = jax.vmap(lambda w: quartic(w, A))(corners)
-        odds = jax.vmap(lambda w: blr.Posterior(SIGNS, SIGNS.Natural(params)).log_prob(w))(corners)
+        odds = jax.vmap(lambda w: blr.Distribution(SIGNS, SIGNS.Natural(params)).log_prob(w))(
+            corners
+        )
         est = blr.estimate(quartic, tx.init(params), params, A, samples=100_000)
         return values, odds, est.curvature
 
@@ -343,7 +345,7 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
         again = blr.bayesbinn(1.0, 10.0, prior=q)
         zero = jax.tree.map(jnp.zeros_like, params)
         updates, _ = again.update(zero, again.init(params), zero)
-        one = blr.Posterior(SIGNS, SIGNS.Natural(jnp.array(0.3)))
+        one = blr.Distribution(SIGNS, SIGNS.Natural(jnp.array(0.3)))
         spread = blr.bayesbinn(0.1, 10.0, prior=one).init(params)[0].prior
         return q.sample(jax.random.key(0), (100,)), q.mean, updates, spread
 
@@ -368,7 +370,7 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
                 10.0,
                 prior=jax.jit(lambda p: blr.posterior(blr.sgd(0.1).init(p), p))(ONES),
             ).init(ONES),
-            "prior must be a mean-field Posterior of rademacher signs",
+            "prior must be a mean-field Distribution of rademacher signs",
         ),
         (lambda: blr.ste(0.1, clip=0.0), "clip=0.0 must be positive"),
         (lambda: blr.ste(0.1, b1=2.0), "b1=2.0 must be in"),

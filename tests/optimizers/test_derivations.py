@@ -108,7 +108,7 @@ def assert_paths(first, second, tolerance, variance=True):
 
 
 def diagonal(mean, precision):
-    return blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=mean, precision=precision))
+    return blr.Distribution(DIAGONAL, DIAGONAL.natural(mean=mean, precision=precision))
 
 
 def test_gradient_descent_is_a_known_unit_covariance(x64):
@@ -125,7 +125,7 @@ def test_sgd_is_the_known_covariance_step_size_over_ess(x64):
     fixed = blr.families.get("gaussian_fixed")
 
     def rule():
-        init = blr.Posterior(
+        init = blr.Distribution(
             fixed, fixed.natural(mean=params, precision=jnp.eye(params.size) * ess / alpha)
         )
         return blr.blr_update(
@@ -301,7 +301,7 @@ def test_online_newton_formula(x64):
     s0, m0 = prior_precision * np.eye(4), np.full(4, 0.1)
 
     def make():
-        prior = blr.Posterior(family, family.natural(mean=m0, precision=s0))
+        prior = blr.Distribution(family, family.natural(mean=m0, precision=s0))
         return blr.online_newton(loss, rho, ess=ess, prior=prior, step="plain")
 
     batches = minibatches(batch)
@@ -356,7 +356,7 @@ def second_order(which, generator):
     def make(row):
         keywords, prior = priors(params)[which]
         if prior is not None:  # the rule wants the total prior, ess times the per-example one
-            prior = blr.Posterior(DIAGONAL, DIAGONAL.combine((ess, prior)))
+            prior = blr.Distribution(DIAGONAL, DIAGONAL.combine((ess, prior)))
         if keywords is None:
             keywords = {"prior": prior}
         init_precision = ess * hess_init + (0.0 if prior is None else 1.0 / prior.variance)

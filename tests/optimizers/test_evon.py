@@ -168,7 +168,7 @@ def test_it_is_the_rule_in_the_basis(x64):
 
     def step(carry, _):
         params, state, natural = carry
-        q = blr.Posterior(diagonal, natural)
+        q = blr.Distribution(diagonal, natural)
         weights = blr.sample(state, params)["w"]
         grads = {"w": jax.grad(loss)(weights)}
         away = left.T @ (weights - params["w"]) @ right
@@ -178,7 +178,7 @@ def test_it_is_the_rule_in_the_basis(x64):
         m = q.mean["w"]
         grad_mu = diagonal.Natural({"w": turned - curvature * m}, {"w": 0.5 * curvature})
         lam = blr.natural_step(diagonal, natural, grad_mu, rho, ess=ess, step="improved")
-        q = blr.Posterior(diagonal, lam)
+        q = blr.Distribution(diagonal, lam)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         found = params["w"], blr.posterior(state, params).variance["w"]
@@ -295,7 +295,8 @@ def test_a_refresh_turns_momentum_and_precision_and_leaves_the_rest(x64):
         after, kept = (the(s) for _, s in steps)
         # The precision of the new basis is the closest such q: no other one has a smaller KL.
         q, p = (
-            blr.Posterior(Rotated(), after.rule.posterior(s, params).natural) for s in (after, kept)
+            blr.Distribution(Rotated(), after.reader.posterior(s, params).natural)
+            for s in (after, kept)
         )
         kl = lambda s: Rotated().kl(q.natural._replace(precision=s), p.natural)  # noqa: E731
         parts = [
@@ -424,7 +425,7 @@ def test_whitening_leaves_directions_and_levels_sizes(x64):
     """Singular vectors stay, singular values come near one; the sign and the rest pass."""
     g = np.asarray(jax.jit(lambda key: jax.random.normal(key, (4, 3)))(jax.random.key(0)))
     u, _, vt = np.linalg.svd(g, full_matrices=False)
-    tx = blr.whiten(10)
+    tx = blr.orthogonalize(10)
     tree = {"w": g, "k": g.reshape(2, 2, 3), "b": g[0], "z": np.zeros((2, 2))}
 
     @jax.jit
@@ -457,7 +458,7 @@ def dense(natural, name="w"):
 def rotated(seed):
     rng, family = np.random.default_rng(seed), Rotated()
     mean, log_precision = rng.normal(size=(2, 3, 2))
-    return blr.Posterior(
+    return blr.Distribution(
         family,
         family.natural(
             mean={"w": jnp.asarray(mean), "b": jnp.ones(2)},
@@ -562,14 +563,14 @@ def test_errors_name_the_way_out():
     with pytest.raises(ValueError, match="update needs params"):
         tx.update(params, jax.jit(tx.init)(params))
     with pytest.raises(ValueError, match="steps=0"):
-        blr.whiten(0)
+        blr.orthogonalize(0)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_bases_of_both_sides_on_a_mesh(kind):
     """Rows split over eight devices: the numbers of one device, and states that stay placed."""
     params, grads = ({"w": drawn(seed, (8, 2)).astype(np.float32)} for seed in (0, 1))
-    tx = optax.chain(blr.evon(1.0, 50.0, refresh_every=1), blr.whiten(), optax.scale(0.1))
+    tx = optax.chain(blr.evon(1.0, 50.0, refresh_every=1), blr.orthogonalize(), optax.scale(0.1))
 
     @jax.jit
     def step(params, state, grads):

@@ -30,7 +30,7 @@ def setting(index):
     else:
         pointwise = lambda f: jnp.exp(f) - y * f  # noqa: E731
     natural = jax.jit(lambda p: FULL.natural(mean=jnp.zeros(x.shape[1]), precision=jnp.diag(p)))
-    prior = blr.Posterior(FULL, natural(np.array(problem["prior_precision"])))
+    prior = blr.Distribution(FULL, natural(np.array(problem["prior_precision"])))
     return problem, x, pointwise, prior, float(len(y))
 
 
@@ -85,7 +85,7 @@ def test_mean_field_optimum(which, x64):
     problem, x, pointwise, _, n = setting(PROBLEMS[which])
     family = blr.families.get("gaussian_diagonal")
     natural = jax.jit(lambda p: family.natural(mean=jnp.zeros(x.shape[1]), precision=p))
-    prior = blr.Posterior(family, natural(np.array(problem["prior_precision"])))
+    prior = blr.Distribution(family, natural(np.array(problem["prior_precision"])))
     loss = blr.estimators.glm(x, pointwise, order=ORDER)
     # The mean's natural step with a diagonal precision needs damping: 0.1 converges on both.
     tx = blr.blr_update("gaussian_diagonal", loss, 0.1, ess=n, prior=prior)

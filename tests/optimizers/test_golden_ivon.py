@@ -116,7 +116,7 @@ def test_workers_average_curvature_not_averages(name, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", [c["name"] for c in load_golden("ivon_prior")["cases"]])
 def test_prior_and_dual_terms(name, dtype):
-    """The prior times a (possibly improper) site, as one `prior=` Posterior."""
+    """The prior times a (possibly improper) site, as one `prior=` Distribution."""
     with jax.enable_x64(dtype == "float64"):
         data = load_golden("ivon_prior")
         case = next(c for c in data["cases"] if c["name"] == name)
@@ -146,7 +146,7 @@ def prior_and_site(case):
     ess, vector = hyper["ess"], lambda x: {"theta": np.array(x)}
     family = blr.families.get("gaussian_diagonal")
     mean0 = hyper["prior_mean"] or [0.0] * 3
-    prior = blr.Posterior(
+    prior = blr.Distribution(
         family, family.natural(mean=vector(mean0), precision=vector(hyper["prior_prec"]))
     )
     # The dual terms of the mean loss, v . theta and V, as a site: ess times their naturals.
@@ -160,12 +160,12 @@ def prior_and_site(case):
         mean=vector(case["init_mean"]),
         precision=vector(ess * (np.array(case["init_hess"]) + delta + kappa)),
     )
-    options = {"weight_decay": kappa, "prior": prior * blr.Posterior(family, site)}
+    options = {"weight_decay": kappa, "prior": prior * blr.Distribution(family, site)}
     if hyper["rescale_lr"]:
         # The official rate is rescaled by h_0 plus the prior's own precision, which is what
         # ours does when that precision is the weight decay and the rest an improper prior.
         linear = ess * (delta * np.array(mean0) + np.array(hyper["dual_mean"]))
         rest = ess * (kappa + np.array(hyper["dual_prec"]))
         natural = blr.families.GaussianNatural(vector(linear), vector(-0.5 * rest))
-        options = {"weight_decay": vector(delta), "prior": blr.Posterior(family, natural)}
-    return blr.ivon(hyper["lr"], **keywords(hyper, **options), init=blr.Posterior(family, init))
+        options = {"weight_decay": vector(delta), "prior": blr.Distribution(family, natural)}
+    return blr.ivon(hyper["lr"], **keywords(hyper, **options), init=blr.Distribution(family, init))

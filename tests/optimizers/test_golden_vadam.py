@@ -79,8 +79,8 @@ def test_vprop_is_the_rule_with_squares_up_to_the_root(x64):
             lambda w, g: w @ g,
             rho,
             ess=ess,
-            prior=blr.Posterior(DIAGONAL, flat(prior)),
-            init=blr.Posterior(DIAGONAL, flat(7.0)),
+            prior=blr.Distribution(DIAGONAL, flat(prior)),
+            init=blr.Distribution(DIAGONAL, flat(7.0)),
             estimator=blr.estimators.monte_carlo(1, curvature=blr.estimators.squared_gradient(1)),
             step="plain",
         )

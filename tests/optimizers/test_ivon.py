@@ -268,7 +268,7 @@ def test_a_tight_prior_does_not_blow_up_the_rescaled_rate():
 
     @built_inside
     def tx():
-        prior = blr.Posterior(family, family.natural(mean=jnp.asarray(target), precision=2e4))
+        prior = blr.Distribution(family, family.natural(mean=jnp.asarray(target), precision=2e4))
         return blr.ivon(0.3, 200.0, b2=0.99, prior=prior)
 
     def start():
@@ -299,7 +299,9 @@ def test_a_prior_of_one_number_holds_for_every_parameter():
     @jax.jit
     def look(params):
         states = [
-            blr.ivon(0.1, 100.0, prior=blr.Posterior(family, family.natural(**given))).init(params)
+            blr.ivon(0.1, 100.0, prior=blr.Distribution(family, family.natural(**given))).init(
+                params
+            )
             for given in ({"mean": 0.5, "precision": 30.0}, everywhere)
         ]
         return states, [blr.posterior(state, params).variance for state in states]

@@ -16,7 +16,7 @@ DIAGONAL = blr.families.get("gaussian_diagonal")
 
 
 def gaussian(mean, precision):
-    return blr.Posterior(DIAGONAL, DIAGONAL.natural(mean=mean, precision=precision))
+    return blr.Distribution(DIAGONAL, DIAGONAL.natural(mean=mean, precision=precision))
 
 
 def two_matrices():
@@ -69,7 +69,7 @@ def test_a_step_is_the_rule_with_the_prior_of_that_step(x64):
             jax.tree.map(lambda g, c, m: g - c * m, grads, curvature, mean),
             jax.tree.map(lambda c: 0.5 * c, curvature),
         )
-        stepped = blr.Posterior(
+        stepped = blr.Distribution(
             DIAGONAL, blr.natural_step(DIAGONAL, q.natural, grad_mu, rho, prior, ess, "improved")
         )
         moved = blr.posterior(state, jax.tree.map(lambda m, u: m - rho * u, mean, out))

@@ -182,8 +182,8 @@ def test_affine_statistic_is_the_variance_times_the_mean_hessian(x64):
         state = blr.lie_affine(0.1, 10.0, noise_scale=0.5).init(params)._replace(spread=spread)
 
         def at_node(z):
-            theta = state.rule.weights(state, params, jnp.full(2, z))
-            statistic = state.rule.curvature(state, params, theta, jax.grad(curved)(theta))
+            theta = state.reader.weights(state, params, jnp.full(2, z))
+            statistic = state.reader.curvature(state, params, theta, jax.grad(curved)(theta))
             return theta, statistic, jnp.diag(jax.hessian(curved)(theta))
 
         return jax.vmap(at_node)(nodes)
@@ -206,12 +206,12 @@ def test_multiplicative_statistic_is_the_slope_in_log_gains(x64, name):
 
         def mean_loss(log_gains):
             moved = state._replace(plus=jnp.exp(log_gains[0]), minus=jnp.exp(log_gains[1]))
-            theta = jax.vmap(lambda z: state.rule.weights(moved, params, z))(pairs)
+            theta = jax.vmap(lambda z: state.reader.weights(moved, params, z))(pairs)
             return weight @ jax.vmap(curved)(theta)
 
         def at_draw(z):
-            theta = state.rule.weights(state, params, z)
-            return state.rule.statistic(state, params, theta, jax.grad(curved)(theta), z)
+            theta = state.reader.weights(state, params, z)
+            return state.reader.statistic(state, params, theta, jax.grad(curved)(theta), z)
 
         found = jnp.einsum("s,s...->...", weight, jax.vmap(at_draw)(pairs))
         logs = jnp.log(jnp.stack([state.plus, state.minus]))
@@ -302,7 +302,7 @@ def test_additive_is_the_rule_for_a_known_covariance(x64):
     family = blr.families.get("gaussian_fixed")
 
     def rule(mean):
-        init = blr.Posterior(family, family.natural(mean=mean, precision=jnp.eye(2) / s**2))
+        init = blr.Distribution(family, family.natural(mean=mean, precision=jnp.eye(2) / s**2))
         return blr.blr_update(
             "gaussian_fixed", loss, rho, ess=ess, init=init, estimator=blr.estimators.delta()
         )

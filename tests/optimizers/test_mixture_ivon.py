@@ -232,7 +232,7 @@ def test_a_prior_is_that_of_one_network(x64):
 
     @jax.jit
     def look(params):
-        prior = blr.Posterior(family, family.natural(mean=one, precision=4.0))
+        prior = blr.Distribution(family, family.natural(mean=one, precision=4.0))
         tx = blr.mixture_ivon(0.5, 2.0, prior=prior, hess_init=1.0, rescale_lr=False)
         state = tx.init(params)
         zero = jax.tree.map(jnp.zeros_like, params)

@@ -52,7 +52,7 @@ def test_recorded_trajectories_of_the_improved_rule(x64, case):
 
     def begin():
         logits = jnp.append(jnp.asarray(start["logits"], jnp.float64), 0.0)
-        return blr.Posterior(
+        return blr.Distribution(
             FULL,
             FULL.natural(
                 weights=jax.nn.softmax(logits),
@@ -106,7 +106,7 @@ def test_one_component_is_online_newton(x64):
     g = blr.families.get("gaussian")
 
     def prior():
-        return blr.Posterior(g, g.natural(mean=jnp.zeros(3), precision=jnp.eye(3)))
+        return blr.Distribution(g, g.natural(mean=jnp.zeros(3), precision=jnp.eye(3)))
 
     mixed = lambda: blr.mixture_newton(rosenbrock, 0.4, 1, prior=prior(), **common)  # noqa: E731
     alone = lambda: blr.online_newton(rosenbrock, 0.4, prior=prior(), **common)  # noqa: E731
@@ -135,7 +135,7 @@ def test_far_components_are_newton_iterations_of_their_own(x64):
         init = FULL.natural(
             weights=jnp.full(3, 1 / 3), mean=begin, precision=jnp.stack([jnp.eye(2)] * 3)
         )
-        return blr.mixture_newton(loss, 0.1, init=blr.Posterior(FULL, init), weight_rate=0.0)
+        return blr.mixture_newton(loss, 0.1, init=blr.Distribution(FULL, init), weight_rate=0.0)
 
     found, _, q = train(built_inside(make), np.mean(begin, 0), 4)
     close(q["weights"], 1 / 3, rtol=1e-12)
@@ -181,7 +181,7 @@ def test_weights_are_learnt_or_kept(x64):
         return blr.mixture_vi(
             lambda x: -FULL.log_prob(truth, x),
             0.2,
-            init=blr.Posterior(FULL, two(jnp.full(2, 0.5), jnp.array([[-3.0], [3.0]]))),
+            init=blr.Distribution(FULL, two(jnp.full(2, 0.5), jnp.array([[-3.0], [3.0]]))),
             weight_rate=rate,
             estimator=blr.estimators.monte_carlo(20, antithetic=True),
         )
@@ -200,7 +200,7 @@ def test_temperature_is_the_weight_of_the_divergence(x64):
     normal = blr.families.get("gaussian_diagonal")
 
     def make():
-        prior = blr.Posterior(normal, normal.natural(mean=jnp.zeros(1), precision=2.0))
+        prior = blr.Distribution(normal, normal.natural(mean=jnp.zeros(1), precision=2.0))
         return blr.mixture_newton(loss, 0.3, 1, ess=4.0, temperature=2.5, prior=prior)
 
     _, moments, _ = train(built_inside(make), np.zeros(1), 200)
@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said():
     loss = lambda x: jnp.sum(x**2)  # noqa: E731
     normal = blr.families.get("normal")
     natural = jax.jit(lambda: normal.natural(mean=0.0, precision=1.0))()
-    other = blr.Posterior(normal, natural)
+    other = blr.Distribution(normal, natural)
     for more, match in [
         ({}, "components=K"),
         ({"components": 0}, "at least 1"),

@@ -97,7 +97,7 @@ def test_bsam_without_adversary_is_the_rule(x64):
     )
 
     def posterior(precision):
-        return blr.Posterior(
+        return blr.Distribution(
             DIAGONAL, DIAGONAL.natural(mean=jnp.zeros(3), precision=jnp.full(3, precision))
         )
 
@@ -150,7 +150,7 @@ def test_sam_without_radius_is_sgd_and_bsam_with_one_the_worst_point(x64):
         tx = blr.bsam(0.1, 10.0, rho=1e-3, init_precision=jnp.array([3.0, 30.0]), damping=0.0)
         state = tx.init(params)
         p = 1 / (10 * blr.posterior(state, params).variance)
-        worst = state[0].rule.adversary(state[0], params, grad) - params
+        worst = state[0].reader.adversary(state[0], params, grad) - params
         radius = 1e-3 * jnp.linalg.norm(grad / jnp.sqrt(p))
         others = radius * jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1) / jnp.sqrt(p)
         size, losses = jnp.linalg.norm(worst * jnp.sqrt(p)), jax.vmap(loss)(params + others)
@@ -225,7 +225,7 @@ def posterior_of_ivon(params):
 @jax.jit
 def adversary(params, grad):
     state = blr.sam(0.1, rho=0.5).init(params)
-    return state.rule.adversary(state, params, grad)
+    return state.reader.adversary(state, params, grad)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-23, 1.0, 1e20, 1e30])

@@ -153,7 +153,7 @@ def test_the_leafwise_posterior_is_the_product_of_its_members(x64):
 
     @jax.jit
     def look(key):
-        q, p = (blr.Posterior(family, member(seed)) for seed in (0, 5))
+        q, p = (blr.Distribution(family, member(seed)) for seed in (0, 5))
         draws = q.sample(key, (20_000,))
         few = jax.tree.map(lambda x: x[:4], draws)
         log_probs = [r.log_prob(draws) for r in (q, p)]
@@ -232,11 +232,13 @@ def test_full_rank_is_online_newton(x64):
 
     def low():
         init = gaussian.natural(mean=start, diagonal=jnp.ones(3), factor=0.1 * jnp.eye(3))
-        return blr.low_rank_newton(loss, 0.3, rank=3, init=blr.Posterior(gaussian, init), ess=2.0)
+        return blr.low_rank_newton(
+            loss, 0.3, rank=3, init=blr.Distribution(gaussian, init), ess=2.0
+        )
 
     def full():
         init = GAUSSIAN.natural(mean=start, precision=1.01 * jnp.eye(3))
-        return blr.online_newton(loss, 0.3, ess=2.0, init=blr.Posterior(GAUSSIAN, init))
+        return blr.online_newton(loss, 0.3, ess=2.0, init=blr.Distribution(GAUSSIAN, init))
 
     one, natural = run(built_inside(low), start, 6)
     two, other = run(built_inside(full), start, 6)
@@ -253,7 +255,7 @@ def test_the_low_rank_step_written_out(x64):
 
     @jax.jit
     def step(start):
-        init = blr.Posterior(family, family.natural(mean=start, diagonal=u, factor=x))
+        init = blr.Distribution(family, family.natural(mean=start, diagonal=u, factor=x))
         tx = blr.low_rank_newton(loss, rho, rank, ess=ess, init=init)
         updates, state = tx.update(None, tx.init(start), start)
         lam = blr.posterior(state, start).natural
@@ -287,7 +289,7 @@ def test_they_learn_a_small_network_from_gradients_alone(make):
 
     @built_inside
     def tx():
-        prior = blr.Posterior(diagonal, diagonal.natural(mean=params, precision=1.0))
+        prior = blr.Distribution(diagonal, diagonal.natural(mean=params, precision=1.0))
         return make(mean_loss, 0.1, ess=20.0, estimator=rule, prior=prior)
 
     def start():
@@ -329,6 +331,6 @@ def test_errors_name_the_way_out():
         blr.kronecker_newton(mean_loss, 0.1, step="plain")
     matrix = families.get("matrix_gaussian")
     natural = jax.jit(matrix.natural_at)(np.zeros((2, 2), np.float32))
-    init = blr.Posterior(matrix, natural)
+    init = blr.Distribution(matrix, natural)
     with pytest.raises(ValueError, match="init is a member of MatrixGaussian"):
         blr.kronecker_newton(mean_loss, 0.1, init=init).init(make_params())

@@ -272,7 +272,7 @@ def test_bad_arguments_say_which():
         ),
         "not both": lambda: blr.vogn(
             0.1, 10.0, init_precision=5.0,
-            init=blr.Posterior(MEAN_FIELD, MEAN_FIELD.natural(mean=0.0, precision=5.0)),
+            init=blr.Distribution(MEAN_FIELD, MEAN_FIELD.natural(mean=0.0, precision=5.0)),
         ),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ every_row = pytest.mark.parametrize("row", rows())
 
 
 def posterior_of(row, index=0):
-    return blr.Posterior(row.family, member(stacked(row), index))
+    return blr.Distribution(row.family, member(stacked(row), index))
 
 
 def floats(tree):
@@ -135,7 +135,8 @@ def test_one_step_is_the_textbook_posterior(x64, problem):
     name, prior, start, loss, data, answer = problem()
     family = families.get(name)
     prior, start, answer = (
-        blr.Posterior(family, program(family.natural)(**arrays(s))) for s in (prior, start, answer)
+        blr.Distribution(family, program(family.natural)(**arrays(s)))
+        for s in (prior, start, answer)
     )
 
     @jax.jit
@@ -168,7 +169,7 @@ def test_conjugate_terms_and_posterior_arithmetic(x64, row):
     prior, start = posterior_of(row, 0), posterior_of(row, 1)
     known = {k: getattr(prior.natural, k) for k in row.family.known}
     site = posterior_of(row, -1)
-    site = blr.Posterior(row.family, site.natural._replace(**known))
+    site = blr.Distribution(row.family, site.natural._replace(**known))
 
     @jax.jit
     def learn(prior, start, site, outside):
@@ -181,7 +182,7 @@ def test_conjugate_terms_and_posterior_arithmetic(x64, row):
         roots = prior**0.5 * prior**0.5
         return state.natural, answer, answer / prior, roots, prior.proper, outside.proper
 
-    outside = blr.Posterior(row.family, jax.tree.map(np.asarray, row.outside[0]))
+    outside = blr.Distribution(row.family, jax.tree.map(np.asarray, row.outside[0]))
     reached, answer, back, roots, proper, improper = learn(prior, start, site, outside)
     near(tuple(reached), tuple(answer.natural), rtol=1e-11, atol=1e-11)
     near(tuple(back.natural), tuple(site.natural), rtol=1e-9, atol=1e-9)
@@ -260,7 +261,7 @@ def test_elementwise_families_act_on_pytrees(x64):
 
     @jax.jit
     def learn(zeros):
-        prior = blr.Posterior(family, family.natural(logit=zeros))
+        prior = blr.Distribution(family, family.natural(logit=zeros))
         tx = blr.blr_update(
             "rademacher", loss, 0.5, prior=prior, estimator=estimators.concrete(0.5, 10)
         )
@@ -288,7 +289,7 @@ def test_a_product_is_variational_message_passing(x64):
 
     @jax.jit
     def learn(factors):
-        prior = blr.Posterior(family, family.natural(**factors))
+        prior = blr.Distribution(family, family.natural(**factors))
         tx = blr.blr_update(family, energy, 0.5, prior=prior, estimator=estimators.closed_form())
         params, state = run(tx, prior, steps=120)
         return params, blr.posterior(state, params).variance
@@ -308,7 +309,7 @@ def test_a_product_is_variational_message_passing(x64):
 
 def test_errors_name_the_way_out():
     gamma = families.get("gamma")
-    start = blr.Posterior(gamma, gamma.natural(concentration=2.0, rate=1.0))
+    start = blr.Distribution(gamma, gamma.natural(concentration=2.0, rate=1.0))
     with pytest.raises(ValueError, match=r"Gamma has no location .* pass init= or prior="):
         blr.blr_update("gamma", bent, 0.1).init(jnp.ones(()))
     with pytest.raises(ValueError, match=r"params must be like the mean of q"):
@@ -322,8 +323,8 @@ def test_errors_name_the_way_out():
     tree = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
     with pytest.raises(ValueError, match=r"Bernoulli has no location.*MeanField\(Bernoulli"):
         blr.blr_update("bernoulli", bent, 0.1).init(tree)
-    with pytest.raises(ValueError, match=r"Posterior: family='gamma' is a name"):
-        blr.Posterior("gamma", start.natural)
+    with pytest.raises(ValueError, match=r"Distribution: family='gamma' is a name"):
+        blr.Distribution("gamma", start.natural)
     with pytest.raises(ValueError, match=r"factor 't' is a dict .* GammaNatural; got float"):
         families.Product({"t": gamma}).natural(t=1.0)
     wrong = blr.blr_update("gamma", jnp.log, 0.1, init=start, estimator=estimators.closed_form())
@@ -363,7 +364,7 @@ def bowl(theta, scale):
 
 def conditional_start(name):
     family = families.get(name)
-    return blr.Posterior(family, program(family.natural)(**arrays(CONDITIONAL_STARTS[name])))
+    return blr.Distribution(family, program(family.natural)(**arrays(CONDITIONAL_STARTS[name])))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "student_t"])
@@ -373,7 +374,7 @@ def test_the_first_posterior_may_be_a_function_of_the_parameters(name):
     spread["student_t"] = {"scale": np.eye(2, dtype="f"), "degrees": 5.0}
 
     def centred(params):
-        return blr.Posterior(family, family.natural(mean=params["x"], **spread[name]))
+        return blr.Distribution(family, family.natural(mean=params["x"], **spread[name]))
 
     tx = blr.blr_update(family, lambda p: jnp.sum(p["x"] ** 2), 0.1, init=centred)
 
@@ -398,7 +399,7 @@ def test_matrix_gaussian_over_a_tree_is_refused():
 
 def test_conditional_families_refuse_what_they_cannot_do():
     mixture = families.get("mixture")
-    start = blr.Posterior(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))
+    start = blr.Distribution(mixture, mixture.natural(**CONDITIONAL_STARTS["mixture"]))
     cases = [
         ({"estimator": estimators.enumeration()}, r"takes monte_carlo\(...\) or delta"),
         (

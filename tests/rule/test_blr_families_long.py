@@ -35,7 +35,7 @@ def test_learning_lowers_the_free_energy(x64, row):
     def learn(prior, start):
         tx = blr.blr_update(row.family, bent, 0.2, prior=prior, init=start, key=3)
         params, state = run(tx, start, steps=15)
-        q, over = blr.posterior(state, params), state.rule.family
+        q, over = blr.posterior(state, params), state.reader.family
         log_q = over.log_prob(q.natural, blr.sample(state, params))
         return params, state, q, q.mean, over.in_domain(q.natural), log_q
 
@@ -147,7 +147,7 @@ def test_conditional_families_over_a_tree_are_those_over_its_flat_vector(x64, na
             return params, q, draw, q.variance, q.log_prob(draw)
 
         runs = three(flat, bowl), three(tree(flat), over_tree)
-        pulled, *_ = three(tree(flat), over_tree, prior=blr.Posterior(diagonal, prior))
+        pulled, *_ = three(tree(flat), over_tree, prior=blr.Distribution(diagonal, prior))
         (found, r, *_) = runs[1]
         again = blr.blr_update(name, bowl, 0.2, init=r)  # a posterior is a first posterior again
         return runs, pulled, again.init(found).natural

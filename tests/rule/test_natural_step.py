@@ -8,7 +8,7 @@ import pytest
 import tools
 from family_tools import program
 
-from blr_optax import Posterior, families, natural_step
+from blr_optax import Distribution, families, natural_step
 from blr_optax.estimators import conjugate, natural_gradient
 from blr_optax.families import GaussianNatural
 
@@ -88,7 +88,7 @@ def test_conjugate_bayes_in_one_step_from_any_start(x64, name, step):
     family, start, prior, site = members()[name]
     rule = jax.jit(natural_gradient(family, conjugate(site)))
     for lam in (start, prior, combined(family, (40.0, start))):
-        new = step_of(family, lam, rule(None, lam)[1], 1.0, Posterior(family, prior), 5.0, step)
+        new = step_of(family, lam, rule(None, lam)[1], 1.0, Distribution(family, prior), 5.0, step)
         close(new, combined(family, (1.0, prior), (5.0, site)))
 
 
@@ -98,7 +98,7 @@ def test_ridge_regression_in_one_step(x64):
     site = GaussianNatural(x.T @ y / noise / 20, -0.5 * x.T @ x / noise / 20)
     start, prior = gaussian(*problem(4)[:2]), gaussian(np.zeros(3), alpha * np.eye(3))
     _, gradient = jax.jit(natural_gradient("gaussian", conjugate(site)))(None, start)
-    new = step_of("gaussian", start, gradient, 1.0, Posterior(GAUSSIAN, prior), ess=20.0)
+    new = step_of("gaussian", start, gradient, 1.0, Distribution(GAUSSIAN, prior), ess=20.0)
     precision = x.T @ x / noise + alpha * np.eye(3)
     close(program(GAUSSIAN.precision)(new), precision)
     close(program(GAUSSIAN.mean)(new), np.linalg.solve(precision, x.T @ y / noise))
@@ -136,7 +136,7 @@ def test_known_covariance_with_a_prior_decays_to_it(x64):
     m, s, g, _ = problem()
     lam, prior = (program(FIXED.natural)(mean=x, precision=s) for x in (m, m + 1))
     gradient = gradient_of(FIXED, lam, g, None)
-    new = step_of("gaussian_fixed", lam, gradient, 0.2, Posterior(FIXED, prior))
+    new = step_of("gaussian_fixed", lam, gradient, 0.2, Distribution(FIXED, prior))
     close(program(FIXED.mean)(new), 0.8 * m + 0.2 * (m + 1) - 0.2 * np.linalg.solve(s, g))
 
 
@@ -149,7 +149,7 @@ HAVE = {"gaussian_fixed": STEPS[:3]}  # no scale to step in
 def test_the_fixed_point_is_prior_minus_gradient(x64, name, step):
     family, lam, prior, _ = members()[name]
     gradient = combined(family, (0.5, prior), (-0.5, lam))  # lam = prior - 2 gradient
-    close(step_of(family, lam, gradient, 0.7, Posterior(family, prior), 2.0, step), lam)
+    close(step_of(family, lam, gradient, 0.7, Distribution(family, prior), 2.0, step), lam)
 
 
 # --- ways to move ---------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_a_prior_counts_when_folds_are_told(x64):
         found = []
         for more, given in (
             ({"weight_decay": 5.0}, {"weight_decay": 5.0}),
-            ({"prior": blr.Posterior(family, natural), "weight_decay": 0.0}, {}),
+            ({"prior": blr.Distribution(family, natural), "weight_decay": 0.0}, {}),
         ):
             tx = blr.soba(0.1, ess=10.0, b2=0.0, hess_init=1.0, **more)
             before = tx.init(params)

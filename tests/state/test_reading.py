@@ -41,7 +41,7 @@ def test_a_posterior_goes_on_in_the_rule_or_says_why_not(row):
         not np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(natural), jax.tree.leaves(q.natural), strict=True)
     ]
-    assert any(moved) and bool(blr.Posterior(q.family, natural).proper)
+    assert any(moved) and bool(blr.Distribution(q.family, natural).proper)
 
 
 def partitioned(**groups):
@@ -97,9 +97,9 @@ def test_a_mixture_beside_normals_has_no_common_step():
 
 
 def test_every_family_answers_the_questions_of_the_root():
-    """No posterior that a row of the registry returns lacks a method of `Density`."""
-    asked = [name for name in vars(blr.families.Density) if not name.startswith("_")]
+    """No posterior that a row of the registry returns lacks a method of `Family`."""
+    asked = [name for name in vars(blr.families.Family) if not name.startswith("_")]
     for row in ROWS:
         q = jax.eval_shape(lambda p, row=row: blr.posterior(row.tx().init(p), p), row.params())
-        assert isinstance(q.family, blr.families.Density), row.name
+        assert isinstance(q.family, blr.families.Family), row.name
         assert not [name for name in asked if not hasattr(q.family, name)], row.name

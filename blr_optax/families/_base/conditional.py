@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base.domain import Domain
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -36,7 +36,7 @@ STEPS = ("auto", "improved", "improved_old")
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditional(Density):
+class ConditionalFamily(Family):
     """Base of the conditional families; see the head of this file.
 
     A subclass defines what every family has (`natural`, `standard`, `sample`, `log_prob`, `mean`,
@@ -131,7 +131,7 @@ def move_field(domain: Domain, x: Array, d: Array, step: str) -> Array:
 
 
 def move_gaussian(family: Any, lam: Any, d: Any, step: str) -> Any:
-    """A Gaussian's lambda moved by d, see `Conditional.move`."""
+    """A Gaussian's lambda moved by d, see `ConditionalFamily.move`."""
     if check_step(step) == "auto":
         return family.safe_step(lam, d)[0]
     return family.retract(lam, d, form=step)

@@ -5,8 +5,8 @@
     T, h     sufficient statistics and base measure
 
 A family is a frozen dataclass without arrays: a static node of any pytree. What a subclass must
-define is listed in `Family`; everything else follows from A by automatic differentiation and from
-the declared domains, and is overridden only where a closed form is more accurate or faster.
+define is listed in `ExponentialFamily`; everything else follows from A by automatic differentiation
+and from the declared domains, and is overridden only where a closed form is more accurate or faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.families._base.domain import Domain
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family(Density):
+class ExponentialFamily(Family):
     """Base of all exponential families.
 
     A subclass defines the class attributes below, `natural`, `standard`, `sample`, `mean`,
@@ -69,7 +69,7 @@ class Family(Density):
         ruled = jax.custom_jvp(plain, nondiff_argnums=(0,))
 
         @ruled.defjvp
-        def _(self: Family, primals: Any, tangents: Any) -> Any:
+        def _(self: ExponentialFamily, primals: Any, tangents: Any) -> Any:
             (lam,), (dlam,) = primals, tangents
             return ruled(self, lam), self.inner(dlam, self.expectation(lam))
 

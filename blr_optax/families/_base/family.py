@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Density:
+class Family:
     """Base of all families.
 
     A subclass defines the class attribute `Natural` and the methods that raise
@@ -98,7 +98,7 @@ class Density:
             "log_prob over samples of p."
         )
 
-    def join(self, lam: Any, other: Density, other_lam: Any) -> tuple[Density, Any] | None:
+    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
         """Return one member over the leaves of two, or None where no family holds both.
 
         Args:

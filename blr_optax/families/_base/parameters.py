@@ -32,7 +32,7 @@ T = TypeVar("T")
 def _refuse(self: Any, *_: Any) -> NoReturn:
     raise TypeError(
         f"{type(self).__name__} has no arithmetic: combine natural parameters with "
-        "family.combine((a, lam), (b, other)), or multiply Posterior values."
+        "family.combine((a, lam), (b, other)), or multiply Distribution values."
     )
 
 

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 
-REGISTRY: dict[str, Callable[..., Density]] = {}
+REGISTRY: dict[str, Callable[..., Family]] = {}
 
 
-def register(name: str) -> Callable[[Callable[..., Density]], Callable[..., Density]]:
+def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
     """Decorator that registers a family, or a function that builds one, under a name.
 
     Raises:
@@ -28,15 +28,15 @@ def register(name: str) -> Callable[[Callable[..., Density]], Callable[..., Dens
     if name in REGISTRY:
         raise ValueError(f"families.register: the name {name!r} is taken by {REGISTRY[name]}.")
 
-    def add(build: Callable[..., Density]) -> Callable[..., Density]:
+    def add(build: Callable[..., Family]) -> Callable[..., Family]:
         REGISTRY[name] = build
         return build
 
     return add
 
 
-def get(name: str | Density, **static: Any) -> Density:
-    """The family registered under `name`, with its static choices; a Family passes through.
+def get(name: str | Family, **static: Any) -> Family:
+    """The family registered under `name`, with its static choices; a family passes through.
 
     Raises:
         ValueError: for an unknown name, listing the known ones, or for a choice that the family
@@ -47,9 +47,9 @@ def get(name: str | Density, **static: Any) -> Density:
       >>> print(blr.families.get("normal").natural(mean=2.0, precision=3.0).linear)
       6.0
     """
-    if isinstance(name, Density):
+    if isinstance(name, Family):
         return name
-    if inspect.isclass(name) and issubclass(name, Density):
+    if inspect.isclass(name) and issubclass(name, Family):
         raise ValueError(
             f"families.get: {name.__name__} is a class; give a family of it, {name.__name__}()."
         )

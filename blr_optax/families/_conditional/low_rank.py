@@ -28,7 +28,7 @@ import jax.scipy.linalg
 
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import (
-    Conditional,
+    ConditionalFamily,
     check_step,
     hessian_diagonal,
     move_field,
@@ -69,7 +69,7 @@ class LowRankNoise(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianLowRank(Conditional):
+class GaussianLowRank(ConditionalFamily):
     """The Gaussian with precision diag(u) + W W^T; the rank is the number of columns of W.
 
     log q(theta) = -(theta - m)^T S (theta - m) / 2 + log det(S / 2 pi) / 2.

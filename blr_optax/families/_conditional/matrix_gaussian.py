@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.conditional import Conditional, move_field, normals
+from blr_optax.families._base.conditional import ConditionalFamily, move_field, normals
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, REAL, checked
 from blr_optax.families._numerics.special import LOG_2PI
@@ -93,7 +93,7 @@ def _contract(
 
 
 @dataclasses.dataclass(frozen=True)
-class MatrixGaussian(Conditional):
+class MatrixGaussian(ConditionalFamily):
     """The matrix Gaussian; an event is a matrix [n, p].
 
     log q(theta) = (p log det P + n log det Q - n p log 2 pi - tr(P D Q D^T)) / 2, D = theta - M.

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base.conditional import (
-    Conditional,
+    ConditionalFamily,
     hessian_diagonal,
     move_gaussian,
     normals,
@@ -60,7 +60,7 @@ class MixtureNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture(Conditional):
+class Mixture(ConditionalFamily):
     """A mixture of Gaussians over vectors; the number of components is that of the weights.
 
     log q(theta) = log sum_k pi_k N(theta; m_k, S_k^{-1}).
@@ -270,7 +270,7 @@ class Mixture(Conditional):
         *,
         weight_learning_rate: Any = None,
     ) -> MixtureNatural:
-        """lambda - rho * gradient to first order; see `Conditional.move`.
+        """lambda - rho * gradient to first order; see `ConditionalFamily.move`.
 
         Args:
             lam: natural parameters.

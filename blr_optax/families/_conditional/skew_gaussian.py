@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax.families._base.conditional import (
-    Conditional,
+    ConditionalFamily,
     move_gaussian,
     normals,
     repeated,
@@ -102,7 +102,7 @@ def _asymmetry_slope(s: Float[Array, ...]) -> Float[Array, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class SkewGaussian(Conditional):
+class SkewGaussian(ConditionalFamily):
     """The skew Gaussian over vectors.
 
     theta = mean + |w| skew + S^{-1/2} eps; log q is at the head of this file.

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from blr_optax._validate import require
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import (
-    Conditional,
+    ConditionalFamily,
     move_field,
     move_gaussian,
     normals,
@@ -76,7 +76,7 @@ def _entropy(a: Float[Array, ...], size: int) -> Float[Array, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentT(Conditional):
+class StudentT(ConditionalFamily):
     """The multivariate Student-t density with nu degrees of freedom.
 
     log q(theta) = log Gamma((nu + d) / 2) - log Gamma(nu / 2) + log det(S / (nu pi)) / 2

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, checked
 from blr_optax.families._continuous.gamma import (
@@ -188,7 +188,7 @@ class DirichletExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dirichlet(Family):
+class Dirichlet(ExponentialFamily):
     """The Dirichlet density of probabilities; the event is the last axis.
 
     log q(x) = sum_k (a_k - 1) log x_k + log Gamma(sum_k a_k) - sum_k log Gamma(a_k),
@@ -303,7 +303,7 @@ class BetaExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Beta(Family):
+class Beta(ExponentialFamily):
     """The beta density of a probability, elementwise over any shape.
 
     log q(x) = (alpha - 1) log x + (beta - 1) log(1 - x) - log B(alpha, beta).

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, checked
 from blr_optax.families._continuous.positive import RateFamily
@@ -99,7 +99,7 @@ class GammaExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gamma(Family):
+class Gamma(ExponentialFamily):
     """The gamma density of a positive number, elementwise over any shape.
 
     log q(x) = (a - 1) log x - b x + a log b - log Gamma(a).
@@ -211,7 +211,7 @@ class InverseGammaExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseGamma(Family):
+class InverseGamma(ExponentialFamily):
     """The density of a positive number whose reciprocal is gamma, elementwise.
 
     log q(x) = -(a + 1) log x - b / x + a log b - log Gamma(a).

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, relative_excess
@@ -51,7 +51,7 @@ class GaussianExpectation(NamedTuple):
     quadratic: Array
 
 
-class GaussianFamily(Family):
+class GaussianFamily(ExponentialFamily):
     """What Gaussian families share: the geometry that estimators and retractions use.
 
     `curvature` says in which form H is wanted: "matrix", "diagonal", or "none".

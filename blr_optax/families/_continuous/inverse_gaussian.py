@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.special
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, checked
 from blr_optax.families._numerics.special import (
@@ -103,7 +103,7 @@ class InverseGaussianExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseGaussian(Family):
+class InverseGaussian(ExponentialFamily):
     """The inverse Gaussian density of a positive number, elementwise over any shape.
 
     log q(x) = -s (x - m)^2 / (2 m^2 x) + log(s) / 2 - log(2 pi x^3) / 2.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, REAL, checked
 from blr_optax.families._continuous.gamma import (
@@ -61,7 +61,7 @@ class NormalGammaExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalGamma(Family):
+class NormalGamma(ExponentialFamily):
     """The normal-gamma density of a mean x and a precision tau, elementwise over any shape.
 
     log q(x, tau) = log N(x; m, 1 / (kappa tau)) + log gamma(tau; a, b).
@@ -244,7 +244,7 @@ class NormalInverseGammaExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalInverseGamma(Family):
+class NormalInverseGamma(ExponentialFamily):
     """The normal-inverse-gamma density of a mean x and a variance v, elementwise.
 
     log q(x, v) = log N(x; m, v / kappa) + log inverse_gamma(v; a, b).

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PointExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Point(Family):
+class Point(ExponentialFamily):
     """A known number: q(theta) = delta(theta - value), relative to itself.
 
     Nothing is learnt: the value is a field of lambda that never moves. Its log-density is taken as

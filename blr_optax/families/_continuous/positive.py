@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, REAL, checked
 from blr_optax.families._continuous.gaussian import GaussianExpectation, GaussianNatural, Normal
@@ -50,7 +50,7 @@ class LogNormalExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogNormal(Family):
+class LogNormal(ExponentialFamily):
     """The density of a positive number whose logarithm is normal, elementwise.
 
     log q(x) = -S (log x - m)^2 / 2 + log(S / 2 pi) / 2 - log x.
@@ -149,7 +149,7 @@ class LogNormal(Family):
         return jnp.exp(Normal().sample(key, GaussianNatural(*lam), shape))
 
 
-class RateFamily(Family):
+class RateFamily(ExponentialFamily):
     """Families of one statistic T that is itself exponential: lambda = -b with E[T] = 1 / b."""
 
     def rate(self, lam: Any) -> Array:

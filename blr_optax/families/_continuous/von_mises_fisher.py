@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import Parameter, checked
 from blr_optax.families._numerics.bessel import Bessel, bessel
@@ -143,7 +143,7 @@ def _is_direction(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class VonMisesFisher(Family):
+class VonMisesFisher(ExponentialFamily):
     """The von Mises-Fisher density of a unit vector; the event is the last axis, d >= 2.
 
     log q(x) = kappa <u, x> - d / 2 log(2 pi) - log I_nu(kappa) + nu log kappa,  nu = d / 2 - 1,

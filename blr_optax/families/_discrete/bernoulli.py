@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import FRACTION, REAL, checked
 from blr_optax.families._numerics import log_factorial as lf
@@ -80,7 +80,7 @@ def logit_from(logit: Array | None, probability: Array | None) -> Float[Array, .
     return logit if probability is None else jnp.log(probability) - jnp.log1p(-probability)
 
 
-class Scalar(Family):
+class Scalar(ExponentialFamily):
     """A family of one number with T = theta, lambda first in its fields: F is the variance.
 
     Densities are written on the support (unless said: 0, 1, 2, ...) and are -inf elsewhere.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DISTRIBUTION, REAL, checked
 from blr_optax.families._numerics import log_factorial as lf
@@ -113,7 +113,7 @@ def linear_from(logits: Array | None, probabilities: Array | None) -> Float[Arra
     return x[..., :-1] - x[..., -1:]
 
 
-class Simplex(Family):
+class Simplex(ExponentialFamily):
     """What the two families share; the total is 1 for a label."""
 
     domains: ClassVar[dict] = {"linear": domain.real(1)}

@@ -19,7 +19,7 @@ import jax.scipy.linalg
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-    from blr_optax.families._base.family import Density
+    from blr_optax.families._base.family import Family
 
 
 class Independent:
@@ -33,7 +33,7 @@ class Independent:
 
     # How a lift splits and joins.
 
-    def members(self, like: Any) -> Sequence[Density]:
+    def members(self, like: Any) -> Sequence[Family]:
         """Return the family of every member."""
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Independent:
         """Return a key for every member."""
         return jax.random.split(key, len(self.members(like)))
 
-    def batch_ndim(self, member: Density, lam: Any) -> int:
+    def batch_ndim(self, member: Family, lam: Any) -> int:
         """Return how many trailing axes of a member's log-density are a batch, to be summed."""
         return 0
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blr_optax.families._base.conditional import Conditional
+from blr_optax.families._base.conditional import ConditionalFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._lifts.independent import Independent
 
@@ -32,7 +32,7 @@ class LeafwiseNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Leafwise(Independent, Conditional):
+class Leafwise(Independent, ConditionalFamily):
     """A matrix family over every leaf of a tree: theta, mean and samples are trees.
 
     lambda: that of the wrapped family, once per leaf.
@@ -51,14 +51,14 @@ class Leafwise(Independent, Conditional):
       [(2, 2), (3, 3)] [1. 1.]
     """
 
-    family: Conditional
+    family: ConditionalFamily
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
 
     Natural: ClassVar[type] = LeafwiseNatural
 
     @classmethod
-    def like(cls, family: Conditional, theta: Any) -> Leafwise:
+    def like(cls, family: ConditionalFamily, theta: Any) -> Leafwise:
         """The family over trees shaped like theta.
 
         Raises:
@@ -91,7 +91,7 @@ class Leafwise(Independent, Conditional):
         pairs = zip(matrices, self.shapes, strict=True)
         return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
 
-    def members(self, like: Any) -> list[Conditional]:
+    def members(self, like: Any) -> list[ConditionalFamily]:
         return [self.family] * len(self.shapes)
 
     def split(self, x: Any, like: Any) -> Sequence[Any]:

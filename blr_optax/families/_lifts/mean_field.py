@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.registry import get
 from blr_optax.families._base.standard_parameters import check_keywords, name_of
 from blr_optax.families._lifts.independent import Independent
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array
 
-    from blr_optax.families._base.family import Density
+    from blr_optax.families._base.family import Family
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanField(Independent, Family):
+class MeanField(Independent, ExponentialFamily):
     """Independent members of an elementwise family, one per number of a pytree.
 
     q(theta) = prod_j q_j(theta_j). `log_prob`, `entropy` and `kl` are sums over the whole tree;
@@ -50,7 +50,7 @@ class MeanField(Independent, Family):
       3.629 [0.25 0.25]
     """
 
-    family: Family
+    family: ExponentialFamily
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", get(self.family))
@@ -81,7 +81,7 @@ class MeanField(Independent, Family):
     def _has_fields(self, x: Any) -> bool:
         return isinstance(x, (self.Natural, self.Expectation))
 
-    def members(self, like: Any) -> list[Family]:
+    def members(self, like: Any) -> list[ExponentialFamily]:
         return [self.family] * self._structure(like).num_leaves
 
     def split(self, x: Any, like: Any) -> list[Any]:
@@ -103,11 +103,11 @@ class MeanField(Independent, Family):
         leaves = jax.tree_util.tree_leaves_with_path(like[0])
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path, _ in leaves]
 
-    def batch_ndim(self, member: Family, lam: Any) -> int:
+    def batch_ndim(self, member: ExponentialFamily, lam: Any) -> int:
         """All axes of a leaf."""
         return jnp.ndim(lam[0])
 
-    def join(self, lam: Any, other: Density, other_lam: Any) -> tuple[Density, Any] | None:
+    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
         """With another mean field of one family: over the leaves of both."""
         if other != self:
             return None
@@ -139,7 +139,7 @@ class MeanField(Independent, Family):
         return {name: self.joined(None, [x[name] for x in leaves], lam) for name in leaves[0]}
 
     # A lambda has no batches here: its Fisher matrix is over all numbers, field by field.
-    fisher = Family.fisher
+    fisher = ExponentialFamily.fisher
 
     # Of Gaussian members.
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.registry import get
 from blr_optax.families._lifts.independent import Independent
@@ -40,7 +40,7 @@ class ProductExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Product(Independent, Family):
+class Product(Independent, ExponentialFamily):
     """Independent factors of different families, joined in a dict.
 
     log q(theta) = sum_k log q_k(theta_k); `log_prob`, `entropy` and `kl` are sums over all factors
@@ -68,15 +68,17 @@ class Product(Independent, Family):
       2.0 3.6893
     """
 
-    factors: tuple[tuple[str, Family], ...]
+    factors: tuple[tuple[str, ExponentialFamily], ...]
     Natural: ClassVar[type] = ProductNatural
     Expectation: ClassVar[type] = ProductExpectation
 
-    def __init__(self, factors: Mapping[str, Family | str]) -> None:
+    def __init__(self, factors: Mapping[str, ExponentialFamily | str]) -> None:
         """Sorts the factors by name, so that equal dicts make equal families."""
         is_dict = isinstance(factors, Mapping)
         families = {name: get(f) for name, f in factors.items()} if is_dict else {}
-        if not families or not all(isinstance(family, Family) for family in families.values()):
+        if not families or not all(
+            isinstance(family, ExponentialFamily) for family in families.values()
+        ):
             raise ValueError(
                 f"Product: give a dict of exponential families, by name; got {factors!r}."
             )
@@ -93,7 +95,7 @@ class Product(Independent, Family):
     )
     elementwise = False
 
-    def members(self, like: Any) -> list[Family]:
+    def members(self, like: Any) -> list[ExponentialFamily]:
         return [family for _, family in self.factors]
 
     def split(self, x: Any, like: Any) -> list[Any]:
@@ -110,7 +112,7 @@ class Product(Independent, Family):
         paths = [(jax.tree_util.DictKey(name),) for name, _ in self.factors]
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path in paths]
 
-    def batch_ndim(self, member: Family, lam: Any) -> int:
+    def batch_ndim(self, member: ExponentialFamily, lam: Any) -> int:
         """The batch axes of a factor."""
         return jnp.ndim(jax.eval_shape(member.log_partition, lam))
 
@@ -122,7 +124,7 @@ class Product(Independent, Family):
                 f"product.natural: the factors are {names}, each a keyword; got {sorted(standard)}."
             )
 
-        def part(name: str, family: Family) -> Any:
+        def part(name: str, family: ExponentialFamily) -> Any:
             given = standard[name]
             if isinstance(given, Mapping):
                 try:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Raveled(Density):
+class Raveled(Family):
     """A vector family over the flat vector of a pytree: theta, mean and samples are trees.
 
     lambda and mu are those of the wrapped family, leaves in the order of the tree; what concerns
@@ -37,12 +37,12 @@ class Raveled(Density):
       [0. 1. 1.] [1. 1.]
     """
 
-    family: Density
+    family: Family
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def like(cls, family: Density, theta: Any) -> Raveled:
+    def like(cls, family: Family, theta: Any) -> Raveled:
         """Return the family over trees shaped like theta.
 
         Raises:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 
 from blr_optax import _tree
-from blr_optax.families._base.exponential import Family
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.exponential import ExponentialFamily
+from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._lifts.independent import Independent
 
@@ -39,7 +39,7 @@ class SideBySideExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SideBySide(Independent, Family):
+class SideBySide(Independent, ExponentialFamily):
     """One tree family for every part of a tree; a part has `MaskedNode` where others have leaves.
 
     log q(theta) = sum_k log q_k(theta_k); mean, variance and samples are whole trees. It is an
@@ -63,7 +63,7 @@ class SideBySide(Independent, Family):
       [0. 0.] {'b': Array([0.25], dtype=float32), 'w': Array([0., 0.], dtype=float32)} 0.7258
     """
 
-    families: tuple[Density, ...]
+    families: tuple[Family, ...]
     Natural: ClassVar[type] = SideBySideNatural
     Expectation: ClassVar[type] = SideBySideExpectation
 
@@ -79,7 +79,7 @@ class SideBySide(Independent, Family):
     )
     elementwise = False
 
-    def members(self, like: Any) -> tuple[Density, ...]:
+    def members(self, like: Any) -> tuple[Family, ...]:
         return self.families
 
     def split(self, x: Any, like: Any) -> Sequence[Any]:

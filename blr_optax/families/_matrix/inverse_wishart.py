@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, REAL, checked
 from blr_optax.families._continuous.gaussian import _inverse, _log_det
@@ -46,7 +46,7 @@ class InverseWishartExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseWishart(Family):
+class InverseWishart(ExponentialFamily):
     """The density of a symmetric positive definite matrix whose inverse is Wishart.
 
     log q(X) = -(nu + d + 1) / 2 log|X| - tr(Psi X^{-1}) / 2 + nu / 2 log|Psi / 2|

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._continuous.gaussian import matvec, solve
@@ -67,7 +67,7 @@ class NormalWishartExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class NormalWishart(Family):
+class NormalWishart(ExponentialFamily):
     """The normal-Wishart density of a mean vector x and a precision matrix Lambda.
 
     log q(x, Lambda) = log N(x; m, (kappa Lambda)^{-1}) + log Wishart(Lambda; W, nu).

@@ -22,7 +22,7 @@ import numpy as np
 
 from blr_optax._validate import require
 from blr_optax.families._base import domain
-from blr_optax.families._base.exponential import Family
+from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, REAL, checked, name_of
 from blr_optax.families._continuous.gamma import trigamma, trigamma_excess
@@ -132,7 +132,7 @@ class WishartExpectation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishart(Family):
+class Wishart(ExponentialFamily):
     """The Wishart density of a symmetric positive definite matrix; the event is two axes.
 
     log q(X) = (nu - d - 1) / 2 log|X| - tr(V^{-1} X) / 2 - nu / 2 log|2 V| - log Gamma_d(nu / 2).
@@ -305,7 +305,7 @@ class Wishart(Family):
         return _symmetric(half @ _transpose(half))
 
 
-def check_degrees(family: Family, scale: Array, degrees: Array) -> None:
+def check_degrees(family: ExponentialFamily, scale: Array, degrees: Array) -> None:
     """Raises ValueError when there are too few degrees of freedom for the scale matrix."""
     least = scale.shape[-1] - 1
     name, valid = f"{name_of(family)}.natural: degrees", f"above d - 1 = {least}"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import _tree
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class SignedScaleNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved(Density):
+class Moved(Family):
     """Base: independent weights, each a law's noise moved by a group.
 
     Attributes:
@@ -178,7 +178,7 @@ class Moved(Density):
 
         return jax.tree_util.tree_map_with_path(leaf, *lam)
 
-    def join(self, lam: Any, other: Density, other_lam: Any) -> tuple[Density, Any] | None:
+    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
         """With one of the same law and group: over the leaves of both."""
         if other != self:
             return None

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from blr_optax import _tree
 from blr_optax.families import MeanField, Normal
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._numerics.special import LOG_2PI
 
@@ -113,7 +113,7 @@ class RotatedNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rotated(Density):
+class Rotated(Family):
     """Independent normals along the axes of a basis, leaf by leaf; an event is a whole tree.
 
     log q(theta) = sum over leaves of sum (log s - s (X' - M')^2 - log 2 pi) / 2.
@@ -156,7 +156,7 @@ class Rotated(Density):
         checks += [jnp.all(jnp.isfinite(m)) for m in jax.tree.leaves(lam.mean)]
         return jnp.all(jnp.array(checks))
 
-    def join(self, lam: RotatedNatural, other: Density, other_lam: Any) -> tuple | None:
+    def join(self, lam: RotatedNatural, other: Family, other_lam: Any) -> tuple | None:
         """With rotated normals, or plain ones, which have no bases: over the leaves of both."""
         if other == MeanField(Normal()):
             mean, precision = other.mean(other_lam), other.precision(other_lam)

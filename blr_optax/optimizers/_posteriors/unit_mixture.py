@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax.families._base.family import Density
+from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class UnitMixtureNatural(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class UnitMixture(Density):
+class UnitMixture(Family):
     """A mixture of kept and dropped for every unit, over a tree of weights.
 
     q(theta_j) = pi N(m_j, v_j) + (1 - pi) N(0, v_0).
@@ -101,7 +101,7 @@ class UnitMixture(Density):
 
         return self._map(leaf, *lam)
 
-    def join(self, lam: UnitMixtureNatural, other: Density, other_lam: Any) -> tuple | None:
+    def join(self, lam: UnitMixtureNatural, other: Family, other_lam: Any) -> tuple | None:
         """With another mixture of units: over the leaves and units of both."""
         if not isinstance(other, UnitMixture):
             return None

@@ -1,4 +1,4 @@
-"""Posterior: a density as a value, against densities on a grid."""
+"""Distribution: a density as a value, against densities on a grid."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from tools import assert_same
 
-from blr_optax import Posterior, families
+from blr_optax import Distribution, families
 from blr_optax import distribution as blr_distribution
 
 NORMAL, GAUSSIAN = families.get("normal"), families.get("gaussian")
@@ -19,7 +19,7 @@ MEANS = (np.array([0.3, -0.5]), np.array([-0.4, 0.8]))
 
 
 def posterior(family, **standard):
-    return Posterior(family, jax.jit(family.natural)(**standard))
+    return Distribution(family, jax.jit(family.natural)(**standard))
 
 
 def pair(name):
@@ -166,9 +166,9 @@ def test_improper_sites_take_part_in_arithmetic_only(x64, name):
         "kl": lambda: site.kl(p),
     }
     for what, ask in asked.items():
-        with pytest.raises(ValueError, match=rf"Posterior.{what}: .* outside the domain"):
+        with pytest.raises(ValueError, match=rf"Distribution.{what}: .* outside the domain"):
             ask()
-    with pytest.raises(ValueError, match=r"Posterior.kl: .* outside the domain"):
+    with pytest.raises(ValueError, match=r"Distribution.kl: .* outside the domain"):
         p.kl(site)
     back = (p * q) * site / site
     jax.tree.map(np.testing.assert_allclose, back.natural, (p * q).natural)
@@ -185,7 +185,7 @@ def test_a_posterior_is_a_pytree(x64):
     assert len(jax.tree.leaves(p)) == 2
     assert jax.tree.structure(p) == jax.tree.structure(q)
     product = jax.jit(lambda a, b: a * b)(p, q)
-    assert isinstance(product, Posterior) and product.family == GAUSSIAN
+    assert isinstance(product, Distribution) and product.family == GAUSSIAN
     jax.tree.map(np.testing.assert_allclose, product, p * q)
     both = jax.tree.map(lambda *x: np.stack(x), p, q)
     means = jax.jit(jax.vmap(lambda a: a.mean))(both)
@@ -193,11 +193,11 @@ def test_a_posterior_is_a_pytree(x64):
     np.testing.assert_allclose(both.mean, MEANS)  # families broadcast over leading axes
     derivative = jax.jit(jax.grad(lambda a: a.kl(p)))
     slope = derivative(p)
-    assert isinstance(slope, Posterior)
+    assert isinstance(slope, Distribution)
     jax.tree.map(lambda x: np.testing.assert_allclose(x, 0, atol=1e-12), slope)
     h = 1e-6
     along = jax.jit(
-        lambda t: Posterior(GAUSSIAN, GAUSSIAN.combine((1.0, q.natural), (t, p.natural))).kl(p)
+        lambda t: Distribution(GAUSSIAN, GAUSSIAN.combine((1.0, q.natural), (t, p.natural))).kl(p)
     )
     ahead, behind = along(h), along(-h)
     np.testing.assert_allclose(
@@ -208,7 +208,7 @@ def test_a_posterior_is_a_pytree(x64):
 
 
 def test_one_improper_element_of_a_batch_makes_it_improper(x64):
-    batch = Posterior(NORMAL, families.GaussianNatural(jnp.zeros(2), jnp.array([-1.0, 1.0])))
+    batch = Distribution(NORMAL, families.GaussianNatural(jnp.zeros(2), jnp.array([-1.0, 1.0])))
     assert not bool(batch.proper)
     with pytest.raises(ValueError, match="outside the domain"):
         _ = batch.mean
@@ -229,7 +229,7 @@ def test_members_of_different_sizes_are_refused(name):
         "dirichlet": lambda k: family.natural(concentration=jnp.ones(k)),
         "categorical": lambda k: family.natural(logits=jnp.zeros(k)),
     }[name]
-    three, five = (Posterior(family, make(k)) for k in (3, 5))
+    three, five = (Distribution(family, make(k)) for k in (3, 5))
     for act in (lambda: three.kl(five), lambda: three * five, lambda: three / five):
         with pytest.raises(ValueError, match="of one size"):
             act()
@@ -237,14 +237,14 @@ def test_members_of_different_sizes_are_refused(name):
 
 def test_distribution_makes_what_three_calls_make():
     made = blr_distribution("normal", mean=[0.0, 1.0], precision=4.0)
-    assert_same(made, Posterior(NORMAL, NORMAL.natural(mean=[0.0, 1.0], precision=4.0)))
+    assert_same(made, Distribution(NORMAL, NORMAL.natural(mean=[0.0, 1.0], precision=4.0)))
     tree = {"w": np.ones(2, np.float32), "b": np.float32(0.5)}
     lifted = blr_distribution("normal", mean=tree, variance=None, precision=4.0)
-    assert_same(lifted, Posterior(DIAGONAL, DIAGONAL.natural(mean=tree, precision=4.0)))
+    assert_same(lifted, Distribution(DIAGONAL, DIAGONAL.natural(mean=tree, precision=4.0)))
     mixture = families.get("mixture", family="normal")
     standard = {"weights": [0.5, 0.5], "mean": [[-1.0], [1.0]], "variance": [[1.0], [1.0]]}
     assert_same(
-        blr_distribution(mixture, **standard), Posterior(mixture, mixture.natural(**standard))
+        blr_distribution(mixture, **standard), Distribution(mixture, mixture.natural(**standard))
     )
     with pytest.raises(ValueError, match="unknown family 'norml'"):
         blr_distribution("norml", mean=0.0)
