@@ -55,7 +55,7 @@ def estimated(tx, problem, samples):
 
     def step(params, state, *batch):
         est = blr.estimate(problem.loss, state, params, *batch, samples=samples)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         return optax.apply_updates(params, updates), state, est.value
 
     return tx, step

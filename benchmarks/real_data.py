@@ -206,7 +206,7 @@ def stepper(row: Row, name: str, n: int, rate: Any) -> tuple[Any, Callable]:
 
     def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
         est = blr.estimate(loss, state, params, x, y, **row.options)
-        extra = {} if est.curvature is None else {"curvature": est.curvature}
+        extra = {} if est.statistic is None else {"curvature": est.statistic}
         updates, state = tx.update(est.grad, state, params, **extra)
         return optax.apply_updates(params, updates), state, est.value
 

@@ -123,7 +123,7 @@ def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
         return entries[key]
 
     found = jax.tree_util.tree_map_with_path(look_up, params)
-    if name in ("curvature", "noise", "prior", "init"):
+    if name in ("statistic", "noise", "prior", "init"):
         _refuse_strays(entries, params, name)
     return found
 

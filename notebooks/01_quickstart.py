@@ -331,7 +331,7 @@ assert on_noise.epistemic.mean() > 2.0 * averaged.epistemic.mean()
 # - Another framework? `docs/recipes.md` has tested loops for plain JAX, Linen, nnx, gradient
 #   accumulation, posteriors over a part of the model, and checkpoints.
 # - Several samples per step: `est = blr.estimate(loss, opt_state, params, x, y, samples=4)` and
-#   `tx.update(est.grad, opt_state, params, curvature=est.curvature)`.
+#   `tx.update(est.grad, opt_state, params, statistic=est.statistic)`.
 # - Not a Gaussian, or not a network? `blr.blr_update` is the same rule for any exponential family.
 #
 # Three knobs are worth knowing. `learning_rate` is as in SGD, often larger than Adam's.

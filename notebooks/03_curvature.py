@@ -467,7 +467,7 @@ assert trained.norms.max() > 10 * jnp.median(trained.norms)
 #
 # - updates, opt_state = tx.update(jax.grad(loss)(params, x, y), opt_state, params)
 # + est = blr.estimate(loss, opt_state, params, x, y)
-# + updates, opt_state = tx.update(est.grad, opt_state, params, curvature=est.curvature)
+# + updates, opt_state = tx.update(est.grad, opt_state, params, statistic=est.statistic)
 # ```
 #
 # The same network, batches, number of epochs and cosine schedule serve both optimizers. Learning
@@ -483,7 +483,7 @@ vogn = blr.vogn(
 
 def per_example(opt_state: Any, params: Any, x: jax.Array, y: jax.Array) -> dict[str, Any]:
     est = blr.estimate(loss, opt_state, params, x, y)
-    return {"grad": est.grad, "curvature": est.curvature}
+    return {"grad": est.grad, "curvature": est.statistic}
 
 
 def predictions(params: Any, opt_state: Any) -> tuple[jax.Array, Any]:

@@ -85,7 +85,7 @@ def fit(tx: optax.GradientTransformation, params: Any, **options: Any) -> tuple[
         params, state = carry
         rows = jax.random.choice(key, len(train_x), (40,), replace=False)
         est = blr.estimate(loss, state, params, train_x[rows], train_y[rows], **options)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         return (optax.apply_updates(params, updates), state), None
 
     keys = jax.random.split(jax.random.key(1), STEPS)

@@ -442,7 +442,7 @@ def evidence(row, params, state, batch):
         return None, {"batch": batch}
     if row.estimated:
         est = blr.estimate(row.objective, state, params, *batch)
-        return est.grad, {"curvature": est.curvature}
+        return est.grad, {"statistic": est.statistic}
     return jax.grad(row.objective)(blr.sample(state, params), *batch), {}
 
 

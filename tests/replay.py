@@ -132,7 +132,7 @@ def step_of(tx, loss, **options):
     def step(carry, given):
         params, state = carry
         est = averaged(loss, state, params, *given, **options)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = optax.apply_updates(params, updates)
         return (params, state), {
             "gradient": est.grad,

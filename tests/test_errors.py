@@ -117,7 +117,7 @@ def test_missing_params(tx):
         tx.update(make_params(), state)
 
 
-@pytest.mark.parametrize("name", ["curvature", "noise", "prior", "init"])
+@pytest.mark.parametrize("name", ["statistic", "noise", "prior", "init"])
 @pytest.mark.parametrize("how", ["missing", "shape"])
 def test_wrong_trees(name, how):
     tx, state, params = ivon_state()
@@ -125,8 +125,8 @@ def test_wrong_trees(name, how):
     if how == "shape":
         wrong = {**params, "b": jnp.ones(7)}
     with pytest.raises(ValueError, match=name) as error:
-        if name == "curvature":
-            tx.update(params, state, params, curvature=wrong)
+        if name == "statistic":
+            tx.update(params, state, params, statistic=wrong)
         elif name == "noise":
             noise = jax.tree.map(lambda x: jnp.asarray(x)[None], wrong)
             blr.estimate(mean_loss, state, params, *make_batch(), noise=noise)
@@ -136,15 +136,15 @@ def test_wrong_trees(name, how):
     assert "'b'" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["curvature", "weight_decay"])
+@pytest.mark.parametrize("name", ["statistic", "weight_decay"])
 def test_entries_that_stand_at_no_parameter_are_named(name):
     params = make_params()
     more = {**params, "gain": params["c"]}
-    if name == "curvature":
+    if name == "statistic":
         tx = blr.ivon(0.1, 10.0)
         state = tx.init(params)
         with pytest.raises(ValueError, match=r"curvature: entries .*gain.* at no parameter"):
-            tx.update(params, state, params, curvature=more)
+            tx.update(params, state, params, statistic=more)
     else:
         with pytest.raises(ValueError, match=r"weight_decay.*: entries .*gain.* at no"):
             blr.ivon(0.1, 10.0, weight_decay=more).init(params)
@@ -298,7 +298,7 @@ def test_points_skip_what_is_not_finite(tx):
     state = jax.jit(tx.init)(params)
     good = jax.tree.map(np.ones_like, params)
     bad = {**good, "b": good["b"] * np.float32(np.nan)}
-    extra = {"curvature": good} if state.reader.adversarial else {}
+    extra = {"statistic": good} if state.reader.adversarial else {}
     _, state = update(good, state, params, **extra)
     updates, after = update(bad, state, params, **extra)
     assert all(not np.any(u) for u in jax.tree.leaves(updates))

@@ -193,7 +193,7 @@ class PerExampleSquares(Curvature):
             raise ValueError(
                 "per_example_squares: one gradient does not hold those of its examples. Take both "
                 "from est = blr.estimate(loss, opt_state, params, *batch), then "
-                "tx.update(est.grad, opt_state, params, curvature=est.curvature)."
+                "tx.update(est.grad, opt_state, params, statistic=est.statistic)."
             )
         return at.batch
 

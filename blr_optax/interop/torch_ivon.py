@@ -263,7 +263,7 @@ def _at_step(tx: optax.GradientTransformationExtraArgs, params: Any, step: int) 
         return state
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = optax.tree.set(state, count=jnp.asarray(step - 1, jnp.int32))
-    state = tx.update(zeros, state, params, curvature=zeros)[1]
+    state = tx.update(zeros, state, params, statistic=zeros)[1]
     return optax.tree.set(state, count=jnp.asarray(step, jnp.int32))
 
 

@@ -200,7 +200,7 @@ def bayesbinn(
     lambda <- lambda - rho v / (1 - b^t).
 
     The params are the natural parameters lambda (start from `random_signs`). Take the gradient at
-    `sample(opt_state, params)`, or both from `estimate`, whose `curvature` is here the gradient in
+    `sample(opt_state, params)`, or both from `estimate`, whose `statistic` is here the gradient in
     mu. Predict with `posterior(opt_state, params)`: its samples are networks of signs, its `mean`
     is tanh lambda, and the sign of that the most likely network.
 
@@ -278,17 +278,17 @@ def bayesbinn(
         state: BayesBinnState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, BayesBinnState]:
         if params is None:
             raise ValueError("bayesbinn: update needs params, update(grads, state, params).")
         like = state.momentum.ema
         grads = _tree.matching_leaves(updates, like, "grads")
-        if curvature is None:
-            curvature = reader.statistic(state, params, None, grads, noise_of(state))
-        curvature = _tree.matching_leaves(curvature, like, "curvature")
-        in_mu, grads = (optax.tree.cast_like(x, like) for x in (curvature, grads))
+        if statistic is None:
+            statistic = reader.statistic(state, params, None, grads, noise_of(state))
+        statistic = _tree.matching_leaves(statistic, like, "statistic")
+        in_mu, grads = (optax.tree.cast_like(x, like) for x in (statistic, grads))
         finite = squares_finite(grads, in_mu)
         prior_ = state.prior if jax.tree.leaves(state.prior) else jax.tree.map(lambda _: 0.0, like)
 

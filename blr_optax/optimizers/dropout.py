@@ -231,9 +231,9 @@ def dropout(
         key: typed key or integer seed.
 
     Returns:
-        A transformation. `update(grads, state, params, curvature=None)` takes the gradient at
+        A transformation. `update(grads, state, params, statistic=None)` takes the gradient at
         `sample(opt_state, params)`; with several draws, or `noise=`, pass on what `estimate`
-        returns as curvature, which here is the average of (z / pi) g.
+        returns as statistic, which here is the average of (z / pi) g.
 
     Raises:
         ValueError: for arguments out of range, an inner optimizer that samples, missing params,
@@ -284,18 +284,18 @@ def dropout(
         state: DropoutState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, DropoutState]:
         if params is None:
             raise ValueError("dropout: update needs params, update(grads, state, params).")
-        if curvature is None:
-            curvature = reader.statistic(state, params, None, updates, noise_of(state))
+        if statistic is None:
+            statistic = reader.statistic(state, params, None, updates, noise_of(state))
         else:
-            curvature = _tree.matching_leaves(curvature, params, "curvature")
-        wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, curvature)
-        finite = squares_finite(wide, curvature)
-        grads = jax.tree.map(lambda g, c: c.astype(g.dtype), updates, curvature)
+            statistic = _tree.matching_leaves(statistic, params, "statistic")
+        wide = jax.tree.map(lambda g, c: g.astype(c.dtype), updates, statistic)
+        finite = squares_finite(wide, statistic)
+        grads = jax.tree.map(lambda g, c: c.astype(g.dtype), updates, statistic)
         out, inner_state = inner.update(grads, state.inner, params, **extra)
         count = optax.safe_increment(state.count)
         return zero_unless(finite, out), state._replace(

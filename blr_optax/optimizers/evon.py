@@ -216,7 +216,7 @@ def scale_by_eigenbasis(
         state: ScaleByEigenbasisState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, ScaleByEigenbasisState]:
         if params is None:
@@ -228,22 +228,22 @@ def scale_by_eigenbasis(
         raw = _tree.matching_leaves(updates, gaussian.precision, "grads")
         raw = optax.tree.cast_like(raw, gaussian.precision)
         grads = over(to_basis, raw, bases)
-        if curvature is None:
+        if statistic is None:
             noise = noise_of(state)
             moved = reader.displacement(state, noise)
             if jax.tree.map(jnp.result_type, moved) != jax.tree.map(jnp.result_type, params):
                 weights = reader.weights(state, params, noise)  # rounded to a short dtype
-                curvature = reader.curvature(state, params, weights, raw)
+                statistic = reader.curvature(state, params, weights, raw)
             else:
-                curvature = reader.curvature_in_basis(state, moved, grads)
+                statistic = reader.curvature_in_basis(state, moved, grads)
         else:
-            curvature = _tree.matching_leaves(curvature, gaussian.precision, "curvature")
+            statistic = _tree.matching_leaves(statistic, gaussian.precision, "statistic")
         if clip_curvature is not None:
-            curvature = _clipped(curvature, clip_curvature, gaussian.precision)
+            statistic = _clipped(statistic, clip_curvature, gaussian.precision)
         mean = optax.tree.cast_like(params, gaussian.precision)
         if not is_zero(weight_decay):  # else nothing asks for the mean
             mean = over(to_basis, mean, bases)
-        out, after = inner.update(grads, gaussian, mean, curvature=curvature, **extra)
+        out, after = inner.update(grads, gaussian, mean, statistic=statistic, **extra)
         out = optax.tree.cast_like(over(from_basis, out, bases), params)
 
         finite = after.skipped == gaussian.skipped

@@ -108,7 +108,7 @@ def ivon(
     m <- m - lr (h_0 + delta) clip( (v_hat + delta m) / p, -xi, xi );  q = N(m, 1 / (ess p)).
 
     A training loop changes in one line: the gradient is taken at `sample(opt_state, params)`; or
-    use `estimate` for several samples and pass `curvature=est.curvature` to `update`.
+    use `estimate` for several samples and pass `statistic=est.statistic` to `update`.
 
     Args:
         learning_rate: lr, a number or schedule, rescaled by hess_init + weight_decay. Lower it, or
@@ -211,7 +211,7 @@ def soba(
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> tx, params = blr.soba(0.5, ess=10.0, b2=0.5, weight_decay=0.0), jnp.ones(1)
       >>> updates, state = tx.update(
-      ...     jnp.ones(1), tx.init(params), params, curvature=jnp.array([3.0])
+      ...     jnp.ones(1), tx.init(params), params, statistic=jnp.array([3.0])
       ... )
       >>> print(updates)  # -0.5 * 1 / 2.5
       [-0.2]

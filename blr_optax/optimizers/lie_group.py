@@ -20,7 +20,7 @@ there because the entropy of a moved noise grows by d log A (d log g). Exponenti
 for whatever a sample says, with no second-order correction. The noise is a function of key, step
 and path: a new draw at each step.
 
-The statistic that `update` takes as curvature is the product of a displacement and the gradient
+The statistic that `update` takes is the product of a displacement and the gradient
 there, A s n g, averaged as such. The objective of the last is E[l] - T H of the pair (g+ n+,
 g- n-), and E[+-g n grad] is its first term's exact slope in log g. Above 500 lines since the three
 groups share their checks, their noise and their averages.
@@ -195,24 +195,24 @@ def gradients(who: str, like: Any, updates: Any, params: Any) -> Any:
 
 
 def gated_evidence(
-    grads: Any, like: Any, state: Any, params: Any, curvature: Any
+    grads: Any, like: Any, state: Any, params: Any, statistic: Any
 ) -> tuple[Array, Any, Any]:
     """(finite, gradients, statistic), the last two zero unless all their entries are finite.
 
     A statistic that is not given is derived from the gradients and this step's noise.
     """
-    if curvature is None:
+    if statistic is None:
         finite = squares_finite(grads)
         grads, noise = zero_unless(finite, grads), noise_of(state)
         weights = state.reader.weights(state, params, noise)
         return finite, grads, state.reader.statistic(state, params, weights, grads, noise)
     axes = state.reader.noise_axes
-    curvature = _tree.matching_leaves(curvature, like, "curvature", leading=axes)
-    curvature = optax.tree.cast_like(curvature, like)
+    statistic = _tree.matching_leaves(statistic, like, "statistic", leading=axes)
+    statistic = optax.tree.cast_like(statistic, like)
     if axes:
-        jax.tree.map(lambda c: check_pair("curvature", c), curvature)
-    finite = squares_finite(grads, curvature)
-    return finite, *zero_unless(finite, (grads, curvature))
+        jax.tree.map(lambda c: check_pair("statistic", c), statistic)
+    finite = squares_finite(grads, statistic)
+    return finite, *zero_unless(finite, (grads, statistic))
 
 
 def check_pair(name: str, leaf: Array) -> None:
@@ -369,7 +369,7 @@ def lie_affine(
     A starts at 1, so that the first steps are SGD's with rate a. It rests where E[A s n g] is
     1 / ess: for a quadratic loss of curvature h at the variance 1 / (ess h).
 
-    Take the gradient at `sample(opt_state, params)`, or both from `estimate`, whose `curvature` is
+    Take the gradient at `sample(opt_state, params)`, or both from `estimate`, whose `statistic` is
     E[A s n g].
 
     Args:
@@ -406,7 +406,7 @@ def lie_affine(
       >>> loss = lambda w: 2.0 * jnp.sum((w - 1.0) ** 2)  # curvature 4
       >>> for _ in range(60):
       ...     est = blr.estimate(loss, state, params, noise=jnp.ones((1, 1)), antithetic=True)
-      ...     updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+      ...     updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
       ...     params = params + updates
       >>> print(blr.posterior(state, params).variance.round(4))  # 1 / (50 * 4)
       [0.005]
@@ -440,11 +440,11 @@ def lie_affine(
         state: LieAffineState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, LieAffineState]:
         grads = gradients("lie_affine", state.spread, updates, params)
-        finite, grads, products = gated_evidence(grads, state.spread, state, params, curvature)
+        finite, grads, products = gated_evidence(grads, state.spread, state, params, statistic)
         decay = _spread_decay(weight_decay, state.spread, state.count)
 
         def turn(a: Array, c: Array, d: Array) -> Array:
@@ -573,7 +573,7 @@ def lie_multiplicative(
     g <- g exp(-a M);  params = (g+ - g-) E[n];  q is the law of g+ n+ - g- n-.
 
     The gains are in the state, and the parameters follow them: it stands last in a chain. Take the
-    gradient at `sample(opt_state, params)`, or both from `estimate`, whose `curvature` has a first
+    gradient at `sample(opt_state, params)`, or both from `estimate`, whose `statistic` has a first
     axis of two (its `noise` a second one). `posterior` draws and has moments, but no density.
 
     Args:
@@ -646,11 +646,11 @@ def lie_multiplicative(
         state: LieMultiplicativeState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, LieMultiplicativeState]:
         grads = gradients("lie_multiplicative", state.plus, updates, params)
-        finite, _, products = gated_evidence(grads, state.plus, state, params, curvature)
+        finite, _, products = gated_evidence(grads, state.plus, state, params, statistic)
         decay = _spread_decay(weight_decay, state.plus, state.count)
 
         def turn(side: int) -> Callable:

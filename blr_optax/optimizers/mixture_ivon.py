@@ -204,7 +204,7 @@ def _scale_by_mixture(
         state: MixtureIvonState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         losses: Any = None,
         **extra: Any,
     ) -> tuple[Any, MixtureIvonState]:
@@ -229,8 +229,8 @@ def _scale_by_mixture(
             return optax.tree.cast_like(_tree.matching_leaves(tree, p, name), p)
 
         weights = reader.weights(state, reader.part(state, params), noise_of(state))
-        if curvature is None:
-            curvature = reader.curvature(state, params, weights, updates)
+        if statistic is None:
+            statistic = reader.curvature(state, params, weights, updates)
         theta, mean = wide(weights, "weights"), wide(params, "params")
         total = gaussians.reader.total_precision(gaussians)
         log_ratio, ratio_gradient, ratio_curvature = repulsion(
@@ -245,7 +245,7 @@ def _scale_by_mixture(
             jax.tree.map(add, wide(updates, "grads"), ratio_gradient),
             gaussians,
             params,
-            curvature=jax.tree.map(add, wide(curvature, "curvature"), ratio_curvature),
+            statistic=jax.tree.map(add, wide(statistic, "statistic"), ratio_curvature),
             **extra,
         )
         if losses is not None and not is_zero(weight_rate):

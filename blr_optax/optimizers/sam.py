@@ -96,7 +96,7 @@ def sam(
     q = N(m, lr / ess).
 
     Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
-    `update(est.grad, opt_state, params, curvature=est.curvature)`. m-sharpness with M sub-batches:
+    `update(est.grad, opt_state, params, statistic=est.statistic)`. m-sharpness with M sub-batches:
     `estimate(..., samples=M, split=True)`.
 
     Args:
@@ -110,7 +110,7 @@ def sam(
 
     Raises:
         ValueError: for arguments out of range, integer parameters, or an update without
-            `curvature=`, whose gradient would be plain SGD's.
+            `statistic=`, whose gradient would be plain SGD's.
 
     Source: Foret et al. (2021). Special case of `blr_update` with family "gaussian_fixed" of
     precision ess / lr and `estimator=delta()`, whose E_q[l] is replaced by the maximum of l over a
@@ -141,9 +141,9 @@ def sam(
     )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, *, curvature: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, statistic: Any = None, **extra: Any
     ) -> tuple[Any, Any]:
-        refuse_one_gradient(state.reader, curvature)
+        refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
@@ -171,7 +171,7 @@ def bsam(
     d = prior_precision / ess.
 
     Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
-    `update(est.grad, opt_state, params, curvature=est.curvature)`. m-sharpness with M sub-batches:
+    `update(est.grad, opt_state, params, statistic=est.statistic)`. m-sharpness with M sub-batches:
     `estimate(..., samples=M, split=True)`.
 
     Args:
@@ -193,7 +193,7 @@ def bsam(
 
     Raises:
         ValueError: for arguments out of range, trees of another structure, integer parameters, or
-            an update without `curvature=`.
+            an update without `statistic=`.
 
     Source: Moellenhoff and Khan (2023), SAM as an optimal relaxation of Bayes, Algorithm 1. Special
     case of `blr_update` with family "gaussian_diagonal", `step="plain"` and
@@ -208,7 +208,7 @@ def bsam(
       ... )
       >>> state = tx.init(params)
       >>> est = blr.estimate(loss, state, params)
-      >>> updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+      >>> updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
       >>> print(est.grad, updates, blr.posterior(state, params).variance)  # 1 / (10 * 2.5)
       [5.6] [-2.8] [0.04]
     """

@@ -105,7 +105,7 @@ def vogn(
     m <- m - lr u / p;  q = N(m, 1 / (ess p)),  d = prior_precision / ess.
 
     Gradient and curvature come from the usual mean loss, by `est = estimate(loss, opt_state,
-    params, *batch)` and `update(est.grad, opt_state, params, curvature=est.curvature)`; the
+    params, *batch)` and `update(est.grad, opt_state, params, statistic=est.statistic)`; the
     curvature costs one more matrix product per layer (see `per_example`, `explain`). Put the prior
     here, not as an L2 term into the loss, where it is exact but costs a gradient per example.
 
@@ -128,7 +128,7 @@ def vogn(
 
     Raises:
         ValueError: for arguments out of range, trees of another structure, integer parameters; in
-            `update` without `curvature`, which one gradient cannot give.
+            `update` without `statistic=`, which one gradient cannot give.
 
     Source: Khan et al. (2018), VOGN; Osawa et al. (2019), Practical Deep Learning with Bayesian
     Principles. Special case of `blr_update` with family "gaussian_diagonal", `step="plain"` and
@@ -143,7 +143,7 @@ def vogn(
       >>> state = tx.init(params)
       >>> for _ in range(100):
       ...     est = blr.estimate(loss, state, params, *batch)
-      ...     updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+      ...     updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
       ...     params = params + updates
       >>> print(bool(abs(params[0] - 2.9) < 0.1))
       True
@@ -207,7 +207,7 @@ def ogn(
       >>> params, tx = jnp.zeros(1), blr.ogn(1.0, 10.0, prior_precision=0.0, b1=0.0, b2=0.0)
       >>> state = tx.init(params)
       >>> est = blr.estimate(loss, state, params, jnp.array([[1.0], [3.0]]))
-      >>> updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+      >>> updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
       >>> print(updates)  # -2 / ((1 + 9) / 2)
       [-0.4]
     """

@@ -131,8 +131,8 @@ def blr_update(
         prior: a posterior of the family (of any family for conditional ones); that of one number
             holds for every parameter of a mean field. None is a flat density.
         init: the first posterior, or a function `params -> Distribution` of the first parameters;
-            by default centred at params with the precision of the prior, else one, for families with a
-            location, else the prior.
+            by default centred at params with the precision of the prior, else one, for families
+            with a location, else the prior.
         estimator: how plain functions are treated, see `estimators.natural_gradient`; conditional
             families take `monte_carlo(...)` and `delta(...)`, mixtures `shared_draws(...)`, with
             the curvature `exact()` or `reparameterized()`.

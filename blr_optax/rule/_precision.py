@@ -203,14 +203,14 @@ class PrecisionReader(Reader):
         return Distribution(family, family.from_mean(mean, self.total_precision(state)))
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
     ) -> tuple[Array | None, Array | None]:
         """Shares of the second-order term in the move and in the precision."""
         if self.step in ("plain", "plain_old"):
             return jnp.zeros(()), None if b2 is None else jnp.zeros(())
         u = jax.tree.map(_relative_step, before.precision, after.precision)
-        if curvature is not None and b2 is not None:
-            given = _tree.matching_leaves(curvature, before.precision, "curvature")
+        if statistic is not None and b2 is not None:
+            given = _tree.matching_leaves(statistic, before.precision, "statistic")
             d0 = prior_precision(
                 weight_decay, before.prior, before.ess, before.precision, before.count
             )
@@ -268,21 +268,21 @@ class ScaleByPrecisionState(NamedTuple):
 
 
 def gated_evidence(
-    state: ScaleByPrecisionState, params: Any, updates: Any, curvature: Any
+    state: ScaleByPrecisionState, params: Any, updates: Any, statistic: Any
 ) -> tuple[Array, Any, Any]:
     """(finite, g, c): gradient and curvature, both zero unless all their entries are finite.
 
     A curvature that is not given is derived from the gradient and this step's noise.
     """
-    refuse_one_gradient(state.reader, curvature)
+    refuse_one_gradient(state.reader, statistic)
     g = _tree.matching_leaves(updates, state.precision, "grads")
     g = optax.tree.cast_like(g, state.precision)
-    if curvature is None:
+    if statistic is None:
         weights = state.reader.weights(state, params, noise_of(state))
         finite = squares_finite(g)
         g = zero_unless(finite, g)
         return finite, g, state.reader.curvature(state, params, weights, g)
-    c = _tree.matching_leaves(curvature, state.precision, "curvature")
+    c = _tree.matching_leaves(statistic, state.precision, "statistic")
     c = optax.tree.cast_like(c, state.precision)
     finite = squares_finite(g, c)
     if isinstance(state.reader.kind, NEVER_NEGATIVE):
@@ -438,7 +438,7 @@ def scale_by_precision(
         momentum: an optax transformation run on the gradient, such as `optax.ema(0.9,
             debias=True)`.
         curvature: "reparameterized" or `squared_gradient(...)`, used when `update` gets no
-            `curvature=`.
+            `statistic=`.
         step: "improved" or "plain" (may leave the domain when the curvature is negative);
             "improved_old" and "plain_old" precondition the mean by the old precision.
         damping: added to the precision per example, in posterior and steps alike, without pulling
@@ -452,7 +452,7 @@ def scale_by_precision(
         key: typed key or integer seed.
 
     Returns:
-        A transformation. `update(grads, state, params, curvature=None)`; `curvature` is a tree like
+        A transformation. `update(grads, state, params, statistic=None)`; `statistic` is a tree like
         the parameters, per example (`estimate` returns it). Without it, it is derived from the
         gradient and this step's noise, the gradient being taken at `sample(opt_state, params)`.
 
@@ -468,7 +468,7 @@ def scale_by_precision(
       >>> import jax, jax.numpy as jnp, blr_optax as blr
       >>> tx = blr.scale_by_precision(ess=100.0, b2=0.5, hess_init=1.0)
       >>> params = jnp.zeros(1)
-      >>> out, state = tx.update(jnp.ones(1), tx.init(params), params, curvature=jnp.array([3.0]))
+      >>> out, state = tx.update(jnp.ones(1), tx.init(params), params, statistic=jnp.array([3.0]))
       >>> print(state.precision, out)  # u = 1: p = 1 + 1 + 1/2
       [2.5] [0.4]
     """
@@ -517,7 +517,7 @@ def scale_by_precision(
         state: ScaleByPrecisionState,
         params: Any = None,
         *,
-        curvature: Any = None,
+        statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, ScaleByPrecisionState]:
         if params is None:
@@ -525,7 +525,7 @@ def scale_by_precision(
                 "scale_by_precision (in ivon, soba, vogn, ogn): update needs params, "
                 "update(grads, state, params)."
             )
-        finite, g, c = gated_evidence(state, params, updates, curvature)
+        finite, g, c = gated_evidence(state, params, updates, statistic)
         d0 = prior_of_step(state, params, weight_decay)
         pull = prior_pull(state, params, d0) if prior_in_mean else optax.tree.zeros_like(g)
         if prior_in_momentum:

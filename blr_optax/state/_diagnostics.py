@@ -5,7 +5,8 @@
 
     correction_of_move       sum p u^2/2  /  sum ( p |u| + p u^2/2 )
     correction_of_precision  sum p u^2/2  /  ( rho sum p )
-    signal_to_noise^2        sum ( (mean_s c)^2 - var_s c / S ) / p^2  /  sum var_s c / p^2
+    curvature_signal_to_noise^2
+        sum ( (mean_s c)^2 - var_s c / S ) / p^2  /  sum var_s c / p^2
 
 Nothing is computed, and nothing kept in the state, unless it is asked for.
 
@@ -45,7 +46,7 @@ class Diagnostics(NamedTuple):
         clipped: share of coordinates whose update was clipped; needs `updates` and `bound`.
         smallest_precision: one over the largest marginal variance.
         smallest_per_example: the same per example, divided by ess.
-        signal_to_noise: of the curvature of one draw; needs `draws`.
+        curvature_signal_to_noise: of the curvature of one draw; needs `draws`.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
     """
@@ -55,7 +56,7 @@ class Diagnostics(NamedTuple):
     clipped: Array | None
     smallest_precision: Array
     smallest_per_example: Array | None
-    signal_to_noise: Array | None
+    curvature_signal_to_noise: Array | None
     retracted: Array | None
     skipped: Array | None
 
@@ -99,7 +100,7 @@ def diagnostics(
     params: Any,
     updates: Any = None,
     *,
-    curvature: Any = None,
+    statistic: Any = None,
     b2: Any = None,
     bound: Any = None,
     draws: Any = None,
@@ -111,7 +112,7 @@ def diagnostics(
 
     It is a pure function, also under jit, of what a training step has at hand, so that it costs
     nothing in the steps that do not call it. The shares of the correction are read off p' / p,
-    which is the same for u and -2 - u: without `curvature` a step down by more than p itself, which
+    which is the same for u and -2 - u: without `statistic` a step down by more than p itself, which
     the retraction folds back, counts as its mirror image, and the shares come out smaller.
 
     Args:
@@ -119,15 +120,16 @@ def diagnostics(
         after: the one that it returned.
         params: the parameters, before or after.
         updates: what `update` returned beside it, for `clipped`.
-        curvature: what `update` got, to tell folded steps; needs `b2` and `weight_decay`.
+        statistic: what `update` got, to tell folded steps; needs `b2` and `weight_decay`.
         b2: the decay of the precision, for `correction_of_precision`.
         bound: the largest update that clipping lets through, learning_rate * (hess_init +
             weight_decay) * clip_radius for `ivon`; a number or a prefix tree. (In a chain of your
             own, `optax.snapshot("clipped", lambda x: jnp.mean(jnp.abs(x) > radius))` in front of
             `optax.clip` measures the same without it.)
         draws: the curvature of two or more separate draws on one batch, a tree like params
-            with the draws in front, for `signal_to_noise`: one estimate, also of many draws, does
-            not know its own noise. Of S draws in one estimate it is sqrt(S) times better.
+            with the draws in front, for `curvature_signal_to_noise`: one estimate, also of many
+            draws, does not know its own noise. Of S draws in one estimate it is sqrt(S) times
+            better.
         weight_decay: the optimizer's, with its damping (a `prior` is in the state); a number,
             prefix tree or schedule.
 
@@ -145,14 +147,14 @@ def diagnostics(
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> tx, params = blr.soba(0.5, ess=10.0, b2=0.5, weight_decay=0.0), jnp.ones(1)
       >>> before = tx.init(params)
-      >>> updates, after = tx.update(jnp.ones(1), before, params, curvature=jnp.array([3.0]))
+      >>> updates, after = tx.update(jnp.ones(1), before, params, statistic=jnp.array([3.0]))
       >>> (found,) = blr.diagnostics(before, after, params, b2=0.5)
       >>> print(found.correction_of_move, found.smallest_precision)  # u = 1: a half of 1 + 1/2
       0.33333334 25.0
     """
-    if curvature is not None and b2 is None:
+    if statistic is not None and b2 is None:
         raise ValueError(
-            "diagnostics: curvature= needs b2=, the decay of the precision, beside it."
+            "diagnostics: statistic= needs b2=, the decay of the precision, beside it."
         )
     if b2 is not None:
         check_unit_interval("b2", b2)
@@ -165,7 +167,7 @@ def diagnostics(
             "diagnostics: before and after hold different posteriors; pass the states that one "
             "update got and returned."
         )
-    numbers = curvature, b2, bound, draws, weight_decay
+    numbers = statistic, b2, bound, draws, weight_decay
     parts = covered(states[1], params, "diagnostics")
     return tuple(
         _one(old, new, part, updates, *numbers)
@@ -178,7 +180,7 @@ def _one(
     new: Any,
     part: Any,
     updates: Any,
-    curvature: Any,
+    statistic: Any,
     b2: Any,
     bound: Any,
     draws: Any,
@@ -192,11 +194,11 @@ def _one(
     before, core = old.reader.core(old), new.reader.core(new)
     ess = getattr(core, "ess", None)
     return Diagnostics(
-        *new.reader.corrections(old, new, b2, curvature, weight_decay),
+        *new.reader.corrections(old, new, b2, statistic, weight_decay),
         clipped=_clipped(part, updates, bound),
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),
-        signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
+        curvature_signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
     )

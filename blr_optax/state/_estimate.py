@@ -1,9 +1,9 @@
-"""`estimate`: the gradient and the curvature of one step, over samples, micro-batches and devices.
+"""`estimate`: the gradient and the statistic of one step, over samples, micro-batches and devices.
 
-    value = mean l(theta),  grad = mean g(theta),  curvature = mean c(theta, g)
+    value = mean l(theta),  grad = mean g(theta),  statistic = mean c(theta, g)
 
 The averages are over S draws of theta (and their mirror images), over the micro-batches of the
-batch, and over a named device axis. The curvature is averaged itself: it is a product, and a
+batch, and over a named device axis. The statistic is averaged itself: it is a product, and a
 product of averages would be wrong.
 """
 
@@ -36,15 +36,15 @@ class Estimate(NamedTuple):
     Attributes:
         value: mean loss over all evaluations.
         grad: mean gradient, a tree like params in its dtypes.
-        curvature: mean curvature per example, float32 or wider, for `update(..., curvature=)`; zero
-            at leaves without a curvature, None when no leaf has one.
+        statistic: mean second statistic, float32 or wider, for `update(..., statistic=)`: usually
+            a curvature per example; zero at leaves without one, None when no leaf has one.
         aux: auxiliary output: floating leaves are averaged over the evaluations, others are the
             last evaluation's. None without `has_aux`.
     """
 
     value: Array
     grad: Any
-    curvature: Any
+    statistic: Any
     aux: Any
 
 
@@ -245,12 +245,12 @@ def estimate(
     split: bool = False,
     axis_name: Any = None,
 ) -> Estimate:
-    """Value, gradient and curvature of a mean loss at this step's samples of the posterior.
+    """Value, gradient and second statistic of a mean loss at this step's samples of the posterior.
 
-    E_q[l] ~ 1/(S M) sum_{s, b} l_b(theta_s), and likewise grad and curvature; then
-    `tx.update(est.grad, opt_state, params, curvature=est.curvature)`.
+    E_q[l] ~ 1/(S M) sum_{s, b} l_b(theta_s), and likewise grad and statistic; then
+    `tx.update(est.grad, opt_state, params, statistic=est.statistic)`.
 
-    With `samples=1` the weights are those of `sample(opt_state, params)`, so the curvature may be
+    With `samples=1` the weights are those of `sample(opt_state, params)`, so the statistic may be
     left out of `update`, which then derives the same.
 
     Args:
@@ -287,7 +287,7 @@ def estimate(
       >>> params, loss = jnp.ones(2), lambda w: 2.0 * jnp.sum(w**2)
       >>> state = blr.ivon(0.1, ess=100.0).init(params)
       >>> est = blr.estimate(loss, state, params, noise=jnp.ones((1, 2)), antithetic=True)
-      >>> print(est.grad, est.curvature)  # Hessian 4, exact for a quadratic
+      >>> print(est.grad, est.statistic)  # Hessian 4, exact for a quadratic
       [4. 4.] [4. 4.]
     """
     refuse_multi_steps(opt_state, "estimate")

@@ -152,8 +152,8 @@ def make_step(
 
         # What optimizers of optax may ask for; a line search refuses what it does not know.
         extra = {"value": est.value, "grad": est.grad, "value_fn": value_fn}
-        if est.curvature is not None:
-            extra["curvature"] = est.curvature
+        if est.statistic is not None:
+            extra["statistic"] = est.statistic
         names = [state.reader.aux_argument for state in states if state.reader.aux_argument]
         if names and not has_aux:
             raise ValueError(

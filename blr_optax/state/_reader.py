@@ -42,7 +42,7 @@ class Reader:
         return hash(type(self))
 
     evaluates_loss = False  # whether the transformation evaluates the loss itself
-    by_example = False  # whether its curvature is that of single examples, see `per_example`
+    by_example = False  # whether its statistic is that of single examples, see `per_example`
     adversarial = False  # whether it takes a second gradient, at `adversary`
     noise_axes = 0  # leading axes of noise and statistic, for more than one draw per weight
     aux_argument: str | None = None  # the argument of `update` that is the loss's auxiliary output
@@ -76,11 +76,11 @@ class Reader:
         raise NotImplementedError
 
     def statistic(self, state: Any, params: Any, weights: Any, grads: Any, noise: Any) -> Any:
-        """What `estimate` averages for `update`: the curvature, but where it needs the noise."""
+        """Return what `estimate` averages for `update`: by default the curvature."""
         return self.curvature(state, params, weights, grads)
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
     ) -> tuple[Array | None, Array | None]:
         """Shares of a second-order term in a step of the precision and in the precision itself."""
         return None, None
@@ -91,7 +91,7 @@ class Reader:
 
 
 class OuterReader(Reader):
-    """Base of the rules of states around another posterior state, read as that one unless changed.
+    """Base of the readers of states around another posterior state, read as that one by default.
 
     Attributes:
         inside: the field that holds the inner state.
@@ -122,10 +122,10 @@ class OuterReader(Reader):
         return core.reader.curvature(core, params, weights, grads)
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, curvature: Any, weight_decay: Any
+        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
     ) -> tuple[Array | None, Array | None]:
         old, new = self.core(before), self.core(after)
-        return new.reader.corrections(old, new, b2, curvature, weight_decay)
+        return new.reader.corrections(old, new, b2, statistic, weight_decay)
 
 
 def draws_noise(state: Any) -> bool:
@@ -156,13 +156,13 @@ def posterior_states(opt_state: Any, who: str) -> list[Any]:
     return found
 
 
-def refuse_one_gradient(reader: Reader, curvature: Any) -> None:
+def refuse_one_gradient(reader: Reader, statistic: Any) -> None:
     """Raises ValueError when an update of two gradients gets no sign that there were two."""
-    if reader.adversarial and curvature is None:
+    if reader.adversarial and statistic is None:
         raise ValueError(
             "sam, bsam: a step takes two gradients, the second at the adversary of the first. Take "
             "both from est = blr.estimate(loss, opt_state, params, *batch), then "
-            "tx.update(est.grad, opt_state, params, curvature=est.curvature)."
+            "tx.update(est.grad, opt_state, params, statistic=est.statistic)."
         )
 
 
@@ -180,9 +180,9 @@ def refuse_own_weights(state: Any, who: str) -> None:
              if carries_posterior(x) and (draws_noise(x) or x.reader.adversarial)]  # fmt: skip
     if readers:
         raise ValueError(
-            f"{who}: the inner optimizer ({type(readers[0]).__name__}) samples its weights or moves "
-            "them itself; give one that looks at its parameters, such as blr.sgd, blr.adam or one "
-            "of optax."
+            f"{who}: the inner optimizer ({type(readers[0]).__name__}) samples its weights or "
+            "moves them itself; give one that evaluates the loss at its parameters, such as "
+            "blr.sgd, blr.adam or one of optax."
         )
 
 
@@ -194,7 +194,7 @@ def refuse_multi_steps(opt_state: Any, who: str) -> None:
 
     if any(is_multi(node) for node in jax.tree.leaves(opt_state, is_leaf=is_multi)):
         raise ValueError(
-            f"{who}: this is the state of optax.MultiSteps, which would pass on the curvature of "
+            f"{who}: this is the state of optax.MultiSteps, which would pass on the statistic of "
             "the last micro-batch only. Drop MultiSteps and accumulate with microbatch= instead; "
             "or, but for sam, bsam, vogn and ogn, take the gradient at sample(opt_state, params) "
             "without an estimate."

@@ -1,7 +1,7 @@
 """Reading any optimizer state: this step's weights, the posterior, and a fresh key.
 
 Several posteriors over disjoint leaves (`optax.partition`) are merged leaf by leaf, each by its own
-rule. Two over one leaf are an error.
+reader. Two over one leaf are an error.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def test_float32_parameters_stay_float32_under_x64(row):
         assert types(after) == types(state)
         if row.noisy and not row.loss:
             wide = statistic_of(row, params, 1.0, np.float64)
-            _, after = jax.jit(tx.update)(params, state, params, curvature=wide)
+            _, after = jax.jit(tx.update)(params, state, params, statistic=wide)
             assert types(after) == types(state)
 
 
@@ -331,9 +331,9 @@ def test_curvature_is_an_extra_tree(row, masking):
     def look(params, batch):
         state = tx.init(params)
         est = blr.estimate(row.objective, state, params, *batch)
-        given, _ = tx.update(est.grad, state, params, curvature=est.curvature)
+        given, _ = tx.update(est.grad, state, params, statistic=est.statistic)
         derived, _ = tx.update(est.grad, state, params)
-        return est.curvature, given, derived
+        return est.statistic, given, derived
 
     statistic, given, derived = look(params, batch)
     assert jax.tree.structure(statistic) == jax.tree.structure(params)
@@ -356,11 +356,11 @@ def test_microbatches_and_samples_belong_to_estimate(row):
     assert_same(whole.grad, small.grad, rtol=1e-4, atol=1e-5)
     if row.name in ("ivon_squared", "vadam", "vprop"):
         # Squares of micro-batch gradients are another statistic.
-        assert not np.allclose(whole.curvature["w"], small.curvature["w"])
+        assert not np.allclose(whole.statistic["w"], small.statistic["w"])
     elif row.noisy or row.estimated:
-        assert_same(whole.curvature, small.curvature, rtol=1e-3, atol=1e-4)
+        assert_same(whole.statistic, small.statistic, rtol=1e-3, atol=1e-4)
     else:
-        assert whole.curvature is None
+        assert whole.statistic is None
     multi = jax.eval_shape(optax.MultiSteps(programs(row).tx, 2).init, params)
     with pytest.raises(ValueError, match="MultiSteps"):
         blr.estimate(row.objective, multi, params, *make_batch())
@@ -391,21 +391,21 @@ def test_inject_hyperparams(row):
     assert_same(injected, programs(row).after(3)[0], **TREE_TOLERANCE)
 
 
-@pytest.mark.parametrize("poison", ["grad", "curvature"])
+@pytest.mark.parametrize("poison", ["grad", "statistic"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", rows(Contract.NON_FINITE, noisy=True))
 def test_non_finite_statistics_skip_the_step_and_are_counted(row, poison, bad):
     run = programs(row)
     params, state = run.after(2)
     est = run.estimate(state, params, *make_batch())
-    grad, curvature = est.grad, est.curvature
-    if curvature is None and poison == "curvature":
+    grad, curvature = est.grad, est.statistic
+    if curvature is None and poison == "statistic":
         return
     poisoned = dict(grad if poison == "grad" else curvature)
     poisoned["b"] = np.array(poisoned["b"])
     poisoned["b"].ravel()[0] = bad
     grad, curvature = (poisoned, curvature) if poison == "grad" else (grad, poisoned)
-    updates, after = run.update(grad, state, params, curvature=curvature)
+    updates, after = run.update(grad, state, params, statistic=curvature)
     assert still(updates)
     assert_same(optax.tree.get(after, "precision"), optax.tree.get(state, "precision"))
     assert skipped(after) == 1
@@ -439,7 +439,7 @@ def test_precision_stays_in_its_domain(row, size):
     for sign in (1.0, -1.0, -1.0, 1.0):
         before = optax.tree.get(state, "precision")
         _, state = run.update(
-            grads, state, params, curvature=statistic_of(row, params, sign * size)
+            grads, state, params, statistic=statistic_of(row, params, sign * size)
         )
         after = optax.tree.get(state, "precision")
         for p, q in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -476,7 +476,7 @@ def test_estimated_rows_learn_and_keep_their_precision_positive(row):
     with pytest.raises(ValueError, match=r"blr\.estimate"):
         run.tx.update(params, run.after(0)[1], params)
     for size in (0.0, 1e-30, 1.0, 1e30):
-        _, state = run.update(params, state, params, curvature=filled(params, size))
+        _, state = run.update(params, state, params, statistic=filled(params, size))
         precision = jax.tree.leaves(optax.tree.get(state, "precision"))
         assert all(np.all(np.isfinite(p) & (np.asarray(p) > 0)) for p in precision)
 
@@ -596,7 +596,7 @@ def on_one_device(row):
 
     def step(p, s, g):
         weights = blr.sample(s, p)
-        extra = {"curvature": jax.tree.map(jnp.square, g)} if row.estimated else {}
+        extra = {"statistic": jax.tree.map(jnp.square, g)} if row.estimated else {}
         updates, s = tx.update(g, s, p, **extra)
         return optax.apply_updates(p, updates), s, weights
 
@@ -671,7 +671,7 @@ def test_devices_draw_differently_and_average_products(row):
         parts.append(programs(row).estimate(state, params, *piece, noise=noise))
     one = jax.tree.map(lambda *a: sum(map(np.asarray, a)) / 8, *parts)
     assert_same(many.grad, one.grad, rtol=1e-4, atol=1e-5)
-    assert_same(many.curvature, one.curvature, rtol=1e-3, atol=1e-4)
+    assert_same(many.statistic, one.statistic, rtol=1e-3, atol=1e-4)
 
 
 # --- the documents --------------------------------------------------------------------------------
@@ -688,14 +688,14 @@ def test_what_does_not_compose_is_documented_and_true():
     state, update = jax.jit(inside.init)(params), jax.jit(inside.update)
     grads = jax.jit(jax.grad(mean_loss))(params, *make_batch())
     huge = filled(params, 1e9)
-    with_extra, _ = update(grads, state, params, curvature=huge)
+    with_extra, _ = update(grads, state, params, statistic=huge)
     without, _ = update(grads, state, params)
     assert_same(with_extra, without)
     # Lookahead rejects extra arguments.
     ahead = optax.lookahead(tx, 5, 0.5)
     pair = optax.LookaheadParams.init_synced(params)
     with pytest.raises(TypeError):
-        ahead.update(grads, ahead.init(pair), pair, curvature=huge)
+        ahead.update(grads, ahead.init(pair), pair, statistic=huge)
     # flatten makes one leaf of all: the noise no longer follows the paths of params.
     flat = optax.flatten(tx)
     with pytest.raises(ValueError, match="params"):

@@ -26,10 +26,10 @@ def test_the_blocks_run_and_the_posterior_is_ridge_regressions(capsys):
     assert np.all(np.abs(deviation / wanted - 1) < 0.2)
     assert np.all(np.abs(np.asarray(names["worst"].mean) - exact) < 0.2)
     assert np.all(np.sign(np.asarray(names["signs"].mean)) == np.array([1.0, -1.0, 1.0]))
-    assert names["est"].grad.shape == names["est"].curvature.shape == (2, 3)
+    assert names["est"].grad.shape == names["est"].statistic.shape == (2, 3)
     ridge = np.linalg.solve(x.T @ x + np.eye(3), x.T @ y)
     assert np.all(np.abs(np.asarray(names["curved"]) - ridge) < 0.01)
-    assert 0.4 < names["step"].signal_to_noise < 0.9
+    assert 0.4 < names["step"].curvature_signal_to_noise < 0.9
     assert np.all(np.asarray(names["torch_run"].params) == np.asarray(names["trained"]))
     printed = capsys.readouterr().out
     assert "(3, 3)" in printed

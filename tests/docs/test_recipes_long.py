@@ -103,7 +103,7 @@ def watched(names: dict[str, Any]) -> None:
     reports = names["reports"]
     assert len(reports) == 4 and all(int(report.skipped) == 0 for report in reports)
     assert all(0.0 <= float(report.correction_of_precision) < 0.2 for report in reports)
-    assert float(reports[-1].signal_to_noise) > 0.5
+    assert float(reports[-1].curvature_signal_to_noise) > 0.5
     assert names["clipped"][0] > 0.2 and names["clipped"][-1] == 0.0
 
 

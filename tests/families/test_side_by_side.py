@@ -247,7 +247,7 @@ def test_training_and_predicting():
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, x, y)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit

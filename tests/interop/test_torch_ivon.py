@@ -78,7 +78,7 @@ def test_a_real_checkpoint_goes_on_as_without_a_restart(x64):
         (params, state), (theta, grads) = carry, given
         variance = blr.posterior(state, params).variance
         curvature = jax.tree.map(lambda t, m, g, v: (t - m) * g / v, theta, params, grads, variance)
-        updates, state = tx.update(grads, state, params, curvature=curvature)
+        updates, state = tx.update(grads, state, params, statistic=curvature)
         params = optax.apply_updates(params, updates)
         return (params, state), (params, merged(state, "ema"), merged(state, "precision"))
 
@@ -169,7 +169,7 @@ def test_a_step_forgotten_is_a_first_step_too_long(x64):
     def length(params, state, count):
         state = optax.tree.set(state, count=count)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = tx.update(zeros, state, zeros, curvature=zeros)  # at zero no decay
+        updates, _ = tx.update(zeros, state, zeros, statistic=zeros)  # at zero no decay
         return optax.tree.norm(updates["Dense_0"])
 
     lengths = [float(length(params, state, np.int32(count))) for count in (0, 1000)]

@@ -73,13 +73,13 @@ def test_bayesbinn_repository(x64, file, case):
         (params, state, old_mu), (noise, batch) = carry, given
         noise = {"noise": noise} if sampled else {}
         est = blr.estimate(loss, state, params, batch, **noise)
-        curvature = est.curvature
+        curvature = est.statistic
         if case["stale_mu"] and sampled:
             spread = lambda mu: 1 - mu**2 + 1e-10  # noqa: E731
             curvature = jax.tree.map(
                 lambda c, x, mu: c * spread(jnp.tanh(x)) / spread(mu), curvature, params, old_mu
             )
-        updates, state = tx.update(est.grad, state, params, curvature=curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=curvature)
         mu, params = jax.tree.map(jnp.tanh, params), optax.apply_updates(params, updates)
         return (params, state, mu), (est.grad, params, state[0].momentum.ema, mu)
 
@@ -147,9 +147,9 @@ def test_bayesbinn_is_the_rule_with_the_concrete_relaxation(x64, temperature):
         grad_mu = SIGNS.inverse_fisher_product(lam, in_lambda)
         expected = blr.natural_step(SIGNS, lam, grad_mu, rho, signs(SIGNS, linear), ess)
         est = blr.estimate(quartic, state, params, A, noise=e)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
-        return (params, state), (est.curvature, grad_mu.linear, params, expected.linear)
+        return (params, state), (est.statistic, grad_mu.linear, params, expected.linear)
 
     _, (curvature, grad_mu, found, expected) = run_steps(step, start_of(tx, START), noise)
     np.testing.assert_allclose(curvature, grad_mu, rtol=1e-10, atol=1e-13)
@@ -232,7 +232,7 @@ def test_expected_gradient_tends_to_the_exact_one(x64):
             corners
         )
         est = blr.estimate(quartic, tx.init(params), params, A, samples=100_000)
-        return values, odds, est.curvature
+        return values, odds, est.statistic
 
     values, odds, curvature = map(np.asarray, look(START))
     p = np.exp(np.sum(odds, 1))
@@ -259,7 +259,7 @@ def test_signs_of_a_linear_model_are_found():
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, x, y)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
         return (params, state), blr.posterior(state, params).mean
 
@@ -284,7 +284,7 @@ def test_saturated_signs_keep_their_scale(dtype, temperature):
 
     x = (10.0 + np.asarray(e[0], float)) / temperature
     wanted = spread(x) / (temperature * spread(10.0))
-    np.testing.assert_allclose(look(params, e).curvature, wanted, rtol=2e-3)
+    np.testing.assert_allclose(look(params, e).statistic, wanted, rtol=2e-3)
 
 
 def test_logistic_noise_has_the_quantiles_of_its_law_and_no_outlier():
@@ -310,7 +310,7 @@ def test_injected_hyperparameters_leave_static_ones_alone(name):
     make, params = getattr(blr, name), np.ones(2, np.float32)
     numbers = {"learning_rate": 0.1} | ({} if name == "sam" else {"ess": 10.0})
     tx = optax.inject_hyperparams(make, static_args=static)(**numbers)
-    updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, curvature=p))(params)
+    updates, _ = jax.jit(lambda p: tx.update(p, tx.init(p), p, statistic=p))(params)
     assert np.all(np.isfinite(updates))
     with pytest.raises(ValueError, match="static_args"):
         optax.inject_hyperparams(make)(**numbers).init(params)

@@ -422,7 +422,7 @@ def test_precision_halves_at_most_and_a_quadratic_takes_one_closed_form_step(x64
     tx = blr.ivon(1.0, 1e4, b2=0.0, b1=0.0, hess_init=h0, weight_decay=delta)
 
     def step(state, _):
-        _, state = tx.update(jnp.zeros(3), state, jnp.zeros(3), curvature=a)
+        _, state = tx.update(jnp.zeros(3), state, jnp.zeros(3), statistic=a)
         return state, optax.tree.get(state, "precision") - delta
 
     _, h = run_steps(step, lambda: tx.init(jnp.zeros(3)), length=101)
@@ -459,7 +459,7 @@ def test_ivon_mean_is_the_variational_optimum():
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, samples=8, antithetic=True)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
         return (params, state), (params, optax.tree.get(state, "precision"))
 

@@ -65,7 +65,7 @@ def responsible(params, units):
 
         def one(n):
             n = jax.tree.map(lambda x: x[None], n)
-            return blr.estimate(quartic, state, params, noise=n).curvature
+            return blr.estimate(quartic, state, params, noise=n).statistic
 
         return jax.vmap(one)(noise)
 
@@ -215,11 +215,11 @@ def test_several_draws_average_the_weighted_gradient(x64):
     def look(params):
         state = tx.init(params)
         est = blr.estimate(quartic, state, params, samples=2, antithetic=True)
-        updates, _ = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, _ = tx.update(est.grad, state, params, statistic=est.statistic)
         one = blr.estimate(quartic, state, params)
-        given, _ = tx.update(one.grad, state, params, curvature=one.curvature)
+        given, _ = tx.update(one.grad, state, params, statistic=one.statistic)
         derived, _ = tx.update(one.grad, state, params)
-        return updates, est.curvature, given, derived
+        return updates, est.statistic, given, derived
 
     updates, curvature, given, derived = jax.tree.map(np.asarray, look(small()))
     jax.tree.map(lambda u, c: close(u, -0.1 * c, rtol=1e-12), updates, curvature)

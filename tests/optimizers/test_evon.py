@@ -210,7 +210,7 @@ def test_the_mean_curvature_is_the_diagonal_of_the_rotated_hessian(x64):
     w = drawn(4, (3, 2))
     est = look({"w": w}, noise)
     whole = np.kron(left, right)  # row-major vec
-    close(np.ravel(est.curvature["w"]), np.diagonal(whole.T @ h @ whole))
+    close(np.ravel(est.statistic["w"]), np.diagonal(whole.T @ h @ whole))
     close(est.grad["w"], (h @ w.ravel()).reshape(3, 2) + 1.0)
 
 
@@ -236,7 +236,7 @@ def test_the_fixed_point_of_a_kronecker_quadratic_is_the_exact_posterior(x64):
         new = []
         for tx, (mean, state) in zip(txs, carry, strict=True):
             est = blr.estimate(loss, state, mean, noise=noise, antithetic=True)
-            updates, state = tx.update(est.grad, state, mean, curvature=est.curvature)
+            updates, state = tx.update(est.grad, state, mean, statistic=est.statistic)
             new.append((optax.apply_updates(mean, updates), state))
         return new, None
 
@@ -399,7 +399,7 @@ def test_the_curvature_is_clipped_in_units_of_the_precision(x64):
     def after(given):
         state = tx.init(jax.tree.map(jnp.asarray, params))
         curvature = {"w": jnp.full((2, 2), given)}
-        found = core(tx.update(params, state, params, curvature=curvature)[1])
+        found = core(tx.update(params, state, params, statistic=curvature)[1])
         return found.precision["w"], found.skipped
 
     for given, wanted in ((1e6, 1.0), (-1e6, -1.0), (0.3, 0.3)):
@@ -418,7 +418,7 @@ def test_squared_gradients_are_squares_in_the_basis(x64):
         return blr.estimate(lambda p: jnp.sum(p["w"] ** 3), state, params)
 
     est = look({"w": drawn(4, (3, 2))})
-    close(est.curvature["w"], 8 * (left.T @ np.asarray(est.grad["w"]) @ right) ** 2)
+    close(est.statistic["w"], 8 * (left.T @ np.asarray(est.grad["w"]) @ right) ** 2)
 
 
 def test_whitening_leaves_directions_and_levels_sizes(x64):

@@ -53,7 +53,7 @@ def test_vadam_repository(x64, file, case):
             noise=noise,
             samples=len(case["steps"][0]["eps"]),
         )
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = optax.apply_updates(params, updates)
         return (params, state), (est.grad, params, blr.posterior(state, params).variance)
 

@@ -78,7 +78,7 @@ def step_of(tx, loss):
     def step(carry, given):
         (params, state), (noise, x, y) = carry, given
         est = blr.estimate(loss, state, params, x, y, noise=noise)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = optax.apply_updates(params, updates)
         return (params, state), (est, params, total_precision(state, params))
 
@@ -117,7 +117,7 @@ def test_vadam_repository(x64, file, case):
     _, (est, mean, precision) = run_steps(
         step_of(tx, data_loss(problem)), start_of(tx, start(problem, case)), given(problem, case)
     )
-    follow(flatten(est.curvature, names), average(case, "ggn"), 1e-9, "squares")
+    follow(flatten(est.statistic, names), average(case, "ggn"), 1e-9, "squares")
     follow(flatten(est.grad, names), average(case, "grad"), 1e-9, "gradient")
     follow(flatten(mean, names), recorded(case, "mean"), 1e-9, "mean")
     follow(flatten(precision, names), recorded(case, "precision"), 1e-9, "precision")

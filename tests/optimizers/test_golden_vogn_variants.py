@@ -65,7 +65,7 @@ def test_log_std_form(x64, case):
     def step(carry, given):
         (params, state), (noise, x, y) = carry, given
         est = blr.estimate(data_loss(problem), state, params, x, y, noise=noise)
-        updates, after = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, after = tx.update(est.grad, state, params, statistic=est.statistic)
         ratio = jax.tree.map(lambda new, old: new / old, precision_of(after), precision_of(state))
         canonical = optax.apply_updates(params, updates)
         params = optax.apply_updates(params, jax.tree.map(lambda u, r: u * r, updates, ratio))
@@ -91,7 +91,7 @@ def test_log_std_form(x64, case):
     est = seen["estimate"]
     for found, wanted, what in (
         (est.grad, average(case, "grad"), "gradient"),
-        (est.curvature, average(case, "gsq"), "squares"),
+        (est.statistic, average(case, "gsq"), "squares"),
         (seen["mean"], recorded(case, "mean"), "mean"),
         (seen["momentum"], recorded(case, "momentum"), "momentum"),
         (seen["precision"], n * np.exp(-2 * log_std), "precision"),
@@ -110,7 +110,7 @@ def test_the_old_precision_is_the_new_one_to_first_order(x64):
         tx = log_std_transformation({**case["hyper"], "momentum_hess": 1 - rho})
         state = tx.init(params)
         est = blr.estimate(data_loss(problem), state, params, x, y, noise=noise)
-        updates, after = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, after = tx.update(est.grad, state, params, statistic=est.statistic)
         official = jax.tree.map(
             lambda u, new, old: u * new / old, updates, precision_of(after), precision_of(state)
         )
@@ -209,7 +209,7 @@ def test_without_the_lag_the_prior_of_the_posterior_is_the_one_in_force(x64):
         step_of(tx, data_loss(problem)), begin, given(problem, WARM)
     )
     squares, n, totals = average(WARM, "gsq")[0], hyper["dataset_size"], []
-    for weight, curvature in zip(kl_weights()[1:], flatten(est.curvature, names), strict=True):
+    for weight, curvature in zip(kl_weights()[1:], flatten(est.statistic, names), strict=True):
         squares = b2 * squares + (1 - b2) * curvature
         totals.append(n / weight * (squares + damping) + 1 / hyper["prior_variance"])
     follow(flatten(precision, names), totals, 1e-9, "precision")

@@ -66,7 +66,7 @@ def test_a_weight_decay_schedule_moves_the_pull_and_the_rescaled_rate():
     def step(carry, _):
         params, state = carry
         zero = {"w": jnp.zeros(1)}
-        updates, state = tx.update(zero, state, params, curvature={"w": jnp.ones(1)})
+        updates, state = tx.update(zero, state, params, statistic={"w": jnp.ones(1)})
         params = optax.apply_updates(params, updates)
         return (params, state), params["w"]
 
@@ -96,8 +96,8 @@ def test_an_ess_schedule_tempers_the_posterior_and_keeps_the_curvature_unbiased(
         params, state = carry
         p, variance = optax.tree.get(state, "precision"), blr.posterior(state, params).variance
         est = blr.estimate(loss, state, params, antithetic=True)
-        updates, after = tx.update(est.grad, state, params, curvature=est.curvature)
-        return (params + updates, after), (p, variance, est.curvature, noise(state))
+        updates, after = tx.update(est.grad, state, params, statistic=est.statistic)
+        return (params + updates, after), (p, variance, est.statistic, noise(state))
 
     _, (p, variance, curvature, eps) = run_steps(step, start, length=4)
     tempered = 10.0 * 4.0 ** np.arange(4)[:, None] * p
@@ -121,9 +121,9 @@ def test_samples_are_averaged_and_antithetic_pairs_are_one_average():
     both, single, pair, explicit = jax.tree.map(np.asarray, look(PARAMS, e))
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *single)
     assert_close(both.grad, mean.grad, rtol=1e-4, atol=1e-6)
-    assert_close(both.curvature, mean.curvature, rtol=1e-4, atol=1e-5)
+    assert_close(both.statistic, mean.statistic, rtol=1e-4, atol=1e-5)
     assert_close(pair.grad, explicit.grad, rtol=1e-4, atol=1e-6)
-    assert_close(pair.curvature, explicit.curvature, rtol=1e-3, atol=1e-4)
+    assert_close(pair.statistic, explicit.statistic, rtol=1e-3, atol=1e-4)
 
 
 def test_many_samples_are_scanned_and_equal_the_unrolled_ones():
@@ -139,7 +139,7 @@ def test_many_samples_are_scanned_and_equal_the_unrolled_ones():
     six = lowered.compile()(state)
     mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *[one(state, s) for s in range(6)])
     assert_close(six.grad, mean.grad, rtol=1e-4, atol=1e-6)
-    assert_close(six.curvature, mean.curvature, rtol=1e-3, atol=1e-4)
+    assert_close(six.statistic, mean.statistic, rtol=1e-3, atol=1e-4)
 
 
 def test_antithetic_pairs_cancel_the_noise_of_the_curvature():
@@ -152,7 +152,7 @@ def test_antithetic_pairs_cancel_the_noise_of_the_curvature():
 
         def variance(**options):
             def one(key):
-                return blr.estimate(loss, blr.reseed(state, key), w, **options).curvature
+                return blr.estimate(loss, blr.reseed(state, key), w, **options).statistic
 
             return jax.vmap(one)(keys).var(axis=0).mean()
 
@@ -185,7 +185,7 @@ def test_bfloat16_weights_learn_their_precision():
 
     def step(state, _):
         params = jnp.zeros(4, jnp.bfloat16)
-        _, state = tx.update(params, state, params, curvature=jnp.full(4, 18.0))
+        _, state = tx.update(params, state, params, statistic=jnp.full(4, 18.0))
         return state, optax.tree.get(state, "precision")
 
     h = run_steps(step, lambda: tx.init(jnp.zeros(4, jnp.bfloat16)), length=3000)[1][-1]
@@ -202,7 +202,7 @@ def test_bfloat16_curvature_uses_the_displacement_actually_made():
         state = blr.ivon(0.1, 1e4, hess_init=4.0, weight_decay=0.0).init(params)
         theta = blr.sample(state, params)
         est = blr.estimate(loss, state, params)
-        return theta, jax.grad(loss)(theta), noise(state), est.curvature
+        return theta, jax.grad(loss)(theta), noise(state), est.statistic
 
     theta, grad, eps, curvature = map(np.asarray, look(np.full(200, 1.0, jnp.bfloat16)))
     assert theta.dtype == grad.dtype == jnp.bfloat16
@@ -245,7 +245,7 @@ def test_a_posterior_is_the_prior_of_the_next_task():
             est = blr.estimate(loss, state, params, x[index], y[index], antithetic=True)
             # The exact curvature: its estimate is noisy, and this is about priors.
             curvature = jnp.mean(x[index] ** 2, 0)
-            updates, state = tx.update(est.grad, state, params, curvature=curvature)
+            updates, state = tx.update(est.grad, state, params, statistic=curvature)
             return (params + updates, state), None
 
         (params, state), _ = jax.lax.scan(body, (params, tx.init(params)), length=600)
@@ -278,7 +278,7 @@ def test_a_tight_prior_does_not_blow_up_the_rescaled_rate():
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, antithetic=True)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
         return (params, state), (params, blr.posterior(state, params).variance)
 

@@ -58,7 +58,7 @@ def test_a_step_is_the_rule_with_the_prior_of_that_step(x64):
         tx = blr.scale_by_precision(
             ess, b2=1 - rho, hess_init=p, weight_decay=EmpiricalPrior(), prior_in_mean=True
         )
-        out, state = tx.update(grads, tx.init(mean), mean, curvature=curvature)
+        out, state = tx.update(grads, tx.init(mean), mean, statistic=curvature)
         q = gaussian(mean, jax.tree.map(lambda x: ess * x, p))
         prior = gaussian(
             jax.tree.map(jnp.zeros_like, mean),
@@ -86,7 +86,7 @@ def test_the_mean_is_free_of_the_prior_unless_asked(x64):
         zero, length = jax.tree.map(jnp.zeros_like, mean), {}
         for pulled in (False, True):
             tx = blr.ivon_lora(0.1, 100, hess_init=0.5, prior_in_mean=pulled)
-            updates, _ = tx.update(zero, tx.init(mean), mean, curvature=zero)
+            updates, _ = tx.update(zero, tx.init(mean), mean, statistic=zero)
             length[pulled] = optax.tree.norm(updates)
         return length
 
@@ -116,7 +116,7 @@ def test_a_matrix_at_zero_keeps_its_precision(x64):
     def step(carry, _):
         state, at_once = carry
         params = jnp.zeros((4, 3))
-        _, state = tx.update(params, state, params, curvature=params)
+        _, state = tx.update(params, state, params, statistic=params)
         at_once = 0.5 + EmpiricalPrior().of(params, jnp.full((4, 3), at_once), 100.0)
         return (state, at_once), (optax.tree.get(state, "precision"), at_once)
 

@@ -28,7 +28,7 @@ def run(case, tx, start, normals, look):
     def step(carry, given):
         (params, state), (noise, batch) = carry, given
         est = blr.estimate(lambda w: loss(w, batch), state, params, noise={"theta": noise})
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = optax.apply_updates(params, updates)
         return (params, state), {"loss": est.value, "mean": params["theta"], **look(params, state)}
 
@@ -231,7 +231,7 @@ def test_the_estimate_averages_the_products(x64):
         est = blr.estimate(loss, state, params, noise=noise, antithetic=True)
         n = LAWS["rayleigh"].of_normal(jnp.concatenate([noise["w"], -noise["w"]]))
         theta = state.plus["w"] * n[:, 0] - state.minus["w"] * n[:, 1]
-        return est.curvature["w"], n, jax.vmap(jax.grad(curved))(theta)
+        return est.statistic["w"], n, jax.vmap(jax.grad(curved))(theta)
 
     found, n, g = map(np.asarray, look(state, noise))
     gains = np.stack([state.plus["w"], -np.asarray(state.minus["w"])])
@@ -256,7 +256,7 @@ def test_affine_is_the_natural_step_to_first_order(x64):
         tx = blr.lie_affine(
             rho * ess * s**2, ess, scale_rate=rho, noise_scale=s, b1=0.0, b2=0.0, weight_decay=0.0
         )
-        updates, state = tx.update(g, tx.init(params), params, curvature=s**2 * h)
+        updates, state = tx.update(g, tx.init(params), params, statistic=s**2 * h)
         q = blr.posterior(state, params + updates)
         new = blr.natural_step("normal", lam, gradient, rho, ess=ess, step="plain")
         return jnp.concatenate(
@@ -284,7 +284,7 @@ def test_multiplicative_rayleigh_is_the_natural_step_to_first_order(x64):
         tx = blr.lie_multiplicative(rho * ess / 4, ess, momentum=0.0, weight_decay=0.0)
         params = jnp.array(0.0)
         state = tx.init(params)._replace(plus=gain)
-        _, state = tx.update(params, state, params, curvature=jnp.array([slope, 0.0]))
+        _, state = tx.update(params, state, params, statistic=jnp.array([slope, 0.0]))
         new = family.standard(blr.natural_step("weibull", lam, gradient, rho, ess=ess))["scale"]
         return (state.plus - new / np.sqrt(2.0)) / (gain - state.plus)
 
@@ -364,7 +364,7 @@ def test_affine_rests_at_the_exact_variance_of_a_quadratic(x64, noise):
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, noise=jnp.full((1, 3), one), antithetic=True)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
         return (params, state), (params, blr.posterior(state, params).variance)
 
@@ -390,7 +390,7 @@ def test_multiplicative_rests_where_slopes_equal_the_temperature(x64):
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(params * 0, state, params, curvature=jnp.zeros((2, 2)))
+        updates, state = tx.update(params * 0, state, params, statistic=jnp.zeros((2, 2)))
         return (params + updates, state), None
 
     (params, state), _ = run_steps(step, start, length=3000)
@@ -413,8 +413,8 @@ def one_step_of_both():
 
     @jax.jit
     def step(params, state, gains, c):
-        updates, state = affine.update(jnp.ones(2), state, params, curvature=c[0])
-        moved, gains = multiplicative.update(jnp.ones(2), gains, params, curvature=c)
+        updates, state = affine.update(jnp.ones(2), state, params, statistic=c[0])
+        moved, gains = multiplicative.update(jnp.ones(2), gains, params, statistic=c)
         proper = [blr.posterior(s, params).proper for s in (state, gains)]
         return state, gains, (updates, moved), (state.spread, gains.plus, gains.minus), proper
 
@@ -447,7 +447,7 @@ def test_signs_of_multiplicative_weights_change():
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, samples=4)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
         return (params, state), (params, blr.posterior(state, params).mean)
 
@@ -509,7 +509,7 @@ def test_multiplicative_parameters_are_the_rounded_mean(dtype):
 
     def step(carry, _):
         params, state = carry
-        updates, state = tx.update(params, state, params, curvature=c)
+        updates, state = tx.update(params, state, params, statistic=c)
         params = optax.apply_updates(params, updates)
         return (params, state), (params, blr.posterior(state, params).mean)
 

@@ -38,7 +38,7 @@ def run(tx, loss, params, steps, learn=False, look=lambda params, state: None):
         params, state = carry
         est = blr.estimate(loss, state, params, has_aux=True)
         extra = {"losses": est.aux} if learn else {}
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature, **extra)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic, **extra)
         params = optax.apply_updates(params, updates)
         return (params, state), look(params, state)
 
@@ -149,7 +149,7 @@ def test_a_step_is_the_rules_with_the_control_variates(x64):
         )  # fmt: skip
         grads = jax.vmap(jax.grad(loss))(theta)
         hess = jax.vmap(lambda w: jnp.diag(jax.hessian(loss)(w)))(theta)
-        updates, state = tx.update(grads, state, m, curvature=hess, losses=jax.vmap(loss)(theta))
+        updates, state = tx.update(grads, state, m, statistic=hess, losses=jax.vmap(loss)(theta))
         found = blr.posterior(state, m + updates).natural
         return [MIXTURE.standard(x) for x in (lam, found, expected)]
 
@@ -236,7 +236,7 @@ def test_a_prior_is_that_of_one_network(x64):
         tx = blr.mixture_ivon(0.5, 2.0, prior=prior, hess_init=1.0, rescale_lr=False)
         state = tx.init(params)
         zero = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = tx.update(zero, state, params, curvature=zero)
+        updates, _ = tx.update(zero, state, params, statistic=zero)
         return optax.tree.get(state, "precision")["w"], updates["w"]
 
     precision, updates = look(params)

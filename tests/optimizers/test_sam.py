@@ -70,7 +70,7 @@ def test_bayesian_sam_repository(x64, file, case):
         # The file's sub-batches are rows; `split` deals the examples out one by one.
         found = {"samples": len(batch)} if noise is None else {"noise": noise}
         est = blr.estimate(loss, state, params, batch.T.reshape(-1), split=True, **found)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = optax.apply_updates(params, updates)
         average = optax.tree.get(state, "ema" if of_bsam else "trace")
         variance = blr.posterior(state, params).variance if of_bsam else None
@@ -121,7 +121,7 @@ def test_bsam_without_adversary_is_the_rule(x64):
         a, state, b, state_rule = carry
         before, old = a, 1 / blr.posterior(state, a).variance
         est = blr.estimate(lambda w, g: w @ g, state, a, g)
-        move, state = tx.update(est.grad, state, a, curvature=est.curvature)
+        move, state = tx.update(est.grad, state, a, statistic=est.statistic)
         move_rule, state_rule = rule.update(None, state_rule, b, batch=(g,))
         a, b = a + move, b + move_rule
         new = 1 / blr.posterior(state, a).variance
@@ -143,7 +143,7 @@ def test_sam_without_radius_is_sgd_and_bsam_with_one_the_worst_point(x64):
         grad = jax.grad(loss)(params)
         sgd, sam = blr.sgd(0.1, 0.9), blr.sam(0.1, rho=0.0, momentum=0.9)
         est = blr.estimate(loss, sam.init(params), params)
-        by_sam, _ = sam.update(est.grad, sam.init(params), params, curvature=est.curvature)
+        by_sam, _ = sam.update(est.grad, sam.init(params), params, statistic=est.statistic)
         by_sgd, _ = sgd.update(grad, sgd.init(params), params)
         # To first order no point of the ellipsoid |p^(1/2) x| <= r |p^(-1/2) g| is worse than
         # r g / p.
@@ -189,7 +189,7 @@ def test_split_samples_see_their_own_examples(x64):
         return found
 
     for whole, small, each in estimates(params, x, noise):
-        for name in ("value", "grad", "curvature"):
+        for name in ("value", "grad", "statistic"):
             mean = np.mean([getattr(e, name) for e in each], 0)
             np.testing.assert_allclose(getattr(whole, name), mean, rtol=1e-12)
         np.testing.assert_allclose(small.value, whole.value, rtol=1e-12)
@@ -255,7 +255,7 @@ def test_auxiliary_output_and_other_groups_beside_sam():
         )
         state = tx.init(params)
         est = blr.estimate(loss, state, params, has_aux=True)
-        return est, tx.update(est.grad, state, params, curvature=est.curvature)[0]
+        return est, tx.update(est.grad, state, params, statistic=est.statistic)[0]
 
     est, updates = jax.tree.map(np.asarray, step(params))
     moved = params["a"] + 0.5 * 2 * params["a"] / np.sqrt(8.0)

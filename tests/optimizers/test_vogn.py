@@ -25,7 +25,7 @@ def by_estimate(tx, loss):
 
     def update(params, state, batch):
         est = blr.estimate(loss, state, params, *batch)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         return optax.apply_updates(params, updates), state
 
     return tx, update
@@ -128,9 +128,9 @@ def test_prior_stays_outside_the_average_under_a_schedule(x64):
     def step(carry, _):
         params, state = carry
         est = blr.estimate(loss, state, params, *batch)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         params = params + updates
-        return (params, state), (est.curvature, blr.posterior(state, params).variance)
+        return (params, state), (est.statistic, blr.posterior(state, params).variance)
 
     s = (INIT - PRIOR) / ess(0) - 0.01
     _, seen = run_steps(step, start, length=STEPS)
@@ -185,7 +185,7 @@ def test_partition_takes_squares_of_examples_where_they_are_asked_for(x64):
         squares = blr.per_example(loss, weights, x, y).sum_squares
         fixed = {"a": weights["a"], "b": params["b"]}
         other = blr.estimate(loss, alone.init(fixed), fixed, x, y)
-        return est.curvature, squares["a"] / 8, other.curvature["b"]
+        return est.statistic, squares["a"] / 8, other.curvature["b"]
 
     found, squares, other = look({"a": np.ones(3), "b": np.ones(())})
     np.testing.assert_allclose(found["a"], squares, rtol=1e-12)

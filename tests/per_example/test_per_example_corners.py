@@ -285,7 +285,7 @@ MEAN_FIELD = blr.families.get("gaussian_diagonal")
 
 def test_negative_squares_are_skipped_and_counted():
     params, one, tx = np.zeros(2, np.float32), np.ones(2, np.float32), blr.vogn(0.1, 10.0)
-    step = jax.jit(lambda p: tx.update(one, tx.init(p), p, curvature=-one))
+    step = jax.jit(lambda p: tx.update(one, tx.init(p), p, statistic=-one))
     updates, state = step(params)
     assert int(state[0].skipped) == 1 and not np.any(updates)
 

@@ -28,7 +28,7 @@ def ivon_step(tx):
 def estimate_step(tx, **options):
     def step(params, state, x):
         est = blr.estimate(loss, state, params, x, **options)
-        updates, state = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
         return optax.apply_updates(params, updates), state
 
     return step

@@ -25,7 +25,7 @@ def diagnosed(tx, params, grads, curvature=None, **given):
     @jax.jit
     def found(params, grads, curvature):
         before = tx.init(params)
-        more = {} if curvature is None else {"curvature": curvature}
+        more = {} if curvature is None else {"statistic": curvature}
         updates, after = tx.update(grads, before, params, **more)
         (one,) = blr.diagnostics(before, after, params, updates, **given)
         return one
@@ -48,7 +48,11 @@ def test_shares_are_those_of_the_step_that_was_made(x64):
     np.testing.assert_allclose(found.smallest_per_example, smallest, rtol=1e-12)
     np.testing.assert_allclose(found.smallest_precision, 10 * smallest, rtol=1e-12)
     assert int(found.skipped) == 0
-    assert found.clipped is None and found.signal_to_noise is None and found.retracted is None
+    assert (
+        found.clipped is None
+        and found.curvature_signal_to_noise is None
+        and found.retracted is None
+    )
 
 
 def test_a_fold_counts_as_its_mirror_image(x64):
@@ -58,9 +62,9 @@ def test_a_fold_counts_as_its_mirror_image(x64):
     @jax.jit
     def both(params, curvature):
         before = tx.init(params)
-        _, after = tx.update(params, before, params, curvature=curvature)
+        _, after = tx.update(params, before, params, statistic=curvature)
         (blind,) = blr.diagnostics(before, after, params)
-        (seeing,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0)
+        (seeing,) = blr.diagnostics(before, after, params, statistic=curvature, b2=0.0)
         return blind.correction_of_move, seeing.correction_of_move
 
     for c, share in ((2.0, 0.5 / 1.5), (-2.0, 4.5 / 7.5)):  # u = 1 and -3
@@ -90,8 +94,8 @@ def sustained(rho, ess):
         grads = scale * jax.random.normal(key, (size,))  # knows nothing of the sampled weights
         p = optax.tree.get(state, "precision")
         curvature = grads * (blr.sample(state, params) - params) * ess * p
-        _, after = tx.update(grads, state, params, curvature=curvature)
-        (found,) = blr.diagnostics(state, after, params, curvature=curvature, b2=1 - rho)
+        _, after = tx.update(grads, state, params, statistic=curvature)
+        (found,) = blr.diagnostics(state, after, params, statistic=curvature, b2=1 - rho)
         return after, (
             jnp.mean(optax.tree.get(after, "precision")),
             found.correction_of_precision,
@@ -224,7 +228,7 @@ def test_signal_to_noise_of_the_curvature(x64):
 
     @jax.jit
     def ratio(draws):
-        return blr.diagnostics(state, after, params, draws=draws)[0].signal_to_noise
+        return blr.diagnostics(state, after, params, draws=draws)[0].curvature_signal_to_noise
 
     np.testing.assert_allclose(ratio(1.5 + 3.0 * noise), 0.5, rtol=0.05)
     assert float(ratio(3.0 * noise)) < 0.15
@@ -244,9 +248,9 @@ def test_signal_to_noise_of_antithetic_pairs_is_the_better_one():
 
         def ratio(**options):
             draws = jax.vmap(
-                lambda key: blr.estimate(loss, blr.reseed(state, key), w, **options).curvature
+                lambda key: blr.estimate(loss, blr.reseed(state, key), w, **options).statistic
             )(keys)
-            return blr.diagnostics(state, after, w, draws=draws)[0].signal_to_noise
+            return blr.diagnostics(state, after, w, draws=draws)[0].curvature_signal_to_noise
 
         return ratio(antithetic=True), ratio(samples=2)
 
@@ -304,8 +308,8 @@ def test_a_prior_counts_when_folds_are_told(x64):
         ):
             tx = blr.soba(0.1, ess=10.0, b2=0.0, hess_init=1.0, **more)
             before = tx.init(params)
-            _, after = tx.update(params, before, params, curvature=curvature)
-            (one,) = blr.diagnostics(before, after, params, curvature=curvature, b2=0.0, **given)
+            _, after = tx.update(params, before, params, statistic=curvature)
+            (one,) = blr.diagnostics(before, after, params, statistic=curvature, b2=0.0, **given)
             found.append(one)
         return found, before, after
 
@@ -314,5 +318,5 @@ def test_a_prior_counts_when_folds_are_told(x64):
         u = -2.0 / 3.0  # (-3 + 5 - 6) / 6
         np.testing.assert_allclose(one.correction_of_move, u**2 / 2 / (-u + u**2 / 2), rtol=1e-9)
         np.testing.assert_allclose(one.correction_of_precision, u**2 / 2, rtol=1e-9)
-    with pytest.raises(ValueError, match="curvature= needs b2="):
-        blr.diagnostics(before, after, params, curvature=curvature)
+    with pytest.raises(ValueError, match="statistic= needs b2="):
+        blr.diagnostics(before, after, params, statistic=curvature)

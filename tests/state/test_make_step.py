@@ -79,7 +79,7 @@ def test_draws_and_micro_batches_are_those_of_estimate():
     @jax.jit
     def by_hand(params, state):
         est = blr.estimate(loss, state, params, *batch, **options)
-        updates, _ = tx.update(est.grad, state, params, curvature=est.curvature)
+        updates, _ = tx.update(est.grad, state, params, statistic=est.statistic)
         return optax.apply_updates(params, updates), est.value, est.aux
 
     state = tx.init(params)

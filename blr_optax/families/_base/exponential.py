@@ -6,7 +6,8 @@
 
 A family is a frozen dataclass without arrays: a static node of any pytree. What a subclass must
 define is listed in `ExponentialFamily`; everything else follows from A by automatic differentiation
-and from the declared domains, and is overridden only where a closed form is more accurate or faster.
+and from the declared domains, and is overridden only where a closed form is more accurate or
+faster.
 """
 
 from __future__ import annotations
