@@ -65,7 +65,7 @@ def contestants(problem):
     """Name -> (transformation, step)."""
 
     def ivon(**more):
-        return blr.ivon(1e-3, problem.examples, hess_init=0.1, **more)
+        return blr.ivon(1e-3, ess=problem.examples, hess_init=0.1, **more)
 
     return {
         "optax.adamw": plain(optax.adamw(1e-3), problem),
@@ -73,11 +73,11 @@ def contestants(problem):
         "ivon sample": sampled(ivon(), problem),
         "ivon estimate 1": estimated(ivon(), problem, 1),
         "ivon estimate 2": estimated(ivon(), problem, 2),
-        "vadam sample": sampled(blr.vadam(1e-3, problem.examples), problem),
-        "bsam estimate 1": estimated(blr.bsam(1e-3, problem.examples), problem, 1),
-        "bayesbinn sample": sampled(blr.bayesbinn(1e-3, problem.examples), problem),
-        "evon sample, refresh 10": sampled(blr.evon(1e-3, problem.examples), problem),
-        "vogn estimate 1": estimated(blr.vogn(1e-3, problem.examples), problem, 1),
+        "vadam sample": sampled(blr.vadam(1e-3, ess=problem.examples), problem),
+        "bsam estimate 1": estimated(blr.bsam(1e-3, ess=problem.examples), problem, 1),
+        "bayesbinn sample": sampled(blr.bayesbinn(1e-3, ess=problem.examples), problem),
+        "evon sample, refresh 10": sampled(blr.evon(1e-3, ess=problem.examples), problem),
+        "vogn estimate 1": estimated(blr.vogn(1e-3, ess=problem.examples), problem, 1),
         "ivon sample jax": sampled(ivon(generator="jax"), problem),
     }
 

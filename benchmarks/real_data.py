@@ -97,43 +97,43 @@ ROWS: dict[str, Row] = {
         ),
         ADAPTIVE, sampled=False,
     ),
-    "sgd": Row(decayed(lambda lr, n: blr.sgd(lr, 0.9, ess=n)), PLAIN, sampled=False),
+    "sgd": Row(decayed(lambda lr, n: blr.sgd(lr, momentum=0.9, ess=n)), PLAIN, sampled=False),
     "rmsprop": Row(decayed(lambda lr, n: blr.rmsprop(lr, ess=n)), ADAPTIVE, sampled=False),
     "adam": Row(decayed(lambda lr, n: blr.adam(lr, ess=n)), ADAPTIVE, sampled=False),
     "sam": Row(
-        lambda lr, n: blr.sam(lr, n, rho=0.05, weight_decay=1.0 / n), PLAIN, sampled=False
+        lambda lr, n: blr.sam(lr, ess=n, rho=0.05, weight_decay=1.0 / n), PLAIN, sampled=False
     ),
-    "bsam": Row(lambda lr, n: blr.bsam(lr, n, b2=0.99), PLAIN),
-    "vprop": Row(lambda lr, n: blr.vprop(lr, n, init_precision=float(n)), PLAIN),
-    "vadam": Row(lambda lr, n: blr.vadam(lr, n, init_precision=float(n)), PLAIN),
-    "ogn": Row(lambda lr, n: blr.ogn(lr, n, b2=0.99, damping=0.01), SECOND, sampled=False),
-    "vogn": Row(lambda lr, n: blr.vogn(lr, n, b2=0.99, damping=0.01), SECOND),
+    "bsam": Row(lambda lr, n: blr.bsam(lr, ess=n, b2=0.99), PLAIN),
+    "vprop": Row(lambda lr, n: blr.vprop(lr, ess=n, init_precision=float(n)), PLAIN),
+    "vadam": Row(lambda lr, n: blr.vadam(lr, ess=n, init_precision=float(n)), PLAIN),
+    "ogn": Row(lambda lr, n: blr.ogn(lr, ess=n, b2=0.99, damping=0.01), SECOND, sampled=False),
+    "vogn": Row(lambda lr, n: blr.vogn(lr, ess=n, b2=0.99, damping=0.01), SECOND),
     "soba": Row(
-        lambda lr, n: blr.soba(lr, n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), SECOND
+        lambda lr, n: blr.soba(lr, ess=n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), SECOND
     ),
     "ivon": Row(
-        lambda lr, n: blr.ivon(lr, n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), PLAIN
+        lambda lr, n: blr.ivon(lr, ess=n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), PLAIN
     ),
     "ivon, pairs": Row(
-        lambda lr, n: blr.ivon(lr, n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n),
+        lambda lr, n: blr.ivon(lr, ess=n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n),
         PLAIN, {"antithetic": True},
     ),
     "mixture of 4 ivons": Row(
-        lambda lr, n: blr.mixture_ivon(lr, n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n),
+        lambda lr, n: blr.mixture_ivon(lr, ess=n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n),
         PLAIN, members=4,
     ),
     "evon": Row(
-        lambda lr, n: blr.evon(lr, n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), PLAIN
+        lambda lr, n: blr.evon(lr, ess=n, hess_init=0.1, b2=0.999, weight_decay=1.0 / n), PLAIN
     ),
     "lie_additive": Row(decayed(lambda lr, n: blr.lie_additive(lr, noise_scale=0.1)), PLAIN),
     "lie_affine": Row(
         lambda lr, n: blr.lie_affine(
-            lr, n, scale_rate=1e-3, noise_scale=0.1, b2=0.99, weight_decay=1.0 / n
+            lr, ess=n, scale_rate=1e-3, noise_scale=0.1, b2=0.99, weight_decay=1.0 / n
         ),
         PLAIN,
     ),
     "lie_multiplicative": Row(
-        lambda lr, n: blr.lie_multiplicative(lr, n, weight_decay=1.0 / n), PLAIN
+        lambda lr, n: blr.lie_multiplicative(lr, ess=n, weight_decay=1.0 / n), PLAIN
     ),
     "dropout(adam)": Row(
         decayed(
@@ -149,7 +149,7 @@ ROWS: dict[str, Row] = {
         start=lambda p: jax.tree.map(lambda m: 0.1 * m, p), point=signs,
     ),
     "bayesbinn": Row(
-        lambda lr, n: blr.bayesbinn(lr, n, temperature=0.3, b1=0.9, kl_weight=0.1),
+        lambda lr, n: blr.bayesbinn(lr, ess=n, temperature=0.3, b1=0.9, kl_weight=0.1),
         (1e-3, 3e-3, 1e-2, 3e-2), start=certain, point=signs,
     ),
 }  # fmt: skip

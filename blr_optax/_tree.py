@@ -157,13 +157,22 @@ def is_hole(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def fill(*trees: Any) -> Any:
-    """One tree of trees with holes in different places: at every leaf the first that has one."""
+def fill(first: Any, *others: Any) -> Any:
+    """One tree of trees with holes in different places: at every leaf the first that has one.
 
-    def first(*leaves: Any) -> Any:
-        return next((leaf for leaf in leaves if not is_hole(leaf)), optax.MaskedNode())
+    A hole may stand for a whole subtree, as a mask that is a prefix tree leaves it.
+    """
 
-    return jax.tree.map(first, *trees, is_leaf=is_hole)
+    def pair(a: Any, b: Any) -> Any:
+        if is_hole(a) or is_hole(b):
+            return b if is_hole(a) else a
+        children, treedef = jax.tree.flatten(a, is_leaf=lambda node: node is not a)
+        if jax.tree_util.treedef_is_leaf(treedef):
+            return a
+        rows = zip(children, treedef.flatten_up_to(b), strict=True)
+        return treedef.unflatten([pair(*row) for row in rows])
+
+    return functools.reduce(pair, others, first)
 
 
 def total(f: Any, *trees: Any) -> Array:

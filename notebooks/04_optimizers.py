@@ -104,9 +104,9 @@ def cosine(rate: float) -> Callable:
 # signs only, and has no posterior worth averaging.
 
 # %%
-bsam, bsam_state = fit(blr.bsam(cosine(0.5), 200, rho=0.05), first, samples=5, split=True)
+bsam, bsam_state = fit(blr.bsam(cosine(0.5), ess=200, rho=0.05), first, samples=5, split=True)
 binary, binary_state = fit(
-    blr.bayesbinn(cosine(0.01), 200, temperature=0.5, b1=0.9, kl_weight=0.1),
+    blr.bayesbinn(cosine(0.01), ess=200, temperature=0.5, b1=0.9, kl_weight=0.1),
     blr.random_signs(jax.random.key(2), first, 1.0),
     samples=5,
 )

@@ -14,7 +14,7 @@ DIAGONAL = blr.families.get("gaussian_diagonal")
 
 def ivon_state(params=None):
     params = make_params() if params is None else params
-    tx = blr.ivon(0.1, 50.0)
+    tx = blr.ivon(0.1, ess=50.0)
     return tx, tx.init(params), params
 
 
@@ -35,25 +35,25 @@ def ivon_state(params=None):
             lambda: blr.blr_update("normal", mean_loss, 0.1, estimator="delta"),
             ["estimator", "delta()", "monte_carlo"],
         ),
-        (lambda: blr.ivon(0.1, -5.0), ["ess", "-5.0", "positive"]),
-        (lambda: blr.ivon(-0.1, 5.0), ["learning_rate", "-0.1"]),
-        (lambda: blr.ivon(0.1, 5.0, b1=1.0), ["b1", "1.0", "[0, 1)"]),
-        (lambda: blr.ivon(0.1, 5.0, b2=1.5), ["b2", "1.5", "[0, 1)"]),
-        (lambda: blr.ivon(0.1, 5.0, hess_init=-1.0), ["hess_init", "-1.0"]),
-        (lambda: blr.ivon(0.1, 5.0, weight_decay=-1.0), ["weight_decay", "-1.0"]),
-        (lambda: blr.ivon(0.1, 5.0, clip_radius=-1.0), ["clip_radius", "-1.0"]),
+        (lambda: blr.ivon(0.1, ess=-5.0), ["ess", "-5.0", "positive"]),
+        (lambda: blr.ivon(-0.1, ess=5.0), ["learning_rate", "-0.1"]),
+        (lambda: blr.ivon(0.1, ess=5.0, b1=1.0), ["b1", "1.0", "[0, 1)"]),
+        (lambda: blr.ivon(0.1, ess=5.0, b2=1.5), ["b2", "1.5", "[0, 1)"]),
+        (lambda: blr.ivon(0.1, ess=5.0, hess_init=-1.0), ["hess_init", "-1.0"]),
+        (lambda: blr.ivon(0.1, ess=5.0, weight_decay=-1.0), ["weight_decay", "-1.0"]),
+        (lambda: blr.ivon(0.1, ess=5.0, clip_radius=-1.0), ["clip_radius", "-1.0"]),
         (
-            lambda: blr.ivon(0.1, 5.0, hess_init=0.0, weight_decay=0.0),
+            lambda: blr.ivon(0.1, ess=5.0, hess_init=0.0, weight_decay=0.0),
             ["hess_init", "weight_decay"],
         ),
-        (lambda: blr.ivon(0.1, 5.0, curvature="price"), ["price", "reparameterized"]),
-        (lambda: blr.ivon(0.1, 5.0, curvature="squared_gradient"), ["batch_size"]),
+        (lambda: blr.ivon(0.1, ess=5.0, curvature="price"), ["price", "reparameterized"]),
+        (lambda: blr.ivon(0.1, ess=5.0, curvature="squared_gradient"), ["batch_size"]),
         (
-            lambda: blr.ivon(0.1, 5.0, curvature=blr.estimators.exact()),
+            lambda: blr.ivon(0.1, ess=5.0, curvature=blr.estimators.exact()),
             ["loss", "reparameterized"],
         ),
-        (lambda: blr.ivon(0.1, 5.0, generator="philox"), ["philox", "hash", "jax"]),
-        (lambda: blr.scale_by_precision(5.0, step="auto"), ["auto", "improved"]),
+        (lambda: blr.ivon(0.1, ess=5.0, generator="philox"), ["philox", "hash", "jax"]),
+        (lambda: blr.scale_by_precision(ess=5.0, step="auto"), ["auto", "improved"]),
         (lambda: blr.sgd(0.1, ess=-1.0), ["ess", "-1.0"]),
         (lambda: blr.adam(0.1, ess=0.0), ["ess", "0.0"]),
         (lambda: blr.adam(0.1, prior_precision=-1.0), ["prior_precision", "-1.0"]),
@@ -62,21 +62,24 @@ def ivon_state(params=None):
         (lambda: blr.estimators.squared_gradient(), ["batch_size", "official"]),
         (lambda: blr.estimators.delta(blr.estimators.reparameterized()), ["delta", "displacement"]),
         (lambda: blr.sam(jnp.array([0.1, 0.0])), ["learning_rate", "(2,)", "partition"]),
-        (lambda: blr.bayesbinn({"w": 0.1}, 10.0), ["learning_rate", "{'w': 0.1}"]),
-        (lambda: blr.mixture_ivon([0.1], 10.0), ["learning_rate", "[0.1]"]),
+        (lambda: blr.bayesbinn({"w": 0.1}, ess=10.0), ["learning_rate", "{'w': 0.1}"]),
+        (lambda: blr.mixture_ivon([0.1], ess=10.0), ["learning_rate", "[0.1]"]),
         (lambda: blr.sam(0.1, ess={"w": 1.0}), ["ess", "{'w': 1.0}"]),
         (lambda: blr.sam(0.1, momentum="x"), ["momentum='x'"]),
-        (lambda: blr.bsam(0.1, 10.0, b1=None), ["b1=None"]),
+        (lambda: blr.bsam(0.1, ess=10.0, b1=None), ["b1=None"]),
         (lambda: blr.dropout(blr.sgd(0.1), {"w": 0.5}), ["keep_rate", "partition"]),
         (lambda: blr.dropout(optax.adam, 0.5), ["dropout", "optax.adam(1e-3)"]),
         (lambda: blr.ste(0.1, inner=0.1), ["ste", "optax.adam(1e-3)", "0.1"]),
         (lambda: blr.low_rank_newton(mean_loss, 0.1, "2"), ["rank='2'", "whole number"]),
-        (lambda: blr.ivon("x", 10.0), ["learning_rate='x'", "schedule"]),
+        (lambda: blr.ivon("x", ess=10.0), ["learning_rate='x'", "schedule"]),
         (lambda: blr.mixture_newton(mean_loss, 0.1, 2.5), ["components=2.5", "whole number"]),
         (lambda: blr.low_rank_newton(mean_loss, 0.1, 2, init_precision={}), ["init_precision"]),
         (lambda: blr.random_signs(jax.random.key(0), make_params(), abs), ["scale", "schedule"]),
         (lambda: blr.random_signs(make_params(), jax.random.key(0)), ["key", "dict"]),
-        (lambda: blr.ste(0.1, inner=blr.ivon(0.1, 5.0)).init(make_params()), ["PrecisionReader"]),
+        (
+            lambda: blr.ste(0.1, inner=blr.ivon(0.1, ess=5.0)).init(make_params()),
+            ["PrecisionReader"],
+        ),
         (lambda: blr.dropout(blr.sam(0.1), 0.5).init(make_params()), ["dropout", "SamReader"]),
         (lambda: blr.dropout(blr.sgd(0.1), 0.5, mask="b").init(make_params()), ["mask", "'b'"]),
         (lambda: blr.predict(jax.random.key(0), make_params(), lambda p, x: x, 1.0), ["sample("]),
@@ -92,7 +95,7 @@ def test_arguments(call, words):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: blr.ivon(0.1, 5.0),
+        lambda: blr.ivon(0.1, ess=5.0),
         lambda: blr.sgd(0.1),
         lambda: blr.adam(0.1),
         lambda: blr.blr_update("gaussian_diagonal", mean_loss, 0.1),
@@ -105,11 +108,11 @@ def test_integer_parameters(make):
 
 def test_raw_keys():
     with pytest.raises(ValueError, match=r"jax\.random\.key"):
-        blr.ivon(0.1, 5.0, key=jax.random.PRNGKey(0)).init(make_params())
+        blr.ivon(0.1, ess=5.0, key=jax.random.PRNGKey(0)).init(make_params())
 
 
 @pytest.mark.parametrize(
-    "tx", [blr.ivon(0.1, 5.0), blr.blr_update("gaussian_diagonal", mean_loss, 0.1)]
+    "tx", [blr.ivon(0.1, ess=5.0), blr.blr_update("gaussian_diagonal", mean_loss, 0.1)]
 )
 def test_missing_params(tx):
     state = tx.init(make_params())
@@ -132,7 +135,7 @@ def test_wrong_trees(name, how):
             blr.estimate(mean_loss, state, params, *make_batch(), noise=noise)
         else:
             q = blr.Distribution(DIAGONAL, DIAGONAL.natural(mean=wrong, precision=1.0))
-            blr.ivon(0.1, 5.0, **{name: q}).init(params)
+            blr.ivon(0.1, ess=5.0, **{name: q}).init(params)
     assert "'b'" in str(error.value)
 
 
@@ -141,28 +144,28 @@ def test_entries_that_stand_at_no_parameter_are_named(name):
     params = make_params()
     more = {**params, "gain": params["c"]}
     if name == "statistic":
-        tx = blr.ivon(0.1, 10.0)
+        tx = blr.ivon(0.1, ess=10.0)
         state = tx.init(params)
-        with pytest.raises(ValueError, match=r"curvature: entries .*gain.* at no parameter"):
+        with pytest.raises(ValueError, match=r"statistic: entries .*gain.* at no parameter"):
             tx.update(params, state, params, statistic=more)
     else:
         with pytest.raises(ValueError, match=r"weight_decay.*: entries .*gain.* at no"):
-            blr.ivon(0.1, 10.0, weight_decay=more).init(params)
+            blr.ivon(0.1, ess=10.0, weight_decay=more).init(params)
 
 
 @pytest.mark.parametrize("name", ["hess_init", "weight_decay"])
 def test_prefix_trees_must_reach_every_leaf(name):
     with pytest.raises(ValueError, match=f"{name}.*'b'"):
-        blr.ivon(0.1, 5.0, **{name: {"w": 1.0, "c": 2.0}}).init(make_params())
+        blr.ivon(0.1, ess=5.0, **{name: {"w": 1.0, "c": 2.0}}).init(make_params())
 
 
 def test_priors_of_another_kind():
     gaussian = blr.families.get("gaussian")
     full = blr.Distribution(gaussian, gaussian.natural(mean=jnp.zeros(2), precision=jnp.eye(2)))
     with pytest.raises(ValueError, match=r"prior.*mean-field"):
-        blr.ivon(0.1, 5.0, prior=full).init(jnp.zeros(2))
+        blr.ivon(0.1, ess=5.0, prior=full).init(jnp.zeros(2))
     with pytest.raises(ValueError, match=r"prior.*Distribution"):
-        blr.ivon(0.1, 5.0, prior=1.0).init(jnp.zeros(2))
+        blr.ivon(0.1, ess=5.0, prior=1.0).init(jnp.zeros(2))
     with pytest.raises(ValueError, match="prior"):
         blr.blr_update("gaussian", lambda w: w @ w, 0.1, prior=full).init(jnp.zeros(3))
 
@@ -178,10 +181,10 @@ def test_states_without_a_posterior(read):
         blr.reseed(optax.adam(0.1).init(params), jax.random.key(0))
 
 
-@pytest.mark.parametrize("second", [lambda: blr.ivon(0.1, 5.0), lambda: blr.sgd(0.1)])
+@pytest.mark.parametrize("second", [lambda: blr.ivon(0.1, ess=5.0), lambda: blr.sgd(0.1)])
 def test_two_posteriors_over_one_leaf(second):
     params = make_params()
-    state = optax.chain(blr.ivon(0.1, 5.0), second()).init(params)
+    state = optax.chain(blr.ivon(0.1, ess=5.0), second()).init(params)
     for read in (blr.sample, blr.posterior):
         with pytest.raises(ValueError, match="two posteriors over one leaf"):
             read(state, params)
@@ -209,7 +212,7 @@ def test_estimate_refuses_what_it_cannot_do():
 
 def test_joint_posterior_beside_others():
     params = make_params()
-    tx = optax.chain(blr.ivon(0.1, 5.0), blr.blr_update("gaussian", mean_loss, 0.1))
+    tx = optax.chain(blr.ivon(0.1, ess=5.0), blr.blr_update("gaussian", mean_loss, 0.1))
     with pytest.raises(ValueError, match="two posteriors"):
         blr.posterior(tx.init(params), params)
 

@@ -19,6 +19,8 @@ from blr_optax.families import MeanField, get
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax.families import ConditionalFamily, Family
+
 KNOWN = (
     "delta()",
     "monte_carlo(...)",

@@ -82,6 +82,7 @@ class RmspropReader(PointReader):
 
 def rmsprop(
     learning_rate: Any,
+    *,
     decay: Any = 0.9,
     eps: Any = 1e-8,
     initial_scale: float = 0.0,
@@ -90,7 +91,6 @@ def rmsprop(
     momentum: float | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    *,
     ess: Any = 1.0,
     prior_precision: Any = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,12 +143,12 @@ def rmsprop(
 
 def adam(
     learning_rate: Any,
+    *,
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
     eps_root: Any = 0.0,
     mu_dtype: Any = None,
-    *,
     nesterov: bool = False,
     ess: Any = 1.0,
     prior_precision: Any = 0.0,

@@ -183,8 +183,8 @@ def _prior_signs(prior: Distribution | None, params: Any) -> Any:
 
 def bayesbinn(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     temperature: float = 1.0,
     b1: Any = 0.0,
     kl_weight: Any = 1.0,

@@ -57,6 +57,7 @@ from blr_optax.optimizers._posteriors.rotated import (
     squared,
     to_basis,
 )
+from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.state._reader import OuterReader
@@ -189,7 +190,7 @@ def scale_by_eigenbasis(
         options: others of `scale_by_precision`.
     """
     inner = scale_by_precision(
-        ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
+        ess=ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
     )
     reader = EigenbasisReader()
 
@@ -304,13 +305,14 @@ BRANCHES = (lambda _, moving: moving, _refresh(_by_power), _refresh(_by_eigenvec
 
 def evon(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     hess_init: Any = 1.0,
     b1: Any = 0.95,
     b2: Any = 0.9999,
     shampoo_beta: Any = None,
-    weight_decay: Any = 1e-6,
+    weight_decay: Any = None,
+    prior_precision: Any = None,
     clip_curvature: float | None = None,
     refresh_every: int = 10,
     max_size: int = 4096,
@@ -339,7 +341,9 @@ def evon(
         b2: decay of the precision.
         shampoo_beta: decay of A and B; b2 by default.
         weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, a prefix
-            tree with one number per matrix, or a schedule.
+            tree with one number per matrix, or a schedule; 1e-6 by default.
+        prior_precision: the same prior by its total precision, ess * delta, in place of
+            weight_decay; a number or prefix tree.
         clip_curvature: bound on |C| in units of p; None for none.
         refresh_every: steps between power iterations of the basis.
         max_size: a side longer than this keeps the identity as its basis.
@@ -390,6 +394,7 @@ def evon(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."
         )
+    weight_decay = per_example(weight_decay, prior_precision, None, ess, default=1e-6)
     return steps_after(
         scale_by_eigenbasis(
             ess,
@@ -420,8 +425,8 @@ def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
     (between 0.7 and 1.2). Vectors and numbers pass; more than two axes are flattened as in `evon`.
 
     It forgets the size of the step, so the learning rate comes after it:
-    `optax.chain(blr.evon(1.0, ess), blr.orthogonalize(), optax.scale(lr))`. The mean then no longer
-    takes a step of the rule; the precision still does.
+    `optax.chain(blr.evon(1.0, ess=n), blr.orthogonalize(), optax.scale(lr))`. The mean then no
+    longer takes a step of the rule; the precision still does.
 
     Args:
         steps: of the iteration.

@@ -23,6 +23,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
+from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule import scale_by_precision
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
     from blr_optax._distribution import Distribution
     from blr_optax.estimators import Curvature
-
-WEIGHT_DECAY = 1e-4
 
 
 class RescaleState(NamedTuple):
@@ -87,12 +86,13 @@ def steps_after(
 
 def ivon(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     hess_init: Any = 1.0,
     b1: Any = 0.9,
     b2: Any = 0.99999,
     weight_decay: Any = None,
+    prior_precision: Any = None,
     clip_radius: Any = None,
     rescale_lr: bool = True,
     debias: bool = True,
@@ -121,6 +121,8 @@ def ivon(
         b2: decay of the precision, very close to 1 (1 - b2 must fall as ess grows).
         weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, prefix tree
             or schedule; 1e-4 by default, 0 when a prior is given.
+        prior_precision: the same prior by its total precision, ess * delta, in place of
+            weight_decay; a number or prefix tree.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
         rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
@@ -156,11 +158,10 @@ def ivon(
       True
     """
     check_unit_interval("b1", b1)
-    if weight_decay is None:
-        weight_decay = WEIGHT_DECAY if prior is None else 0.0
+    weight_decay = per_example(weight_decay, prior_precision, prior, ess)
     return steps_after(
         scale_by_precision(
-            ess,
+            ess=ess,
             b2=b2,
             hess_init=hess_init,
             weight_decay=weight_decay,
@@ -181,11 +182,12 @@ def ivon(
 
 def soba(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     hess_init: Any = 1.0,
     b2: Any = 0.99999,
     weight_decay: Any = None,
+    prior_precision: Any = None,
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
@@ -198,7 +200,8 @@ def soba(
 
     Args:
         learning_rate: lr, a number or schedule; 1 - b2 makes it the natural step of the rule.
-        ess, hess_init, b2, weight_decay, curvature, prior, init, key, generator: as in `ivon`.
+        ess, hess_init, b2, weight_decay, prior_precision, curvature: as in `ivon`.
+        prior, init, key, generator: as in `ivon`.
 
     Raises:
         ValueError: as `ivon`.
@@ -218,11 +221,12 @@ def soba(
     """
     return ivon(
         learning_rate,
-        ess,
+        ess=ess,
         hess_init=hess_init,
         b1=0.0,
         b2=b2,
         weight_decay=weight_decay,
+        prior_precision=prior_precision,
         rescale_lr=False,
         debias=False,
         curvature=curvature,

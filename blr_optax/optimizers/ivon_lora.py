@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 def ivon_lora(
     learning_rate: float | Array | Callable,
-    examples: float | Array,
     *,
+    examples: float | Array,
     gamma: float | Array | Callable = 5e3,
     hess_init: float | Array = 1e-3,
     b1: Any = 0.9,
@@ -102,7 +102,7 @@ def ivon_lora(
 
     return optax.chain(
         scale_by_precision(
-            ess,
+            ess=ess,
             b2=b2,
             hess_init=hess_init,
             weight_decay=EmpiricalPrior(),

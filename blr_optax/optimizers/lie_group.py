@@ -54,7 +54,7 @@ from blr_optax.optimizers._posteriors.moved_noise import (
     SignedScale,
     as_law,
 )
-from blr_optax.optimizers.ivon import WEIGHT_DECAY
+from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule._precision import filled
 from blr_optax.state import Reader
 from blr_optax.state._reading import noise_of
@@ -350,14 +350,15 @@ def lie_additive(
 
 def lie_affine(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     scale_rate: float | Array | Callable = 1e-4,
     noise_scale: float | Array = 0.01,
     noise: str | Callable = "gaussian",
     b1: Any = 0.8,
     b2: Any = 0.999,
-    weight_decay: Any = WEIGHT_DECAY,
+    weight_decay: Any = None,
+    prior_precision: Any = None,
     key: Any = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -384,6 +385,9 @@ def lie_affine(
         b1: decay of the average V, not debiased.
         b2: decay of the average U, not debiased.
         weight_decay: d, per example, of a prior N(0, 1 / (ess d)); enters exactly, not by samples.
+            1e-4 by default.
+        prior_precision: the same prior by its total precision, ess * d, in place of
+            weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
         key: typed key or integer seed.
@@ -399,7 +403,7 @@ def lie_affine(
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> tx, params = (
-      ...     blr.lie_affine(0.1, 50.0, scale_rate=0.5, noise_scale=0.1, b2=0.0),
+      ...     blr.lie_affine(0.1, ess=50.0, scale_rate=0.5, noise_scale=0.1, b2=0.0),
       ...     jnp.zeros(1),
       ... )
       >>> state = tx.init(params)
@@ -411,6 +415,7 @@ def lie_affine(
       >>> print(blr.posterior(state, params).variance.round(4))  # 1 / (50 * 4)
       [0.005]
     """
+    weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
     check_positive("ess", ess, scalar=True)
     check_positive("scale_rate", scale_rate, zero=True, scalar=True)
@@ -558,12 +563,13 @@ class MultiplicativeReader(Reader):
 
 def lie_multiplicative(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     noise: str | Callable = "rayleigh",
     init_offset: Any = 0.01,
     momentum: Any = 0.9,
-    weight_decay: Any = WEIGHT_DECAY,
+    weight_decay: Any = None,
+    prior_precision: Any = None,
     key: Any = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -586,6 +592,9 @@ def lie_multiplicative(
             prefix tree.
         momentum: b, decay of the average M, not debiased.
         weight_decay: d, per example, of a prior N(0, 1 / (ess d)); enters exactly, not by samples.
+            1e-4 by default.
+        prior_precision: the same prior by its total precision, ess * d, in place of
+            weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
         key: typed key or integer seed.
@@ -600,7 +609,7 @@ def lie_multiplicative(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, blr_optax as blr
-      >>> params, tx = jnp.array([0.5]), blr.lie_multiplicative(0.1, 100.0, init_offset=0.1)
+      >>> params, tx = jnp.array([0.5]), blr.lie_multiplicative(0.1, ess=100.0, init_offset=0.1)
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
@@ -612,6 +621,7 @@ def lie_multiplicative(
       >>> print(bool(params[0] < -0.3))  # the sign has changed
       True
     """
+    weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
     check_positive("ess", ess, scalar=True)
     check_positive("init_offset", init_offset)

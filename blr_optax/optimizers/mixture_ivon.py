@@ -35,7 +35,8 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
-from blr_optax.optimizers.ivon import WEIGHT_DECAY, steps_after
+from blr_optax.optimizers._zero_mean_prior import per_example
+from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._precision import prior_of_step
 from blr_optax.state._reader import OuterReader
@@ -184,7 +185,7 @@ def _scale_by_mixture(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """`scale_by_precision` over stacked parameters, given the corrected gradient and curvature."""
     inner = scale_by_precision(
-        ess, weight_decay=weight_decay, prior=_for_all_components(prior), **options
+        ess=ess, weight_decay=weight_decay, prior=_for_all_components(prior), **options
     )
     # A rate of zero may come as an array, from inject_hyperparams; then the losses decide.
     learns = callable(weight_rate) or (
@@ -262,14 +263,15 @@ def _scale_by_mixture(
 
 def mixture_ivon(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     weight_rate: float | Array | Callable = 0.0,
     repulsion: float | Array | Callable = 1.0,
     hess_init: Any = 1.0,
     b1: Any = 0.9,
     b2: Any = 0.99999,
     weight_decay: Any = None,
+    prior_precision: Any = None,
     clip_radius: Any = None,
     rescale_lr: bool = True,
     debias: bool = True,
@@ -294,8 +296,8 @@ def mixture_ivon(
     start from different initialisations, and expect the repulsion to act where they meet.
 
     Args:
-        learning_rate, hess_init, b1, b2, weight_decay, clip_radius: as in `ivon`, over the stacked
-            parameters.
+        learning_rate, hess_init, b1, b2, clip_radius: as in `ivon`, over the stacked parameters.
+        weight_decay, prior_precision: as in `ivon`.
         rescale_lr, debias, key, generator: as in `ivon`.
         ess: effective sample size, as in `ivon`; may be a schedule.
         weight_rate: rho of the mixing weights, a number or schedule; 0 keeps them equal. Above 0,
@@ -333,8 +335,7 @@ def mixture_ivon(
     check_positive("weight_rate", weight_rate, zero=True, scalar=True)
     check_positive("repulsion", repulsion, zero=True, scalar=True)
     check_unit_interval("b1", b1)
-    if weight_decay is None:
-        weight_decay = WEIGHT_DECAY if prior is None else 0.0
+    weight_decay = per_example(weight_decay, prior_precision, prior, ess)
     return steps_after(
         _scale_by_mixture(
             ess,

@@ -31,6 +31,7 @@ from blr_optax._random import canonical_key
 from blr_optax._validate import at, check_count, check_number, check_positive
 from blr_optax.estimators import delta
 from blr_optax.families import Raveled, get
+from blr_optax.optimizers._zero_mean_prior import as_prior
 from blr_optax.rule._blr_update import from_steps
 from blr_optax.rule._conditional_step import ConditionalStep
 
@@ -143,6 +144,7 @@ def mixture_newton(
     *,
     ess: float | Array | Callable = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     covariance: str = "full",
     scale: float | Array = 1.0,
@@ -165,6 +167,7 @@ def mixture_newton(
         components: K of them at random around the first params, of equal weight. Or give `init`.
         ess: effective sample size; may be a schedule.
         prior: any posterior over params with a density; None is flat.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior, of the mixture family; covariance is then its own.
         covariance: "full" or "diagonal".
         scale: standard deviation of the first components and of their means.
@@ -195,7 +198,8 @@ def mixture_newton(
     """
     return _mixture(
         loss, learning_rate, components, delta(),
-        ess=ess, prior=prior, init=init, covariance=covariance, scale=scale,
+        ess=ess, prior=as_prior(prior, prior_precision), init=init, covariance=covariance,
+        scale=scale,
         temperature=temperature, weight_rate=weight_rate, step=step, key=key,
     )  # fmt: skip
 
@@ -207,6 +211,7 @@ def mixture_vi(
     *,
     ess: float | Array | Callable = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     covariance: str = "full",
     estimator: Estimator | None = None,
@@ -222,7 +227,8 @@ def mixture_vi(
     f = ess l + tau (log q - log prior).
 
     Args:
-        loss, learning_rate, components, ess, prior, init, covariance: as in `mixture_newton`.
+        loss, learning_rate, components, ess, prior, prior_precision: as in `mixture_newton`.
+        init, covariance: as in `mixture_newton`.
         scale, temperature, weight_rate, step: as in `mixture_newton`.
         estimator: of the expectations: `monte_carlo(...)`, draws of every component, by default ten
             antithetic pairs; or `shared_draws(...)`, draws of q, which may also be given,
@@ -251,6 +257,7 @@ def mixture_vi(
     """
     return _mixture(
         loss, learning_rate, components, estimator,
-        ess=ess, prior=prior, init=init, covariance=covariance, scale=scale,
+        ess=ess, prior=as_prior(prior, prior_precision), init=init, covariance=covariance,
+        scale=scale,
         temperature=temperature, weight_rate=weight_rate, step=step, key=key,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from blr_optax.estimators import delta
+from blr_optax.optimizers._zero_mean_prior import as_prior
 from blr_optax.rule import blr_update
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def newton(
     *,
     ess: Any = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -39,7 +41,9 @@ def newton(
     Args:
         loss: `loss(theta, *batch)`, a mean loss, or terms.
         ess: effective sample size.
-        prior: a full Gaussian posterior, added to the loss; None is a flat density.
+        prior: a Gaussian posterior over params, or one of one number for all of them; None is a
+            flat density.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior; by default centred at params.
         step: see `natural_step`. "auto" retracts where the Hessian is not positive definite.
 
@@ -56,6 +60,7 @@ def newton(
       >>> print(params + updates)
       [2.]
     """
+    prior = as_prior(prior, prior_precision)
     return online_newton(loss, 1.0, ess=ess, prior=prior, init=init, step=step)
 
 
@@ -65,6 +70,7 @@ def online_newton(
     *,
     ess: Any = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,7 +82,9 @@ def online_newton(
         loss: `loss(theta, *batch)`, a mean loss, or terms.
         learning_rate: rho, a number or schedule.
         ess: effective sample size.
-        prior: a full Gaussian posterior, added to the loss; None is a flat density.
+        prior: a Gaussian posterior over params, or one of one number for all of them; None is a
+            flat density.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior; by default centred at params.
         step: see `natural_step`.
 
@@ -98,7 +106,7 @@ def online_newton(
         loss,
         learning_rate,
         ess=ess,
-        prior=prior,
+        prior=as_prior(prior, prior_precision),
         init=init,
         estimator=delta(),
         step=step,
@@ -111,6 +119,7 @@ def variational_online_newton(
     *,
     ess: Any = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
@@ -124,7 +133,9 @@ def variational_online_newton(
         loss: `loss(theta, *batch)`, a mean loss, or terms (a `glm` term needs no sampling).
         learning_rate: rho, a number or schedule.
         ess: effective sample size.
-        prior: a full Gaussian posterior; None is a flat density.
+        prior: a Gaussian posterior over params, or one of one number for all of them; None is a
+            flat density.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior; by default centred at params.
         estimator: of the expectations; ten antithetic pairs by default.
         step: see `natural_step`.
@@ -154,7 +165,7 @@ def variational_online_newton(
         loss,
         learning_rate,
         ess=ess,
-        prior=prior,
+        prior=as_prior(prior, prior_precision),
         init=init,
         estimator=estimator,
         step=step,

@@ -26,12 +26,11 @@ import optax
 from blr_optax import _tree
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
+from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
 from blr_optax.optimizers.sgd import StepSizeReader
 from blr_optax.optimizers.vogn import (
     check_one_start,
     curvature_at_start,
-    decay_of,
-    zero_mean_prior,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
 from blr_optax.state._reader import refuse_one_gradient
@@ -83,8 +82,8 @@ def _check_rho(rho: Any) -> None:
 
 def sam(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable = 1.0,
     *,
+    ess: float | Array | Callable = 1.0,
     rho: float = 0.05,
     momentum: float | None = 0.9,
     nesterov: bool = False,
@@ -151,8 +150,8 @@ def sam(
 
 def bsam(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     rho: float = 0.05,
     prior_precision: Any = None,
     init_precision: Any = None,
@@ -215,11 +214,11 @@ def bsam(
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     _check_rho(rho)
     check_unit_interval("b1", b1)
-    prior_precision = zero_mean_prior(prior_precision, prior, ess)
+    prior_precision = total_precision(prior_precision, prior, ess)
     check_one_start("bsam", init, init_precision, prior)
     return optax.chain(
         scale_by_precision(
-            ess,
+            ess=ess,
             b2=b2,
             hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
             weight_decay=decay_of(prior_precision, ess),

@@ -33,10 +33,10 @@ class StepSizeReader(PointReader):
 
 def sgd(
     learning_rate: Any,
+    *,
     momentum: float | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
-    *,
     ess: Any = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.sgd`, step for step, with the posterior that the rule assigns to it.

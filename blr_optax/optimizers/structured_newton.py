@@ -29,6 +29,7 @@ from blr_optax._random import canonical_key
 from blr_optax._validate import check_count, check_number
 from blr_optax.estimators import delta
 from blr_optax.families import get
+from blr_optax.optimizers._zero_mean_prior import as_prior
 from blr_optax.rule import blr_update
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def kronecker_newton(
     *,
     ess: Any = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
@@ -60,6 +62,7 @@ def kronecker_newton(
         learning_rate: rho, a number or schedule.
         ess: effective sample size.
         prior: a posterior over params of any family, added to the loss; None is a flat density.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior; by default centred at params, with precision one.
         estimator: of the expectations; by default `delta()`, which evaluates the loss at the mean
             and contracts the Hessian with one product per weight. `monte_carlo(10,
@@ -92,7 +95,7 @@ def kronecker_newton(
         loss,
         learning_rate,
         ess=ess,
-        prior=prior,
+        prior=as_prior(prior, prior_precision),
         init=init,
         estimator=delta() if estimator is None else estimator,
         step=step,
@@ -108,6 +111,7 @@ def low_rank_newton(
     ess: Any = 1.0,
     init_precision: Any = 1.0,
     prior: Distribution | None = None,
+    prior_precision: Any = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
@@ -129,6 +133,7 @@ def low_rank_newton(
         init_precision: of the first posterior, which is centred at params; a small random X is
             there besides, for the power iteration to start from.
         prior: a posterior over params of any family, added to the loss; None is a flat density.
+        prior_precision: total precision of the prior N(0, 1 / prior_precision), in place of prior.
         init: the first posterior, of family `gaussian_low_rank`, in place of init_precision and
             rank.
         estimator: of the expectations; by default `delta()`, which costs one product with the
@@ -169,7 +174,7 @@ def low_rank_newton(
         loss,
         learning_rate,
         ess=ess,
-        prior=prior,
+        prior=as_prior(prior, prior_precision),
         init=centred if init is None else init,
         estimator=delta() if estimator is None else estimator,
         step=step,

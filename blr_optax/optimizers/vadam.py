@@ -20,11 +20,14 @@ import optax
 
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import squared_gradient
-from blr_optax.optimizers.vogn import curvature_at_start, decay_of
+from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
+from blr_optax.optimizers.vogn import check_one_start, curvature_at_start
 from blr_optax.rule import scale_by_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._distribution import Distribution
 
 
 def _root(b2: float | None) -> Callable[[Array, Any, Array], Array]:
@@ -41,6 +44,7 @@ def _perturbed(
     learning_rate: Any,
     ess: Any,
     prior_precision: Any,
+    prior: Distribution | None,
     init_precision: Any,
     b2: Any,
     batch_size: int,
@@ -51,15 +55,20 @@ def _perturbed(
 ) -> optax.GradientTransformationExtraArgs:
     """The rule's precision from squared gradients, and another denominator."""
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
-    check_positive("prior_precision", prior_precision)
-    check_positive("ess", ess, scalar=True)
-
+    prior_precision = total_precision(prior_precision, prior, ess)
+    if prior is None:
+        check_positive("prior_precision", prior_precision)
+    check_one_start("vadam, vprop", None, init_precision, prior)
+    start = 0.0
+    if init_precision is not None:
+        start = curvature_at_start(init_precision, prior_precision, ess)
     return optax.chain(
         scale_by_precision(
-            ess,
+            ess=ess,
             b2=b2,
-            hess_init=curvature_at_start(init_precision, prior_precision, ess),
+            hess_init=start,
             weight_decay=decay_of(prior_precision, ess),
+            prior=prior,
             momentum=momentum,
             curvature=squared_gradient(batch_size),
             step="plain",
@@ -74,10 +83,11 @@ def _perturbed(
 
 def vadam(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
-    prior_precision: Any = 1.0,
-    init_precision: Any = 1.0,
+    ess: float | Array | Callable,
+    prior_precision: Any = None,
+    init_precision: Any = None,
+    prior: Distribution | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     batch_size: int = 1,
@@ -94,8 +104,11 @@ def vadam(
     Args:
         learning_rate: lr, a number or schedule.
         ess: effective sample size, N or N / temperature; may be a schedule.
-        prior_precision: total precision of a zero-mean prior, positive; a number or prefix tree.
-        init_precision: total precision of the first posterior, at least the prior's.
+        prior_precision: total precision of a zero-mean prior, positive; a number or prefix tree. 1
+            by default, 0 when a prior is given.
+        init_precision: total precision of the first posterior, at least the prior's, which it is
+            by default.
+        prior: a mean-field Gaussian posterior, or one of one number for all parameters.
         b1: decay of the average of gradients, the prior's included; debiased.
         b2: decay of the curvature; debiased in the step, not in the posterior.
         batch_size: B, which multiplies the squares; 1 is the authors' code, whose posterior is
@@ -128,17 +141,18 @@ def vadam(
     check_unit_interval("b2", b2)
     momentum = optax.ema(b1, debias=True)
     return _perturbed(
-        learning_rate, ess, prior_precision, init_precision, b2, batch_size, momentum, _root(b2),
-        key, generator,
+        learning_rate, ess, prior_precision, prior, init_precision, b2, batch_size, momentum,
+        _root(b2), key, generator,
     )  # fmt: skip
 
 
 def vprop(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
-    prior_precision: Any = 1.0,
-    init_precision: Any = 1.0,
+    ess: float | Array | Callable,
+    prior_precision: Any = None,
+    init_precision: Any = None,
+    prior: Distribution | None = None,
     b2: float = 0.999,
     batch_size: int = 1,
     key: Any = 0,
@@ -150,8 +164,8 @@ def vprop(
     q = N(m, 1 / (ess (s + d))),  d = prior_precision / ess.
 
     Args:
-        learning_rate, ess, prior_precision, init_precision, b2, batch_size, key, generator: as in
-            `vadam`.
+        learning_rate, ess, prior_precision, init_precision, prior: as in `vadam`.
+        b2, batch_size, key, generator: as in `vadam`.
 
     Raises:
         ValueError: as `vadam`.
@@ -167,6 +181,6 @@ def vprop(
       [-0.75] [0.1]
     """
     return _perturbed(
-        learning_rate, ess, prior_precision, init_precision, b2, batch_size, optax.identity(),
-        _root(None), key, generator,
+        learning_rate, ess, prior_precision, prior, init_precision, b2, batch_size,
+        optax.identity(), _root(None), key, generator,
     )  # fmt: skip

@@ -21,14 +21,13 @@ import optax
 
 from blr_optax._validate import at, check_positive, check_unit_interval, holds
 from blr_optax.estimators import per_example_squares
+from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
 from blr_optax.rule import scale_by_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
-
-PRIOR_PRECISION = 1.0
 
 
 def curvature_at_start(
@@ -67,28 +66,10 @@ def check_one_start(who: str, init: Any, init_precision: Any, prior: Any) -> Non
         )
 
 
-def decay_of(prior_precision: Any, ess: Any) -> Any:
-    """d = prior_precision / ess, a schedule where ess is one."""
-
-    def decay(count: Any) -> Any:
-        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
-
-    return decay if callable(ess) else decay(0)
-
-
-def zero_mean_prior(prior_precision: Any, prior: Any, ess: Any) -> Any:
-    """The total precision of the zero-mean prior: 1 unless given, 0 beside another prior."""
-    if prior_precision is None:
-        prior_precision = PRIOR_PRECISION if prior is None else 0.0
-    check_positive("prior_precision", prior_precision, zero=True)
-    check_positive("ess", ess, scalar=True)
-    return prior_precision
-
-
 def vogn(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     prior_precision: Any = None,
     init_precision: Any = None,
     b1: Any = 0.9,
@@ -150,11 +131,11 @@ def vogn(
     """
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
-    prior_precision = zero_mean_prior(prior_precision, prior, ess)
+    prior_precision = total_precision(prior_precision, prior, ess)
     check_one_start("vogn", init, init_precision, prior)
     return optax.chain(
         scale_by_precision(
-            ess,
+            ess=ess,
             b2=b2,
             hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
             weight_decay=decay_of(prior_precision, ess),
@@ -174,8 +155,8 @@ def vogn(
 
 def ogn(
     learning_rate: float | Array | Callable,
-    ess: float | Array | Callable,
     *,
+    ess: float | Array | Callable,
     prior_precision: Any = None,
     init_precision: Any = None,
     b1: Any = 0.9,
@@ -204,7 +185,7 @@ def ogn(
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> loss = lambda w, x: jnp.mean(x @ w)
-      >>> params, tx = jnp.zeros(1), blr.ogn(1.0, 10.0, prior_precision=0.0, b1=0.0, b2=0.0)
+      >>> params, tx = jnp.zeros(1), blr.ogn(1.0, ess=10.0, prior_precision=0.0, b1=0.0, b2=0.0)
       >>> state = tx.init(params)
       >>> est = blr.estimate(loss, state, params, jnp.array([[1.0], [3.0]]))
       >>> updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
@@ -213,7 +194,7 @@ def ogn(
     """
     return vogn(
         learning_rate,
-        ess,
+        ess=ess,
         prior_precision=prior_precision,
         init_precision=init_precision,
         b1=b1,

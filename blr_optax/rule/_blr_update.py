@@ -70,7 +70,7 @@ class BlrReader(Reader):
         generator: of the noise.
     """
 
-    family: ExponentialFamily
+    family: Family
     point: bool
     generator: str
     evaluates_loss = True

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._distribution import Distribution
-from blr_optax.families import ExponentialFamily, MeanField, Product, SideBySide, get
+from blr_optax.families import Family, MeanField, Product, SideBySide, get
 from blr_optax.families._base.conditional import STEPS as CONDITIONAL_STEPS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def check_step(step: str, family: Family) -> str:
     return step
 
 
-def own_part(prior: Any, family: ExponentialFamily) -> Any:
+def own_part(prior: Any, family: Family) -> Any:
     """Of a joint posterior with points or of several families the part of one family, as prior.
 
     Args:
@@ -65,7 +65,7 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
         like: a tree of parameters; for a product, of every factor by name.
     """
     lam = getattr(prior, "natural", None)
-    if not isinstance(family, ExponentialFamily) or not isinstance(lam, family.Natural):
+    if not family.exponential or not isinstance(lam, family.Natural):
         return prior
     if isinstance(family, Product):
         parts = {
@@ -74,6 +74,10 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
         }
         return Distribution(family, family.Natural(parts))
     is_number = all(jax.tree_util.all_leaves([x]) and not jnp.ndim(x) for x in lam)
+    if getattr(family, "curvature", None) == "matrix" and is_number:
+        size = sum(jnp.size(leaf) for leaf in jax.tree.leaves(like))
+        full = jnp.full(size, lam.linear), lam.quadratic * jnp.eye(size)
+        return Distribution(family, family.Natural(*full))
     if not (isinstance(family, MeanField) and is_number):
         return prior
 
@@ -114,7 +118,7 @@ def move(family: Any, lam: Any, step: Any, how: str) -> tuple[Any, Array]:
 
 
 def natural_step(
-    family: str | ExponentialFamily,
+    family: str | Family,
     lam: Any,
     grad_mu: Any,
     learning_rate: Any,

@@ -393,8 +393,8 @@ def _precision_of(init: Distribution, params: Any, ess: Array) -> Any:
 
 
 def scale_by_precision(
-    ess: Any,
     *,
+    ess: Any,
     b2: Any = 0.99999,
     hess_init: Any = 1.0,
     weight_decay: Any = 0.0,

@@ -124,7 +124,7 @@ def test_the_estimate_of_one_sample_is_what_a_train_state_does_without_extras():
     tx = optimizer()
     params, opt_state = run(tx, 2)
     est = estimate(opt_state, params, X, Y)
-    with_curvature = update_of(tx)(est.grad, opt_state, params, curvature=est.statistic)
+    with_curvature = update_of(tx)(est.grad, opt_state, params, statistic=est.statistic)
     assert_close(with_curvature[0], update_of(tx)(est.grad, opt_state, params)[0])
 
 
@@ -270,7 +270,7 @@ def test_nnx_with_an_estimate_and_batch_norm():
     model, tx = Normed(nnx.Rngs(0)), optimizer()
     opt = nnx.Optimizer(model, tx, wrt=nnx.Param)
     est, opt_state, mean = step(model, opt)
-    updates, state = update_of(tx)(est.grad, opt_state, mean, curvature=est.statistic)
+    updates, state = update_of(tx)(est.grad, opt_state, mean, statistic=est.statistic)
     assert_close(pure(model), optax.apply_updates(mean, updates), atol=1e-6)
     assert_close(nnx.as_pure(opt.opt_state)[0].precision, state[0].precision)
     assert_same(nnx.as_pure(nnx.state(model, nnx.BatchStat)), est.aux)
@@ -408,7 +408,7 @@ def test_partition_into_two_posteriors_with_settings_of_their_own():
     params, state = run(tx, 3)
     est = estimate(state, params, X, Y, samples=2)
     assert jax.tree.structure(est.statistic) == jax.tree.structure(params)
-    updates, _ = update_of(tx)(est.grad, state, params, curvature=est.statistic)
+    updates, _ = update_of(tx)(est.grad, state, params, statistic=est.statistic)
     assert jax.tree.all(jax.tree.map(lambda u: bool(jnp.all(u != 0)), updates))
 
 

@@ -27,7 +27,7 @@ x, y = map(np.asarray, make_batch(8))
 put = lambda a, s: jax.make_array_from_callback(a.shape, NamedSharding(mesh, s), lambda i: a[i])
 batch = put(x, P("d")), put(y, P("d"))
 params = jax.tree.map(lambda p: put(np.asarray(p), P()), make_params())
-tx = blr.ivon(0.1, 50.0, b2=0.95)
+tx = blr.ivon(0.1, ess=50.0, b2=0.95)
 state = jax.jit(tx.init, out_shardings=NamedSharding(mesh, P()))(params)
 @jax.jit
 def step(params, state, x, y):
@@ -59,6 +59,6 @@ def test_two_processes_agree_with_one():
     lines = [re.search(r"RESULT \[(.*)\]", out).group(1) for out, _ in outputs]
     assert lines[0] == lines[1]
     (row,) = [r for r in ROWS if r.name == "ivon"]
-    alone = train(row, blr.ivon(0.1, 50.0, b2=0.95), make_params(), make_batch(8), 3)[0]["w"]
+    alone = train(row, blr.ivon(0.1, ess=50.0, b2=0.95), make_params(), make_batch(8), 3)[0]["w"]
     found = np.array([float(v) for v in lines[0].split(",")])
     np.testing.assert_allclose(found, np.ravel(alone), rtol=1e-5, atol=1e-6)

@@ -208,13 +208,13 @@ def test_a_joint_posterior_is_the_prior_of_the_next_task():
     np.testing.assert_array_equal(*said(lambda *qs: [q.mean["w"] for q in qs], q, first))
     with pytest.raises(ValueError, match="mean-field Gaussian"):
         blr.ivon(
-            0.1, ess=4.0, prior=blr.posterior(blr.bayesbinn(0.1, 1.0).init(PARAMS), PARAMS)
+            0.1, ess=4.0, prior=blr.posterior(blr.bayesbinn(0.1, ess=1.0).init(PARAMS), PARAMS)
         ).init(PARAMS)
 
 
 def test_points_and_conditional_parts_in_the_algebra():
     """Sums over the parts where these have them, the sentence of conditional families elsewhere."""
-    tx = optax.partition({"n": blr.ivon(0.1, 5.0), "p": optax.sgd(0.1)}, {"w": "n", "b": "p"})
+    tx = optax.partition({"n": blr.ivon(0.1, ess=5.0), "p": optax.sgd(0.1)}, {"w": "n", "b": "p"})
     square, spread, mean, kl = said(
         lambda q: ((q * q).variance["w"], q.variance["w"], (q * q).mean["b"], q.kl(q)),
         started(tx, PARAMS)[1],
@@ -223,7 +223,7 @@ def test_points_and_conditional_parts_in_the_algebra():
     assert float(mean[0]) == 3.0 and abs(float(kl)) < 1e-6
     params = {"w": np.ones((3, 2), np.float32), "b": np.zeros(2, np.float32)}
     tx = optax.partition(
-        {"d": blr.dropout(blr.sgd(0.1), 0.5), "n": blr.ivon(0.1, 5.0)}, {"w": "d", "b": "n"}
+        {"d": blr.dropout(blr.sgd(0.1), 0.5), "n": blr.ivon(0.1, ess=5.0)}, {"w": "d", "b": "n"}
     )
     _, q = started(tx, params)
     for call in (lambda: q * q, lambda: q.kl(q), q.entropy):

@@ -182,7 +182,7 @@ def test_a_transformation_of_ones_own_and_schedules():
     """The state that is filled may be any around `ivon`; schedules go on where they were."""
     rate = optax.linear_schedule(0.1, 0.0, 10)
     ess = lambda count: 50.0 + count  # noqa: E731
-    tx = optax.chain(blr.ivon(rate, ess, key=7), optax.scale(1.0))
+    tx = optax.chain(blr.ivon(rate, ess=ess, key=7), optax.scale(1.0))
     params, state, same = load(jnp.float32, tx=tx)
     assert same is tx
     assert float(optax.tree.get(state, "ess")) == 52.0
@@ -195,7 +195,7 @@ def test_a_transformation_of_ones_own_and_schedules():
     with pytest.raises(ValueError, match="no use beside tx="):
         load(tx=tx, learning_rate=rate)
     with pytest.raises(ValueError, match="needs the state of ivon"):
-        load(jnp.float32, tx=blr.vprop(0.1, 10.0))
+        load(jnp.float32, tx=blr.vprop(0.1, ess=10.0))
 
 
 def test_kernels_of_convolutions_and_a_transpose_of_ones_own():
@@ -252,7 +252,7 @@ def test_what_does_not_fit_is_said():
         give(weights=checkpoint["parameters"][:-1])
     with pytest.raises(ValueError, match="step=-1"):
         give(step=-1)
-    state = state_of(blr.ivon(0.1, 10.0), params)
+    state = state_of(blr.ivon(0.1, ess=10.0), params)
     with pytest.raises(ValueError, match=r"lacks \['lr', 'weight_decay'\]"):
         blr.to_torch_ivon(state, params, order=ORDER, groups=[{}])
     with pytest.raises(ValueError, match="carries no posterior"):
@@ -262,10 +262,10 @@ def test_what_does_not_fit_is_said():
         blr.to_torch_ivon(adam, params, order=ORDER, groups=[{"lr": 0.1}])
     with pytest.raises(ValueError, match=r"needs the state of ivon without a prior="):
         q = jax.jit(blr.posterior)(state, params)
-        beside = state_of(blr.ivon(0.1, 10.0, prior=q), params)
+        beside = state_of(blr.ivon(0.1, ess=10.0, prior=q), params)
         blr.to_torch_ivon(beside, params, order=ORDER, groups=[{"lr": 0.1}])
     with pytest.raises(ValueError, match=r"needs the state of ivon"):
-        bsam = state_of(blr.bsam(0.1, 10.0), params)
+        bsam = state_of(blr.bsam(0.1, ess=10.0), params)
         blr.to_torch_ivon(bsam, params, order=ORDER, groups=[{"lr": 0.1}])
     with pytest.raises(ValueError, match="must be order=, cut into pieces"):
         twice = [{"lr": 0.1, "params": ORDER[:1]}, {"lr": 0.1, "params": ORDER[:1]}]

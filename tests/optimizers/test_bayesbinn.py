@@ -38,7 +38,7 @@ def transformation(case, names, shapes):
         prior = blr.Distribution(TREE, TREE.Natural(linear))
     return blr.bayesbinn(
         hyper["lr"],
-        hyper["train_set_size"],
+        ess=hyper["train_set_size"],
         temperature=hyper["temperature"],
         b1=hyper["betas"],
         kl_weight=hyper["reweight"],
@@ -135,7 +135,7 @@ def test_bayesbinn_is_the_rule_with_the_concrete_relaxation(x64, temperature):
     noise = 0.5 * np.random.default_rng(0).logistic(size=(5, 1, 3))
     tx = built_inside(
         lambda: blr.bayesbinn(
-            rho, ess, temperature=temperature, floor=0.0, prior=signs(TREE, linear)
+            rho, ess=ess, temperature=temperature, floor=0.0, prior=signs(TREE, linear)
         )
     )
 
@@ -158,7 +158,7 @@ def test_bayesbinn_is_the_rule_with_the_concrete_relaxation(x64, temperature):
 
 def test_bayesbinn_at_the_mean_is_the_rule_on_a_loss_of_mu(x64):
     """Without noise a linear loss is treated exactly, as `closed_form()` does it."""
-    tx = blr.bayesbinn(0.1, 5.0, generator=None)
+    tx = blr.bayesbinn(0.1, ess=5.0, generator=None)
     rule = built_inside(
         lambda: blr.blr_update(
             TREE,
@@ -207,7 +207,7 @@ def test_ste_is_the_rule_without_entropy_at_the_most_likely_signs(x64):
 
 @jax.jit
 def cold_draw(params):
-    return blr.sample(blr.bayesbinn(0.1, 1.0, temperature=1e-10).init(params), params)
+    return blr.sample(blr.bayesbinn(0.1, ess=1.0, temperature=1e-10).init(params), params)
 
 
 def test_a_cold_relaxation_looks_at_signs(x64):
@@ -223,7 +223,7 @@ def test_a_cold_relaxation_looks_at_signs(x64):
 def test_expected_gradient_tends_to_the_exact_one(x64):
     """E[s grad l(w)] is (E[l | +1] - E[l | -1]) / 2 as tau -> 0, by enumeration."""
     corners = np.array(list(itertools.product([-1.0, 1.0], repeat=3)))
-    tx = blr.bayesbinn(0.1, 1.0, temperature=0.05)
+    tx = blr.bayesbinn(0.1, ess=1.0, temperature=0.05)
 
     @jax.jit
     def look(params):
@@ -251,7 +251,7 @@ def test_signs_of_a_linear_model_are_found():
     x[:, 4] = 0.0
     y = x @ truth
     loss = lambda w, x, y: 0.5 * jnp.mean((x @ w - y) ** 2)  # noqa: E731
-    tx = blr.bayesbinn(0.01, 200.0, b1=0.9)
+    tx = blr.bayesbinn(0.01, ess=200.0, b1=0.9)
 
     def start():
         return start_of(tx, blr.random_signs(jax.random.key(1), truth, 0.5))()
@@ -276,7 +276,7 @@ def test_saturated_signs_keep_their_scale(dtype, temperature):
 
     @jax.jit
     def look(params, e):
-        state = blr.bayesbinn(1e-4, 1.0, temperature=temperature).init(params)
+        state = blr.bayesbinn(1e-4, ess=1.0, temperature=temperature).init(params)
         return blr.estimate(lambda w: jnp.sum(w.astype(jnp.float32)), state, params, noise=e)
 
     def spread(x):
@@ -322,7 +322,7 @@ W_AND_B = {"w": np.array([0.5, -2.0], np.float32), "b": np.array([1.0], np.float
 def test_a_posterior_beside_points_is_the_next_prior():
     def beside(**more):
         return optax.partition(
-            {"signs": blr.bayesbinn(0.1, 10.0, **more), "sgd": optax.sgd(0.1)},
+            {"signs": blr.bayesbinn(0.1, ess=10.0, **more), "sgd": optax.sgd(0.1)},
             {"w": "signs", "b": "sgd"},
         )
 
@@ -341,12 +341,12 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
 
     @jax.jit
     def found(params):
-        q = blr.posterior(blr.bayesbinn(0.1, 10.0).init(params), params)
-        again = blr.bayesbinn(1.0, 10.0, prior=q)
+        q = blr.posterior(blr.bayesbinn(0.1, ess=10.0).init(params), params)
+        again = blr.bayesbinn(1.0, ess=10.0, prior=q)
         zero = jax.tree.map(jnp.zeros_like, params)
         updates, _ = again.update(zero, again.init(params), zero)
         one = blr.Distribution(SIGNS, SIGNS.Natural(jnp.array(0.3)))
-        spread = blr.bayesbinn(0.1, 10.0, prior=one).init(params)[0].prior
+        spread = blr.bayesbinn(0.1, ess=10.0, prior=one).init(params)[0].prior
         return q.sample(jax.random.key(0), (100,)), q.mean, updates, spread
 
     draws, mean, updates, spread = found(params)
@@ -359,22 +359,28 @@ def test_posterior_of_signs_serves_as_the_next_prior(x64):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: blr.bayesbinn(0.1, 10.0, temperature=0.0), "temperature=0 has no gradient"),
-        (lambda: blr.bayesbinn(0.1, 10.0, floor=-1.0), "floor=-1.0 must be a plain finite number"),
-        (lambda: blr.bayesbinn(0.1, 10.0, b1=1.0), "b1=1.0 must be in"),
-        (lambda: blr.bayesbinn(0.1, 10.0, generator="x"), "generator='x' is unknown"),
-        (lambda: blr.bayesbinn(0.1, 0.0), "ess=0.0 must be positive"),
+        (lambda: blr.bayesbinn(0.1, ess=10.0, temperature=0.0), "temperature=0 has no gradient"),
+        (
+            lambda: blr.bayesbinn(0.1, ess=10.0, floor=-1.0),
+            "floor=-1.0 must be a plain finite number",
+        ),
+        (lambda: blr.bayesbinn(0.1, ess=10.0, b1=1.0), "b1=1.0 must be in"),
+        (lambda: blr.bayesbinn(0.1, ess=10.0, generator="x"), "generator='x' is unknown"),
+        (lambda: blr.bayesbinn(0.1, ess=0.0), "ess=0.0 must be positive"),
         (
             lambda: blr.bayesbinn(
                 0.1,
-                10.0,
+                ess=10.0,
                 prior=jax.jit(lambda p: blr.posterior(blr.sgd(0.1).init(p), p))(ONES),
             ).init(ONES),
             "prior must be a mean-field Distribution of rademacher signs",
         ),
         (lambda: blr.ste(0.1, clip=0.0), "clip=0.0 must be positive"),
         (lambda: blr.ste(0.1, b1=2.0), "b1=2.0 must be in"),
-        (lambda: blr.bayesbinn(0.1, 10.0, temperature=jnp.array(1.0)), "must be a plain finite"),
+        (
+            lambda: blr.bayesbinn(0.1, ess=10.0, temperature=jnp.array(1.0)),
+            "must be a plain finite",
+        ),
         (lambda: blr.random_signs(jax.random.key(0), ONES, 0.0), "scale=0.0 must be"),
         (lambda: blr.random_signs(jax.random.key(0), np.ones(2, int)), "random_signs"),
     ],

@@ -139,7 +139,10 @@ def test_sgd_is_the_known_covariance_step_size_over_ess(x64):
 @pytest.mark.parametrize("momentum", [None, 0.9])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_follows_optax_to_the_bit(momentum, nesterov):
-    same_steps(blr.sgd(0.1, momentum, nesterov, ess=7.0), optax.sgd(0.1, momentum, nesterov))
+    same_steps(
+        blr.sgd(0.1, momentum=momentum, nesterov=nesterov, ess=7.0),
+        optax.sgd(0.1, momentum, nesterov),
+    )
 
 
 @pytest.mark.parametrize(
@@ -362,9 +365,9 @@ def second_order(which, generator):
         init_precision = ess * hess_init + (0.0 if prior is None else 1.0 / prior.variance)
         common = {"b2": b2, "hess_init": hess_init, "key": 5, "generator": generator, **keywords}
         if row == "soba":
-            return blr.soba(1 - b2, ess, **common)
+            return blr.soba(1 - b2, ess=ess, **common)
         if row == "ivon":
-            return blr.ivon(1 - b2, ess, b1=0.0, rescale_lr=False, **common)
+            return blr.ivon(1 - b2, ess=ess, b1=0.0, rescale_lr=False, **common)
         return blr.blr_update(
             "gaussian_diagonal",
             loss,
@@ -398,7 +401,7 @@ def test_scale_by_precision_steps(step, x64):
     _, params, batch = problem(10)
     b2, ess = 0.995, 200.0  # small steps, so that the plain one stays inside too
     tx = optax.chain(
-        blr.scale_by_precision(ess, b2=b2, hess_init=2.0, step=step, generator="jax"),
+        blr.scale_by_precision(ess=ess, b2=b2, hess_init=2.0, step=step, generator="jax"),
         optax.scale_by_learning_rate(1 - b2),
     )
     rule = built_inside(
@@ -419,7 +422,7 @@ def test_scale_by_precision_steps(step, x64):
 def test_precision_halves_at_most_and_a_quadratic_takes_one_closed_form_step(x64):
     """rho = 1 on exact curvature a: p = p0 (1 + u + u^2 / 2) with u = (a + d - p0) / p0."""
     a, delta, h0 = np.array([0.5, 2.0, 30.0]), 0.1, 1.0
-    tx = blr.ivon(1.0, 1e4, b2=0.0, b1=0.0, hess_init=h0, weight_decay=delta)
+    tx = blr.ivon(1.0, ess=1e4, b2=0.0, b1=0.0, hess_init=h0, weight_decay=delta)
 
     def step(state, _):
         _, state = tx.update(jnp.zeros(3), state, jnp.zeros(3), statistic=a)
@@ -433,7 +436,7 @@ def test_precision_halves_at_most_and_a_quadratic_takes_one_closed_form_step(x64
 def test_retraction_adds_the_noise_floor_of_the_paper():
     """Flat loss with gradient noise: h settles at (1 - b2) ess E[g^2] / 2."""
     ess, rho, sd, size = 1e6, 1e-3, 0.3, 400
-    tx = blr.ivon(0.0, ess, b2=1 - rho, hess_init=1.0, weight_decay=0.0)
+    tx = blr.ivon(0.0, ess=ess, b2=1 - rho, hess_init=1.0, weight_decay=0.0)
 
     def step(state, key):
         grads = sd * jax.random.normal(key, (size,))
@@ -451,7 +454,7 @@ def test_ivon_mean_is_the_variational_optimum():
     y = np.array([0.0, 0.0, 1.0, 0.0, 1.0], np.float32)
     delta, ess = 0.1, 5.0
     loss = lambda w: jnp.mean(jax.nn.softplus(x @ w) - y * (x @ w))  # noqa: E731
-    tx = blr.ivon(optax.exponential_decay(0.3, 1000, 0.3), ess, b2=0.999, weight_decay=delta)
+    tx = blr.ivon(optax.exponential_decay(0.3, 1000, 0.3), ess=ess, b2=0.999, weight_decay=delta)
 
     def start():
         return jnp.zeros(1), tx.init(jnp.zeros(1))

@@ -328,7 +328,7 @@ def test_what_is_wrong_is_said():
         with pytest.raises(ValueError, match="keep_rate"):
             blr.dropout(optax.sgd(0.1), rate)
     with pytest.raises(ValueError, match="samples its weights"):
-        blr.dropout(blr.ivon(0.1, 10.0), 0.5).init(params)
+        blr.dropout(blr.ivon(0.1, ess=10.0), 0.5).init(params)
     with pytest.raises(ValueError, match="unit_axis=2"):
         blr.dropout(optax.sgd(0.1), 0.5, unit_axis=2).init(params)
     tx = blr.dropout(optax.sgd(0.1), 0.5)

@@ -107,8 +107,8 @@ def test_without_bases_it_is_ivon(x64, debias):
     """With sides too long for a basis, on a tree with a matrix, a vector and a number."""
     params, batch = jax.tree.map(np.asarray, (make_params(np.float64), make_batch()))
     loss = lambda p: mean_loss(p, *batch)  # noqa: E731
-    ours = blr.evon(0.1, 50.0, max_size=1, debias=debias, **OPTIONS)
-    theirs = blr.ivon(0.1, 50.0, debias=debias, **OPTIONS)
+    ours = blr.evon(0.1, ess=50.0, max_size=1, debias=debias, **OPTIONS)
+    theirs = blr.ivon(0.1, ess=50.0, debias=debias, **OPTIONS)
     ways = [(tx, loss, params, same) for tx in (ours, theirs)]
     jax.tree.map(close, *side_by_side(ways, 6, mean_and_variance))
 
@@ -117,8 +117,8 @@ def test_one_by_one_matrices_and_held_identities_are_ivon(x64):
     loss = lambda p: jnp.sum(jnp.cos(p["w"]) + p["w"] ** 2)  # noqa: E731
     for shape, hold in (((1, 1), False), ((3, 2), True)):
         params = {"w": drawn(0, shape)}
-        ours = blr.evon(0.1, 50.0, refresh_every=NEVER if hold else 1, **OPTIONS)
-        theirs = blr.ivon(0.1, 50.0, **OPTIONS)
+        ours = blr.evon(0.1, ess=50.0, refresh_every=NEVER if hold else 1, **OPTIONS)
+        theirs = blr.ivon(0.1, ess=50.0, **OPTIONS)
         ways = [
             (ours, loss, params, (lambda s: held(s, np.eye(3), np.eye(2))) if hold else same),
             (theirs, loss, params, begun if hold else same),
@@ -135,7 +135,10 @@ def test_a_rotated_problem_in_rotated_bases_is_ivon_rotated(x64, shape):
     turn = lambda w: (q @ w.reshape(rows, 2) @ p.T).reshape(shape)  # noqa: E731
     back = lambda w: (q.T @ w.reshape(rows, 2) @ p).reshape(shape)  # noqa: E731
     loss = lambda w: jnp.sum(jnp.cos(w) + w**2) + jnp.sum(w) ** 2  # noqa: E731
-    tx, ivon = blr.evon(0.1, 50.0, refresh_every=NEVER, **OPTIONS), blr.ivon(0.1, 50.0, **OPTIONS)
+    tx, ivon = (
+        blr.evon(0.1, ess=50.0, refresh_every=NEVER, **OPTIONS),
+        blr.ivon(0.1, ess=50.0, **OPTIONS),
+    )
     ways = [
         (tx, lambda w: loss(turn(w["w"])), {"w": back(weights)}, lambda s: held(s, q.T, p.T)),
         (ivon, lambda w: loss(w["w"]), {"w": weights}, begun),
@@ -157,7 +160,7 @@ def test_it_is_the_rule_in_the_basis(x64):
     loss = lambda w: jnp.sum(jnp.cos(w)) + 0.5 * jnp.sum(w * (a @ w @ b))  # noqa: E731
     diagonal = blr.families.get("gaussian_diagonal")
     first = drawn(5, (3, 2))
-    tx = blr.evon(rho, ess, b1=0.0, b2=1 - rho, weight_decay=0.0, rescale_lr=False,
+    tx = blr.evon(rho, ess=ess, b1=0.0, b2=1 - rho, weight_decay=0.0, rescale_lr=False,
                   refresh_every=NEVER, generator="jax")  # fmt: skip
 
     def start():
@@ -197,7 +200,7 @@ def test_the_mean_curvature_is_the_diagonal_of_the_rotated_hessian(x64):
     left, right = orthogonal(1, 3), orthogonal(2, 2)
     h = definite(3, 6)
     loss = lambda p: 0.5 * p["w"].ravel() @ h @ p["w"].ravel() + jnp.sum(p["w"])  # noqa: E731
-    tx = blr.evon(0.1, 50.0, **OPTIONS)
+    tx = blr.evon(0.1, ess=50.0, **OPTIONS)
     noise = {"w": np.sqrt(6.0) * np.eye(6).reshape(6, 3, 2)}
 
     @jax.jit
@@ -223,8 +226,8 @@ def test_the_fixed_point_of_a_kronecker_quadratic_is_the_exact_posterior(x64):
     noise = {"w": np.sqrt(6.0) * np.eye(6).reshape(6, 3, 2)}
     gaussian = blr.families.get("gaussian")
     txs = (
-        blr.evon(0.5, ess, b1=0.0, b2=0.5, weight_decay=0.0, refresh_every=NEVER),
-        blr.ivon(0.5, ess, b1=0.0, b2=0.5, weight_decay=0.0),
+        blr.evon(0.5, ess=ess, b1=0.0, b2=0.5, weight_decay=0.0, refresh_every=NEVER),
+        blr.ivon(0.5, ess=ess, b1=0.0, b2=0.5, weight_decay=0.0),
     )
 
     def start():
@@ -264,7 +267,7 @@ def test_it_finds_the_bases_itself(x64):
     ess, a, b = 40.0, definite(1, 3), definite(2, 2)
     loss = lambda p: 0.5 * jnp.sum(p["w"] * (a @ p["w"] @ b))  # noqa: E731
     exact = np.linalg.inv(ess * np.kron(a, b))
-    tx = blr.evon(0.05, ess, b2=0.998, weight_decay=0.0)
+    tx = blr.evon(0.05, ess=ess, b2=0.998, weight_decay=0.0)
     params, state = moving(tx, loss, {"w": np.ones((3, 2))}, 20_000)
     draw = jax.jit(lambda p, s, key: blr.posterior(s, p).sample(key, (50_000,))["w"])
     found = np.cov(np.reshape(draw(params, state, jax.random.key(0)), (-1, 6)).T)
@@ -284,8 +287,8 @@ def test_it_finds_the_bases_itself(x64):
 def test_a_refresh_turns_momentum_and_precision_and_leaves_the_rest(x64):
     params = {"w": drawn(0, (3, 2)), "b": np.ones(2)}
     loss = lambda p: jnp.sum(jnp.cos(p["w"]) + (p["w"] + p["b"]) ** 2)  # noqa: E731
-    turning = blr.evon(0.1, 50.0, refresh_every=1, **OPTIONS)
-    fixed = blr.evon(0.1, 50.0, refresh_every=NEVER, **OPTIONS)
+    turning = blr.evon(0.1, ess=50.0, refresh_every=1, **OPTIONS)
+    fixed = blr.evon(0.1, ess=50.0, refresh_every=NEVER, **OPTIONS)
     _, state = moving(turning, loss, params, 3)
 
     @jax.jit
@@ -322,7 +325,7 @@ def test_a_refresh_turns_momentum_and_precision_and_leaves_the_rest(x64):
 def test_bases_are_the_eigenvectors_in_the_limit(x64):
     """Constant gradients: power iterations converge to eigenvectors, largest first."""
     g = np.asarray(jax.jit(lambda key: jax.random.normal(key, (3, 3)))(jax.random.key(0)))
-    tx = blr.evon(0.0, 1e9, refresh_every=1, b2=0.9, shampoo_beta=0.0, weight_decay=0.0)
+    tx = blr.evon(0.0, ess=1e9, refresh_every=1, b2=0.9, shampoo_beta=0.0, weight_decay=0.0)
     params = {"w": np.zeros((3, 3))}
 
     def start():
@@ -340,7 +343,7 @@ def test_bases_are_the_eigenvectors_in_the_limit(x64):
 def test_bases_follow_the_clock_of_steps_that_were_made():
     """A first step that is skipped leaves the eigenvectors to the second; then every third."""
     params, batch = jax.tree.map(np.asarray, (make_params(), make_batch()))
-    tx = blr.evon(0.1, 50.0, refresh_every=3)
+    tx = blr.evon(0.1, ess=50.0, refresh_every=3)
 
     def step(state, poison):
         grads = jax.grad(mean_loss)(blr.sample(state, params), *batch)
@@ -359,7 +362,7 @@ def test_bases_follow_the_clock_of_steps_that_were_made():
 @functools.cache
 def flat_gradients():
     """Bases, precision and skipped steps, after every step of gradients of rank one."""
-    tx = blr.evon(0.1, 50.0, refresh_every=1, b2=0.5, shampoo_beta=0.5)
+    tx = blr.evon(0.1, ess=50.0, refresh_every=1, b2=0.5, shampoo_beta=0.5)
     params = {"w": np.ones((4, 3), np.float32)}
 
     def step(state, size):
@@ -383,7 +386,7 @@ def test_odd_gradients_leave_bases_orthonormal_and_precision_positive(size):
 
 def test_one_long_side_keeps_the_identity():
     params = {"w": np.ones((6, 2), np.float32), "v": np.ones((6, 7), np.float32)}
-    found = the(jax.jit(blr.evon(0.1, 50.0, max_size=5).init)(params))
+    found = the(jax.jit(blr.evon(0.1, ess=50.0, max_size=5).init)(params))
     assert found.bases["['w']"].left is None and found.bases["['w']"].right.shape == (2, 2)
     assert found.bases["['v']"] == Basis(None, None)
 
@@ -393,7 +396,7 @@ def test_one_long_side_keeps_the_identity():
 
 def test_the_curvature_is_clipped_in_units_of_the_precision(x64):
     params = {"w": np.ones((2, 2))}
-    tx = blr.evon(0.1, 50.0, clip_curvature=2.0, b2=0.9, hess_init=0.5, weight_decay=0.0)
+    tx = blr.evon(0.1, ess=50.0, clip_curvature=2.0, b2=0.9, hess_init=0.5, weight_decay=0.0)
 
     @jax.jit
     def after(given):
@@ -410,7 +413,7 @@ def test_the_curvature_is_clipped_in_units_of_the_precision(x64):
 
 def test_squared_gradients_are_squares_in_the_basis(x64):
     left, right = orthogonal(1, 3), orthogonal(2, 2)
-    tx = blr.evon(0.1, 50.0, curvature=blr.estimators.squared_gradient(8))
+    tx = blr.evon(0.1, ess=50.0, curvature=blr.estimators.squared_gradient(8))
 
     @jax.jit
     def look(params):
@@ -508,7 +511,7 @@ def test_the_posterior_is_the_full_gaussian_that_it_says(x64):
 
 
 def test_samples_of_the_state_are_those_of_the_posterior(x64):
-    tx = blr.evon(0.1, 50.0, b2=0.5, refresh_every=1)
+    tx = blr.evon(0.1, ess=50.0, b2=0.5, refresh_every=1)
     slopes = np.arange(6.0).reshape(3, 2)
     loss = lambda p: jnp.sum(p["w"] ** 4 + p["w"] * slopes)  # noqa: E731
     params, state = moving(tx, loss, {"w": np.zeros((3, 2))}, 5)
@@ -527,7 +530,8 @@ def test_posteriors_beside_other_leaves_are_merged():
     params, batch = jax.tree.map(np.asarray, (make_params(), make_batch()))
     labels = {"w": "evon", "b": "ivon", "c": "none"}
     tx = optax.partition(
-        {"evon": blr.evon(0.1, 50.0), "ivon": blr.ivon(0.1, 50.0), "none": optax.sgd(0.1)}, labels
+        {"evon": blr.evon(0.1, ess=50.0), "ivon": blr.ivon(0.1, ess=50.0), "none": optax.sgd(0.1)},
+        labels,
     )
     mean, state = moving(tx, mean_loss, params, 3, batch)
 
@@ -555,11 +559,11 @@ def test_errors_name_the_way_out():
         ({"hess_init": 0.0, "weight_decay": 0.0}, "leave no first precision"),
     ):
         with pytest.raises(ValueError, match=message):
-            blr.evon(0.1, 50.0, **change)
+            blr.evon(0.1, ess=50.0, **change)
     params = jax.tree.map(np.asarray, make_params())
     with pytest.raises(ValueError, match=r"weight_decay: its entry for \['w'\] has shape"):
-        blr.evon(0.1, 50.0, weight_decay=jax.tree.map(np.ones_like, params)).init(params)
-    tx = blr.evon(0.1, 50.0)
+        blr.evon(0.1, ess=50.0, weight_decay=jax.tree.map(np.ones_like, params)).init(params)
+    tx = blr.evon(0.1, ess=50.0)
     with pytest.raises(ValueError, match="update needs params"):
         tx.update(params, jax.jit(tx.init)(params))
     with pytest.raises(ValueError, match="steps=0"):
@@ -570,7 +574,9 @@ def test_errors_name_the_way_out():
 def test_bases_of_both_sides_on_a_mesh(kind):
     """Rows split over eight devices: the numbers of one device, and states that stay placed."""
     params, grads = ({"w": drawn(seed, (8, 2)).astype(np.float32)} for seed in (0, 1))
-    tx = optax.chain(blr.evon(1.0, 50.0, refresh_every=1), blr.orthogonalize(), optax.scale(0.1))
+    tx = optax.chain(
+        blr.evon(1.0, ess=50.0, refresh_every=1), blr.orthogonalize(), optax.scale(0.1)
+    )
 
     @jax.jit
     def step(params, state, grads):

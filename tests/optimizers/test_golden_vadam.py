@@ -32,9 +32,9 @@ def transformation(case):
     hyper = case["hyper"]
     common = {"prior_precision": hyper["prior_prec"], "init_precision": hyper["prec_init"]}
     if case["algorithm"] == "Vprop":
-        return blr.vprop(hyper["lr"], hyper["train_set_size"], b2=hyper["beta"], **common)
+        return blr.vprop(hyper["lr"], ess=hyper["train_set_size"], b2=hyper["beta"], **common)
     b1, b2 = hyper["betas"]
-    return blr.vadam(hyper["lr"], hyper["train_set_size"], b1=b1, b2=b2, **common)
+    return blr.vadam(hyper["lr"], ess=hyper["train_set_size"], b1=b1, b2=b2, **common)
 
 
 @pytest.mark.parametrize(("file", "case"), CASES)
@@ -72,7 +72,7 @@ def test_vprop_is_the_rule_with_squares_up_to_the_root(x64):
     gradients = np.random.default_rng(3).normal(size=(20, 3))
 
     def both(params):
-        tx = blr.vprop(alpha, ess, prior_precision=prior, init_precision=7.0, b2=1 - rho)
+        tx = blr.vprop(alpha, ess=ess, prior_precision=prior, init_precision=7.0, b2=1 - rho)
         flat = lambda x: DIAGONAL.natural(mean=params, precision=jnp.full(3, x))  # noqa: E731
         rule = blr.blr_update(
             "gaussian_diagonal",
@@ -117,7 +117,7 @@ def test_batch_size_undoes_the_shrinkage(x64):
     def curvature(x):
         params, found = jnp.zeros(3), []
         for batch_size in (8, 1):
-            tx = blr.vadam(0.0, 1.0, b2=0.0, prior_precision=1e-9, init_precision=1.0,
+            tx = blr.vadam(0.0, ess=1.0, b2=0.0, prior_precision=1e-9, init_precision=1.0,
                            batch_size=batch_size)  # fmt: skip
             state = tx.init(params)
             step = lambda b, tx=tx, s=state: tx.update(jax.grad(loss)(params, b), s, params)[1]  # noqa: E731
@@ -133,6 +133,6 @@ def test_batch_size_undoes_the_shrinkage(x64):
 def test_a_first_precision_below_the_priors_is_refused():
     for make in (blr.vadam, blr.vprop):
         with pytest.raises(ValueError, match="must be at least prior_precision"):
-            make(0.1, 10.0, prior_precision=2.0, init_precision=1.0)
+            make(0.1, ess=10.0, prior_precision=2.0, init_precision=1.0)
         with pytest.raises(ValueError, match="prior_precision"):
-            make(0.1, 10.0, prior_precision=0.0)
+            make(0.1, ess=10.0, prior_precision=0.0)

@@ -129,7 +129,7 @@ def sso_transformation(case, momentum):
     n = hyper["dataset_size"]
     return optax.chain(
         blr.scale_by_precision(
-            n,
+            ess=n,
             b2=1 - curv["ema_decay"],
             hess_init=hyper["init_precision"] - 1 / (n * hyper["prior_variance"]),
             weight_decay=1 / (n * hyper["prior_variance"]),

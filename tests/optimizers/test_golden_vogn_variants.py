@@ -47,7 +47,7 @@ def log_std_transformation(hyper):
     t, n = hyper["temperature"], hyper["data_size"]
     return blr.vogn(
         t * hyper["lr"],
-        n / t,
+        ess=n / t,
         prior_precision=hyper["prior_precision"] / t,
         init_precision=n / hyper["std_init"] ** 2,
         b1=hyper["momentum_grad"],
@@ -158,7 +158,7 @@ def warm_start():
     tx = built_inside(
         lambda: blr.vogn(
             hyper["lr"],
-            lambda count: n / kl_weight(count),
+            ess=lambda count: n / kl_weight(count),
             prior_precision=prior,
             init_precision=first,
             b1=1 - hyper["grad_ema_decay"],

@@ -40,9 +40,12 @@ PARAMS, BATCH = jax.tree.map(np.asarray, (make_params(), make_batch()))
 def test_trees_of_hyperparameters_are_a_partition():
     """hess_init and weight_decay per leaf, the rescaled rate with them, = one ivon per leaf."""
     hess, decay = {"w": 0.5, "b": 2.0, "c": 1.0}, {"w": 0.01, "b": 0.0, "c": 0.3}
-    one = lambda: blr.ivon(0.1, 50.0, b2=0.9, hess_init=hess, weight_decay=decay)  # noqa: E731
+    one = lambda: blr.ivon(0.1, ess=50.0, b2=0.9, hess_init=hess, weight_decay=decay)  # noqa: E731
     many = lambda: optax.partition(  # noqa: E731
-        {k: blr.ivon(0.1, 50.0, b2=0.9, hess_init=hess[k], weight_decay=decay[k]) for k in hess},
+        {
+            k: blr.ivon(0.1, ess=50.0, b2=0.9, hess_init=hess[k], weight_decay=decay[k])
+            for k in hess
+        },
         {k: k for k in hess},
     )
     assert_close(walk(one, PARAMS)[0], walk(many, PARAMS)[0], rtol=1e-6)
@@ -50,14 +53,14 @@ def test_trees_of_hyperparameters_are_a_partition():
 
 def test_arrays_as_hyperparameters():
     hess = jax.tree.map(lambda p: np.full(p.shape, 0.5, np.float32), PARAMS)
-    array = walk(lambda: blr.ivon(0.1, 50.0, hess_init=hess, b2=0.9), PARAMS)[0]
-    number = walk(lambda: blr.ivon(0.1, 50.0, hess_init=0.5, b2=0.9), PARAMS)[0]
+    array = walk(lambda: blr.ivon(0.1, ess=50.0, hess_init=hess, b2=0.9), PARAMS)[0]
+    number = walk(lambda: blr.ivon(0.1, ess=50.0, hess_init=0.5, b2=0.9), PARAMS)[0]
     assert_close(array, number, rtol=1e-6)
 
 
 def test_a_weight_decay_schedule_moves_the_pull_and_the_rescaled_rate():
     decay = lambda count: 0.1 * (count + 1.0)  # noqa: E731
-    tx = blr.ivon(1.0, 100.0, b1=0.0, b2=0.0, hess_init=1.0, weight_decay=decay)
+    tx = blr.ivon(1.0, ess=100.0, b1=0.0, b2=0.0, hess_init=1.0, weight_decay=decay)
 
     def start():
         params = {"w": jnp.array([2.0])}
@@ -87,7 +90,7 @@ def test_an_ess_schedule_tempers_the_posterior_and_keeps_the_curvature_unbiased(
     """The noise and the curvature of a step use one ess: a quadratic's pair gives it exactly."""
     ess = lambda count: 10.0 * 4.0**count  # noqa: E731
     loss = lambda w: 1.5 * jnp.sum(w**2)  # noqa: E731
-    tx = blr.ivon(0.1, ess, hess_init=1.0, b2=0.999, weight_decay=0.0)
+    tx = blr.ivon(0.1, ess=ess, hess_init=1.0, b2=0.999, weight_decay=0.0)
 
     def start():
         return jnp.ones(3), tx.init(jnp.ones(3))
@@ -112,7 +115,7 @@ def test_samples_are_averaged_and_antithetic_pairs_are_one_average():
 
     @jax.jit
     def look(params, e):
-        state = blr.ivon(0.1, 50.0).init(params)
+        state = blr.ivon(0.1, ess=50.0).init(params)
         of = lambda e, **more: blr.estimate(mean_loss, state, params, *BATCH, noise=e, **more)  # noqa: E731
         single = [of(jax.tree.map(lambda x, i=i: x[i : i + 1], e)) for i in range(2)]
         mirrored = jax.tree.map(lambda x: jnp.concatenate([x, -x]), e)
@@ -127,7 +130,7 @@ def test_samples_are_averaged_and_antithetic_pairs_are_one_average():
 
 
 def test_many_samples_are_scanned_and_equal_the_unrolled_ones():
-    state = jax.jit(blr.ivon(0.1, 50.0, generator="jax").init)(PARAMS)
+    state = jax.jit(blr.ivon(0.1, ess=50.0, generator="jax").init)(PARAMS)
     look = lambda state, **more: blr.estimate(mean_loss, state, PARAMS, *BATCH, **more)  # noqa: E731
     lowered = jax.jit(lambda state: look(state, samples=6)).lower(state)
     assert "while" in lowered.as_text()
@@ -148,7 +151,7 @@ def test_antithetic_pairs_cancel_the_noise_of_the_curvature():
 
     @jax.jit
     def variances(w, key):
-        state, keys = blr.ivon(0.1, 1e4).init(w), jax.random.split(key, 200)
+        state, keys = blr.ivon(0.1, ess=1e4).init(w), jax.random.split(key, 200)
 
         def variance(**options):
             def one(key):
@@ -169,7 +172,7 @@ def test_auxiliary_output_is_averaged(microbatch):
 
     @jax.jit
     def look(params):
-        state = blr.ivon(0.1, 50.0).init(params)
+        state = blr.ivon(0.1, ess=50.0).init(params)
         return blr.estimate(
             loss, state, params, *BATCH, samples=2, has_aux=True, microbatch=microbatch
         )
@@ -181,7 +184,7 @@ def test_auxiliary_output_is_averaged(microbatch):
 
 def test_bfloat16_weights_learn_their_precision():
     """float32 statistics: true curvature 18 moves h from 0.5 to about 1.02 in 3000 steps (P8)."""
-    tx = blr.ivon(0.0, 1e4, hess_init=0.5, b2=0.99999, weight_decay=0.0)
+    tx = blr.ivon(0.0, ess=1e4, hess_init=0.5, b2=0.99999, weight_decay=0.0)
 
     def step(state, _):
         params = jnp.zeros(4, jnp.bfloat16)
@@ -199,7 +202,7 @@ def test_bfloat16_curvature_uses_the_displacement_actually_made():
 
     @jax.jit
     def look(params):
-        state = blr.ivon(0.1, 1e4, hess_init=4.0, weight_decay=0.0).init(params)
+        state = blr.ivon(0.1, ess=1e4, hess_init=4.0, weight_decay=0.0).init(params)
         theta = blr.sample(state, params)
         est = blr.estimate(loss, state, params)
         return theta, jax.grad(loss)(theta), noise(state), est.statistic
@@ -215,13 +218,13 @@ def test_bfloat16_curvature_uses_the_displacement_actually_made():
 
 def test_resume_keeps_the_bias_correction():
     """The step count is in the state: a saved and restored run takes no long first step."""
-    params, state = walk(lambda: blr.ivon(0.1, 50.0), PARAMS, steps=3)
+    params, state = walk(lambda: blr.ivon(0.1, ess=50.0), PARAMS, steps=3)
     grads = jax.jit(lambda p, s: jax.grad(mean_loss)(blr.sample(s, p), *BATCH))(params, state)
     leaves, treedef = jax.tree.flatten(state)
     restored = treedef.unflatten([jnp.copy(leaf) for leaf in leaves])
     # A transformation of its own for each, as after a restart.
     first, again = (
-        jax.jit(blr.ivon(0.1, 50.0).update)(grads, s, params)[0] for s in (state, restored)
+        jax.jit(blr.ivon(0.1, ess=50.0).update)(grads, s, params)[0] for s in (state, restored)
     )
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
@@ -237,7 +240,7 @@ def test_a_posterior_is_the_prior_of_the_next_task():
     def learn(index, prior):
         n = float(len(index))
         options = {"weight_decay": 0.1 / n} if prior is None else {"prior": prior}
-        tx = blr.ivon(0.3, n, b2=0.9, b1=0.0, **options)
+        tx = blr.ivon(0.3, ess=n, b2=0.9, b1=0.0, **options)
         params = jnp.zeros(4)
 
         def body(carry, _):
@@ -269,7 +272,7 @@ def test_a_tight_prior_does_not_blow_up_the_rescaled_rate():
     @built_inside
     def tx():
         prior = blr.Distribution(family, family.natural(mean=jnp.asarray(target), precision=2e4))
-        return blr.ivon(0.3, 200.0, b2=0.99, prior=prior)
+        return blr.ivon(0.3, ess=200.0, b2=0.99, prior=prior)
 
     def start():
         params = jnp.asarray(target) + 0.05
@@ -299,7 +302,7 @@ def test_a_prior_of_one_number_holds_for_every_parameter():
     @jax.jit
     def look(params):
         states = [
-            blr.ivon(0.1, 100.0, prior=blr.Distribution(family, family.natural(**given))).init(
+            blr.ivon(0.1, ess=100.0, prior=blr.Distribution(family, family.natural(**given))).init(
                 params
             )
             for given in ({"mean": 0.5, "precision": 30.0}, everywhere)

@@ -56,7 +56,7 @@ def test_a_step_is_the_rule_with_the_prior_of_that_step(x64):
         grads = jax.tree.map(jnp.cos, mean)
         curvature = jax.tree.map(lambda m: 3.0 + jnp.sin(m), mean)
         tx = blr.scale_by_precision(
-            ess, b2=1 - rho, hess_init=p, weight_decay=EmpiricalPrior(), prior_in_mean=True
+            ess=ess, b2=1 - rho, hess_init=p, weight_decay=EmpiricalPrior(), prior_in_mean=True
         )
         out, state = tx.update(grads, tx.init(mean), mean, statistic=curvature)
         q = gaussian(mean, jax.tree.map(lambda x: ess * x, p))
@@ -85,7 +85,7 @@ def test_the_mean_is_free_of_the_prior_unless_asked(x64):
     def lengths(mean):
         zero, length = jax.tree.map(jnp.zeros_like, mean), {}
         for pulled in (False, True):
-            tx = blr.ivon_lora(0.1, 100, hess_init=0.5, prior_in_mean=pulled)
+            tx = blr.ivon_lora(0.1, examples=100, hess_init=0.5, prior_in_mean=pulled)
             updates, _ = tx.update(zero, tx.init(mean), mean, statistic=zero)
             length[pulled] = optax.tree.norm(updates)
         return length
@@ -99,7 +99,9 @@ def test_ess_is_gamma_times_the_root_of_the_examples():
 
     @jax.jit
     def variances(params):
-        states = [blr.ivon_lora(0.1, 25.0, gamma=g, hess_init=0.1).init(params) for g in gammas]
+        states = [
+            blr.ivon_lora(0.1, examples=25.0, gamma=g, hess_init=0.1).init(params) for g in gammas
+        ]
         return [blr.posterior(state, params).variance for state in states]
 
     for variance in variances(np.zeros((2, 2), np.float32)):
@@ -111,7 +113,7 @@ def test_a_matrix_at_zero_keeps_its_precision(x64):
 
     With the prior taken in at once, p = h + d, it would be d <- h + d, more by h at every step.
     """
-    tx = blr.ivon_lora(0.1, 100, hess_init=0.5, b2=0.9)
+    tx = blr.ivon_lora(0.1, examples=100, hess_init=0.5, b2=0.9)
 
     def step(carry, _):
         state, at_once = carry
@@ -128,7 +130,7 @@ def test_a_matrix_at_zero_keeps_its_precision(x64):
 
 def test_a_plain_step_is_refused():
     with pytest.raises(ValueError, match="improved step"):
-        blr.scale_by_precision(10.0, weight_decay=EmpiricalPrior(), step="plain")
+        blr.scale_by_precision(ess=10.0, weight_decay=EmpiricalPrior(), step="plain")
     for bad in ({"examples": 0}, {"gamma": -1.0}, {"hess_init": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             blr.ivon_lora(0.1, **{"examples": 10, **bad})
@@ -159,7 +161,7 @@ def adapted():
 
     tx = optax.partition(
         {
-            "adapter": blr.ivon_lora(0.1, len(x), gamma=5e2, hess_init=0.05, b2=0.999),
+            "adapter": blr.ivon_lora(0.1, examples=len(x), gamma=5e2, hess_init=0.05, b2=0.999),
             "frozen": optax.set_to_zero(),
         },
         {"dense": "frozen", "lora": "adapter"},

@@ -63,7 +63,7 @@ def test_golden_affine(x64):
     ess = 1.0 / hyper["temperature"]
     tx = blr.lie_affine(
         hyper["alpha1"],
-        ess,
+        ess=ess,
         scale_rate=2.0 * hyper["alpha2"] / ess,
         noise_scale=1.0,
         b1=hyper["beta1"],
@@ -96,7 +96,7 @@ def test_golden_multiplicative(x64):
     hyper, begin = case["hyper"], case["init"]
     tx = blr.lie_multiplicative(
         hyper["learningrate"],
-        1.0 / hyper["temperature"],
+        ess=1.0 / hyper["temperature"],
         momentum=hyper["momentum"],
         init_offset=hyper["init_offset"],
         weight_decay=0.0,
@@ -179,7 +179,7 @@ def test_affine_statistic_is_the_variance_times_the_mean_hessian(x64):
 
     @jax.jit
     def look(params, spread, nodes):
-        state = blr.lie_affine(0.1, 10.0, noise_scale=0.5).init(params)._replace(spread=spread)
+        state = blr.lie_affine(0.1, ess=10.0, noise_scale=0.5).init(params)._replace(spread=spread)
 
         def at_node(z):
             theta = state.reader.weights(state, params, jnp.full(2, z))
@@ -202,7 +202,7 @@ def test_multiplicative_statistic_is_the_slope_in_log_gains(x64, name):
 
     @jax.jit
     def both(params, pairs):
-        state = blr.lie_multiplicative(0.1, 10.0, noise=name, init_offset=0.3).init(params)
+        state = blr.lie_multiplicative(0.1, ess=10.0, noise=name, init_offset=0.3).init(params)
 
         def mean_loss(log_gains):
             moved = state._replace(plus=jnp.exp(log_gains[0]), minus=jnp.exp(log_gains[1]))
@@ -224,7 +224,7 @@ def test_the_estimate_averages_the_products(x64):
     params = {"w": np.array([0.4, -0.2])}
     noise = {"w": np.random.default_rng(0).normal(size=(3, 2, 2))}
     loss = lambda w: curved(w["w"])  # noqa: E731
-    state = jax.jit(blr.lie_multiplicative(0.1, 10.0).init)(params)
+    state = jax.jit(blr.lie_multiplicative(0.1, ess=10.0).init)(params)
 
     @jax.jit
     def look(state, noise):
@@ -254,7 +254,13 @@ def test_affine_is_the_natural_step_to_first_order(x64):
         lam = normal.natural(mean=params, precision=jnp.full(2, s**-2))
         gradient = type(lam)(g - h * params, 0.5 * h)  # in mu = (E[w], E[w^2])
         tx = blr.lie_affine(
-            rho * ess * s**2, ess, scale_rate=rho, noise_scale=s, b1=0.0, b2=0.0, weight_decay=0.0
+            rho * ess * s**2,
+            ess=ess,
+            scale_rate=rho,
+            noise_scale=s,
+            b1=0.0,
+            b2=0.0,
+            weight_decay=0.0,
         )
         updates, state = tx.update(g, tx.init(params), params, statistic=s**2 * h)
         q = blr.posterior(state, params + updates)
@@ -281,7 +287,7 @@ def test_multiplicative_rayleigh_is_the_natural_step_to_first_order(x64):
         lam = family.natural(scale=gain * np.sqrt(2.0), shape=2.0)
         mu = family.expectation(lam)[0]
         gradient = type(lam)(slope / (2.0 * mu), jnp.zeros(()))
-        tx = blr.lie_multiplicative(rho * ess / 4, ess, momentum=0.0, weight_decay=0.0)
+        tx = blr.lie_multiplicative(rho * ess / 4, ess=ess, momentum=0.0, weight_decay=0.0)
         params = jnp.array(0.0)
         state = tx.init(params)._replace(plus=gain)
         _, state = tx.update(params, state, params, statistic=jnp.array([slope, 0.0]))
@@ -352,7 +358,7 @@ def test_affine_rests_at_the_exact_variance_of_a_quadratic(x64, noise):
     h, d, ess, optimum = np.array([0.5, 4.0, 20.0]), 0.7, 50.0, np.array([1.0, -2.0, 0.3])
     loss = lambda w: 0.5 * jnp.sum(h * (w - optimum) ** 2)  # noqa: E731
     tx = blr.lie_affine(
-        0.02, ess, scale_rate=0.2, noise_scale=0.1, noise=noise, b1=0.5, b2=0.0, weight_decay=d
+        0.02, ess=ess, scale_rate=0.2, noise_scale=0.1, noise=noise, b1=0.5, b2=0.0, weight_decay=d
     )
     # One mirrored pair whose draws have the law's variance is exact for a quadratic.
     one = brentq_normal(LAWS[noise])
@@ -382,7 +388,7 @@ def brentq_normal(law):
 def test_multiplicative_rests_where_slopes_equal_the_temperature(x64):
     """With the prior alone, E[+-g n d theta] = 1 / ess in both gains, checked by sampling."""
     ess, d = 40.0, 0.5
-    tx = blr.lie_multiplicative(0.5, ess, momentum=0.5, weight_decay=d)
+    tx = blr.lie_multiplicative(0.5, ess=ess, momentum=0.5, weight_decay=d)
 
     def start():
         params = jnp.array([0.5, -0.1])
@@ -409,7 +415,7 @@ def test_multiplicative_rests_where_slopes_equal_the_temperature(x64):
 @functools.cache
 def one_step_of_both():
     """Updates, group elements and whether both posteriors are proper, after one step of each."""
-    affine, multiplicative = blr.lie_affine(1.0, 50.0), blr.lie_multiplicative(1.0, 50.0)
+    affine, multiplicative = blr.lie_affine(1.0, ess=50.0), blr.lie_multiplicative(1.0, ess=50.0)
 
     @jax.jit
     def step(params, state, gains, c):
@@ -437,7 +443,7 @@ def test_group_elements_stay_positive_for_any_statistic(size):
 
 
 def test_signs_of_multiplicative_weights_change():
-    tx = blr.lie_multiplicative(0.05, 1000.0, init_offset=0.1)
+    tx = blr.lie_multiplicative(0.05, ess=1000.0, init_offset=0.1)
     loss = lambda w: jnp.sum((w + jnp.array([1.0, -1.0])) ** 2)  # noqa: E731
 
     def start():
@@ -458,8 +464,8 @@ def test_signs_of_multiplicative_weights_change():
 
 MAKERS = {
     "additive": lambda **k: blr.lie_additive(0.1, **k),
-    "affine": lambda **k: blr.lie_affine(0.1, 50.0, **k),
-    "multiplicative": lambda **k: blr.lie_multiplicative(0.1, 50.0, **k),
+    "affine": lambda **k: blr.lie_affine(0.1, ess=50.0, **k),
+    "multiplicative": lambda **k: blr.lie_multiplicative(0.1, ess=50.0, **k),
 }
 
 
@@ -501,7 +507,10 @@ def test_additive_skips_what_is_not_finite_and_counts_it():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_multiplicative_parameters_are_the_rounded_mean(dtype):
     """Steps too small for half precision add up in the gains, and the parameters follow."""
-    tx, c = blr.lie_multiplicative(1e-4, 1e6, momentum=0.0), np.array([[1.0], [-1.0]], np.float32)
+    tx, c = (
+        blr.lie_multiplicative(1e-4, ess=1e6, momentum=0.0),
+        np.array([[1.0], [-1.0]], np.float32),
+    )
 
     def start():
         params = jnp.ones(1, dtype)
@@ -578,7 +587,7 @@ def test_laplace_posteriors_have_densities(x64):
     @jax.jit
     def look(params, theta):
         q = blr.posterior(tx.init(params), params)
-        signed = blr.posterior(blr.lie_multiplicative(0.1, 10.0).init(params), params)
+        signed = blr.posterior(blr.lie_multiplicative(0.1, ess=10.0).init(params), params)
         return q, signed, q.log_prob(theta), q.entropy()
 
     q, signed, log_prob, entropy = look(params, theta)

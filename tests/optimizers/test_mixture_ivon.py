@@ -127,7 +127,7 @@ def test_a_step_is_the_rules_with_the_control_variates(x64):
     @jax.jit
     def both(m, s):
         tx = blr.mixture_ivon(
-            rho, ess, b1=0.0, b2=1 - rho, weight_decay=decay, hess_init=s / ess - decay,
+            rho, ess=ess, b1=0.0, b2=1 - rho, weight_decay=decay, hess_init=s / ess - decay,
             rescale_lr=False, weight_rate=weight_rate,
         )  # fmt: skip
         state = tx.init(m)
@@ -182,7 +182,7 @@ def test_components_share_out_a_flat_bottom(x64):
     start = np.array([[0.2], [-0.2]])
     apart = []
     for r in (1.0, 0.0):
-        tx = blr.mixture_ivon(0.02, 3.0, b2=0.98, repulsion=r, rescale_lr=False)
+        tx = blr.mixture_ivon(0.02, ess=3.0, b2=0.98, repulsion=r, rescale_lr=False)
         _, path = run(tx, box, start, 900, look=lambda params, state: params)
         apart.append(np.mean([np.abs(path[n - 1][0] - path[n - 1][1]) for n in (500, 700, 900)]))
     assert apart[0] > 1.5 > 3 * apart[1]
@@ -195,7 +195,9 @@ def test_mixing_weights_are_learnt(x64):
         target = MIXTURE.natural(weights=weights, mean=mean, precision=jnp.ones((2, 1)))
         return -MIXTURE.log_prob(target, w)
 
-    tx = blr.mixture_ivon(0.02, 1.0, b2=0.98, weight_decay=0.0, weight_rate=0.02, rescale_lr=False)
+    tx = blr.mixture_ivon(
+        0.02, ess=1.0, b2=0.98, weight_decay=0.0, weight_rate=0.02, rescale_lr=False
+    )
     look = lambda *args: moments(*args)[2]  # noqa: E731
     _, seen = run(tx, loss, mean, 1500, learn=True, look=look)
     found = jax.tree.map(lambda x: x[-1], seen)
@@ -233,7 +235,7 @@ def test_a_prior_is_that_of_one_network(x64):
     @jax.jit
     def look(params):
         prior = blr.Distribution(family, family.natural(mean=one, precision=4.0))
-        tx = blr.mixture_ivon(0.5, 2.0, prior=prior, hess_init=1.0, rescale_lr=False)
+        tx = blr.mixture_ivon(0.5, ess=2.0, prior=prior, hess_init=1.0, rescale_lr=False)
         state = tx.init(params)
         zero = jax.tree.map(jnp.zeros_like, params)
         updates, _ = tx.update(zero, state, params, statistic=zero)
@@ -247,15 +249,15 @@ def test_a_prior_is_that_of_one_network(x64):
 
 def test_what_is_wrong_is_said():
     with pytest.raises(ValueError, match="same leading axis"):
-        blr.mixture_ivon(0.1, 10.0).init(
+        blr.mixture_ivon(0.1, ess=10.0).init(
             {"a": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
         )
     with pytest.raises(ValueError, match="same leading axis"):
-        blr.mixture_ivon(0.1, 10.0).init(make_params())
+        blr.mixture_ivon(0.1, ess=10.0).init(make_params())
     params = np.ones((2, 3), np.float32)
-    tx = blr.mixture_ivon(0.1, 10.0, weight_rate=0.1)
+    tx = blr.mixture_ivon(0.1, ess=10.0, weight_rate=0.1)
     with pytest.raises(ValueError, match="losses"):
         tx.update(params, jax.jit(tx.init)(params), params)
     for name in ("weight_rate", "repulsion"):
         with pytest.raises(ValueError, match=name):
-            blr.mixture_ivon(0.1, 10.0, **{name: -1.0})
+            blr.mixture_ivon(0.1, ess=10.0, **{name: -1.0})

@@ -33,7 +33,7 @@ def transformation(case):
     rate = lambda count: hyper["learningrate"] * factors[count]  # noqa: E731
     if case["algorithm"] == "sgd":
         return optax.chain(
-            optax.add_decayed_weights(hyper["wdecay"]), blr.sgd(rate, hyper["momentum"])
+            optax.add_decayed_weights(hyper["wdecay"]), blr.sgd(rate, momentum=hyper["momentum"])
         )
     if case["algorithm"] == "sam":
         return blr.sam(
@@ -42,7 +42,7 @@ def transformation(case):
     size = hyper["Ndata"]
     return blr.bsam(
         rate,
-        size,
+        ess=size,
         rho=hyper["rho"],
         prior_precision=size * hyper["wdecay"],
         init_precision=size * hyper["s_init"],
@@ -93,7 +93,14 @@ def test_bsam_without_adversary_is_the_rule(x64):
     rho, prior = 0.1, 2.0
     slopes = np.random.default_rng(3).normal(size=(20, 3))
     tx = blr.bsam(
-        rho, 1.0, rho=0.0, prior_precision=prior, init_precision=7.0, b1=0.0, b2=1 - rho, damping=0
+        rho,
+        ess=1.0,
+        rho=0.0,
+        prior_precision=prior,
+        init_precision=7.0,
+        b1=0.0,
+        b2=1 - rho,
+        damping=0,
     )
 
     def posterior(precision):
@@ -141,13 +148,13 @@ def test_sam_without_radius_is_sgd_and_bsam_with_one_the_worst_point(x64):
     @jax.jit
     def steps(params):
         grad = jax.grad(loss)(params)
-        sgd, sam = blr.sgd(0.1, 0.9), blr.sam(0.1, rho=0.0, momentum=0.9)
+        sgd, sam = blr.sgd(0.1, momentum=0.9), blr.sam(0.1, rho=0.0, momentum=0.9)
         est = blr.estimate(loss, sam.init(params), params)
         by_sam, _ = sam.update(est.grad, sam.init(params), params, statistic=est.statistic)
         by_sgd, _ = sgd.update(grad, sgd.init(params), params)
         # To first order no point of the ellipsoid |p^(1/2) x| <= r |p^(-1/2) g| is worse than
         # r g / p.
-        tx = blr.bsam(0.1, 10.0, rho=1e-3, init_precision=jnp.array([3.0, 30.0]), damping=0.0)
+        tx = blr.bsam(0.1, ess=10.0, rho=1e-3, init_precision=jnp.array([3.0, 30.0]), damping=0.0)
         state = tx.init(params)
         p = 1 / (10 * blr.posterior(state, params).variance)
         worst = state[0].reader.adversary(state[0], params, grad) - params
@@ -168,7 +175,11 @@ def test_split_samples_see_their_own_examples(x64):
     loss = lambda w, x, c: c * jnp.mean(jnp.tanh(x @ w) ** 2)  # noqa: E731
     rng, params = np.random.default_rng(0), np.array([0.3, -0.7, 0.1])
     x, noise = rng.normal(size=(12, 3)), rng.normal(size=(3, 3))
-    makers = (lambda: blr.ivon(0.1, 20.0), lambda: blr.bsam(0.1, 20.0), lambda: blr.sam(0.1))
+    makers = (
+        lambda: blr.ivon(0.1, ess=20.0),
+        lambda: blr.bsam(0.1, ess=20.0),
+        lambda: blr.sam(0.1),
+    )
 
     @jax.jit
     def estimates(params, x, noise):
@@ -200,13 +211,13 @@ def test_split_samples_see_their_own_examples(x64):
 
 def test_one_gradient_is_refused():
     params = np.ones(2, np.float32)
-    for tx in (blr.sam(0.1), blr.bsam(0.1, 10.0)):
+    for tx in (blr.sam(0.1), blr.bsam(0.1, ess=10.0)):
         with pytest.raises(ValueError, match="a step takes two gradients"):
             tx.update(params, jax.jit(tx.init)(params), params)
     with pytest.raises(ValueError, match="rho=-1 must be a plain finite number, at least zero"):
         blr.sam(0.1, rho=-1)
     with pytest.raises(ValueError, match="bsam: give init= or init_precision="):
-        blr.bsam(0.1, 10.0, init=posterior_of_ivon(params), init_precision=2.0)
+        blr.bsam(0.1, ess=10.0, init=posterior_of_ivon(params), init_precision=2.0)
     with pytest.raises(ValueError, match="absolute_gradient"):
         blr.blr_update(
             "normal",
@@ -219,7 +230,7 @@ def test_one_gradient_is_refused():
 
 @jax.jit
 def posterior_of_ivon(params):
-    return blr.posterior(blr.ivon(0.1, 10.0).init(params), params)
+    return blr.posterior(blr.ivon(0.1, ess=10.0).init(params), params)
 
 
 @jax.jit
@@ -240,7 +251,7 @@ def test_a_first_precision_beside_a_prior_is_refused():
     q = posterior_of_ivon(np.ones(2, np.float32))
     for make in (blr.bsam, blr.vogn):
         with pytest.raises(ValueError, match="beside prior= give the first posterior"):
-            make(0.1, 10.0, prior=q, init_precision=50.0)
+            make(0.1, ess=10.0, prior=q, init_precision=50.0)
 
 
 def test_auxiliary_output_and_other_groups_beside_sam():
@@ -251,7 +262,8 @@ def test_auxiliary_output_and_other_groups_beside_sam():
     @jax.jit
     def step(params):
         tx = optax.partition(
-            {"sam": blr.sam(0.1, rho=0.5), "ivon": blr.ivon(0.1, 1e6)}, {"a": "sam", "b": "ivon"}
+            {"sam": blr.sam(0.1, rho=0.5), "ivon": blr.ivon(0.1, ess=1e6)},
+            {"a": "sam", "b": "ivon"},
         )
         state = tx.init(params)
         est = blr.estimate(loss, state, params, has_aux=True)

@@ -60,7 +60,7 @@ def test_vogn_is_the_rule_with_squares_of_examples(x64, generator):
     looks = blr.estimators.monte_carlo(
         1, curvature=blr.estimators.per_example_squares(), generator=generator
     )
-    tx = blr.vogn(1 - B2, ESS, **keywords(), key=5, generator=generator)
+    tx = blr.vogn(1 - B2, ess=ESS, **keywords(), key=5, generator=generator)
     ways = by_estimate(tx, loss), rule_of(loss, params, looks)
     assert_same_paths(*ways, params, minibatches(batch), 1e-9, fused=generator == "hash")
 
@@ -68,7 +68,7 @@ def test_vogn_is_the_rule_with_squares_of_examples(x64, generator):
 def test_ogn_is_the_rule_with_the_delta_method(x64):
     loss, params, batch = problem(12)
     looks = blr.estimators.delta(blr.estimators.per_example_squares())
-    tx = blr.ogn(1 - B2, ESS, **keywords())
+    tx = blr.ogn(1 - B2, ess=ESS, **keywords())
     ways = by_estimate(tx, loss), rule_of(loss, params, looks)
     assert_same_paths(*ways, params, minibatches(batch), 1e-9)
 
@@ -101,7 +101,7 @@ def test_fixed_point_is_the_curvature_and_the_prior(x64):
 
     for temperature in (1.0, 0.1):
         ess = len(batch[0]) / temperature
-        tx = blr.ogn(0.1, ess, prior_precision=PRIOR, b2=0.9)
+        tx = blr.ogn(0.1, ess=ess, prior_precision=PRIOR, b2=0.9)
 
         def step(carry, _, tx=tx):
             params, state = carry = by_estimate(tx, loss)[1](*carry, batch)
@@ -120,7 +120,7 @@ def test_prior_stays_outside_the_average_under_a_schedule(x64):
     """s averages the squares alone: p = s + prior_precision / ess at the ess of the moment."""
     loss, params, batch = problem(15)
     ess = lambda count: 20.0 + 5.0 * count  # noqa: E731
-    tx = blr.ogn(0.05, ess, prior_precision=PRIOR, init_precision=INIT, b2=B2, damping=0.01)
+    tx = blr.ogn(0.05, ess=ess, prior_precision=PRIOR, init_precision=INIT, b2=B2, damping=0.01)
 
     def start():
         return jnp.asarray(params), tx.init(jnp.asarray(params))
@@ -141,21 +141,24 @@ def test_prior_stays_outside_the_average_under_a_schedule(x64):
 
 
 def test_ogn_looks_at_its_mean():
-    params, tx = np.ones(3, np.float32), blr.ogn(0.1, 10.0)
+    params, tx = np.ones(3, np.float32), blr.ogn(0.1, ess=10.0)
     np.testing.assert_array_equal(jax.jit(lambda p: blr.sample(tx.init(p), p))(params), params)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: blr.vogn(0.1, -1.0), "ess=-1.0"),
-        (lambda: blr.vogn(0.1, 10.0, b1=1.0), "b1=1.0"),
-        (lambda: blr.vogn(0.1, 10.0, b2=-0.1), "b2=-0.1"),
-        (lambda: blr.vogn(0.1, 10.0, damping=-1.0), "damping=-1.0"),
-        (lambda: blr.vogn(0.1, 10.0, prior_precision=-1.0), "prior_precision=-1.0"),
-        (lambda: blr.vogn(0.1, 10.0, init_precision=0.5), "init_precision=0.5 must be at least"),
-        (lambda: blr.vogn(0.1, 10.0, init_precision=0.0), "init_precision=0.0"),
-        (lambda: blr.ogn(-0.1, 10.0), "learning_rate=-0.1"),
+        (lambda: blr.vogn(0.1, ess=-1.0), "ess=-1.0"),
+        (lambda: blr.vogn(0.1, ess=10.0, b1=1.0), "b1=1.0"),
+        (lambda: blr.vogn(0.1, ess=10.0, b2=-0.1), "b2=-0.1"),
+        (lambda: blr.vogn(0.1, ess=10.0, damping=-1.0), "damping=-1.0"),
+        (lambda: blr.vogn(0.1, ess=10.0, prior_precision=-1.0), "prior_precision=-1.0"),
+        (
+            lambda: blr.vogn(0.1, ess=10.0, init_precision=0.5),
+            "init_precision=0.5 must be at least",
+        ),
+        (lambda: blr.vogn(0.1, ess=10.0, init_precision=0.0), "init_precision=0.0"),
+        (lambda: blr.ogn(-0.1, ess=10.0), "learning_rate=-0.1"),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -164,7 +167,7 @@ def test_wrong_arguments(make, message):
 
 
 def test_auxiliary_output_is_refused():
-    params, tx = np.ones(2, np.float32), blr.vogn(0.1, 10.0)
+    params, tx = np.ones(2, np.float32), blr.vogn(0.1, ess=10.0)
     loss = lambda w, x: (jnp.mean(x @ w), 1.0)  # noqa: E731
     with pytest.raises(ValueError, match="has_aux"):
         state = jax.jit(tx.init)(params)
@@ -175,8 +178,12 @@ def test_partition_takes_squares_of_examples_where_they_are_asked_for(x64):
     """VOGN on one leaf, IVON on the other: each gets its own curvature."""
     loss = lambda w, x, y: jnp.mean((jnp.tanh(x @ w["a"]) * w["b"] - y) ** 2)  # noqa: E731
     x, y = np.random.default_rng(0).normal(size=(8, 3)), np.linspace(-1, 1, 8)
-    tx = optax.partition({"v": blr.vogn(0.1, 8.0), "i": blr.ivon(0.1, 8.0)}, {"a": "v", "b": "i"})
-    alone = optax.partition({"v": optax.sgd(0.1), "i": blr.ivon(0.1, 8.0)}, {"a": "v", "b": "i"})
+    tx = optax.partition(
+        {"v": blr.vogn(0.1, ess=8.0), "i": blr.ivon(0.1, ess=8.0)}, {"a": "v", "b": "i"}
+    )
+    alone = optax.partition(
+        {"v": optax.sgd(0.1), "i": blr.ivon(0.1, ess=8.0)}, {"a": "v", "b": "i"}
+    )
 
     @jax.jit
     def look(params):
@@ -185,7 +192,7 @@ def test_partition_takes_squares_of_examples_where_they_are_asked_for(x64):
         squares = blr.per_example(loss, weights, x, y).sum_squares
         fixed = {"a": weights["a"], "b": params["b"]}
         other = blr.estimate(loss, alone.init(fixed), fixed, x, y)
-        return est.statistic, squares["a"] / 8, other.curvature["b"]
+        return est.statistic, squares["a"] / 8, other.statistic["b"]
 
     found, squares, other = look({"a": np.ones(3), "b": np.ones(())})
     np.testing.assert_allclose(found["a"], squares, rtol=1e-12)

@@ -250,7 +250,7 @@ def test_the_matrix_of_squares_refuses_what_the_diagonal_refuses():
 def test_a_tree_of_first_precisions():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
     for prior in (1.0, {"a": 1.0, "b": 2.0}):
-        tx = blr.vogn(0.1, 10.0, prior_precision=prior, init_precision={"a": 4.0, "b": 5.0})
+        tx = blr.vogn(0.1, ess=10.0, prior_precision=prior, init_precision={"a": 4.0, "b": 5.0})
         first = jax.jit(lambda p, tx=tx: blr.posterior(tx.init(p), p).variance)
         variance = first(params)
         np.testing.assert_allclose(variance["a"], 1 / 4, rtol=1e-6)
@@ -271,7 +271,7 @@ def test_bad_arguments_say_which():
             likelihood="categorical",
         ),
         "not both": lambda: blr.vogn(
-            0.1, 10.0, init_precision=5.0,
+            0.1, ess=10.0, init_precision=5.0,
             init=blr.Distribution(MEAN_FIELD, MEAN_FIELD.natural(mean=0.0, precision=5.0)),
         ),
     }.items():  # fmt: skip
@@ -284,7 +284,7 @@ MEAN_FIELD = blr.families.get("gaussian_diagonal")
 
 
 def test_negative_squares_are_skipped_and_counted():
-    params, one, tx = np.zeros(2, np.float32), np.ones(2, np.float32), blr.vogn(0.1, 10.0)
+    params, one, tx = np.zeros(2, np.float32), np.ones(2, np.float32), blr.vogn(0.1, ess=10.0)
     step = jax.jit(lambda p: tx.update(one, tx.init(p), p, statistic=-one))
     updates, state = step(params)
     assert int(state[0].skipped) == 1 and not np.any(updates)

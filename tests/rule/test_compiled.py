@@ -60,7 +60,7 @@ def draws(program, generator):
 
 @pytest.mark.parametrize("generator", ["hash", "jax"])
 def test_every_normal_is_drawn_once_per_step(generator):
-    tx = blr.soba(0.1, 50.0, generator=generator)
+    tx = blr.soba(0.1, ess=50.0, generator=generator)
     alone = jax.jit(blr.sample).lower(*(lambda p: (tx.init(p), p))({"w": jnp.ones(SHAPE)}))
     once = draws(alone.compile(), generator)
     assert once >= 1
@@ -75,7 +75,7 @@ def test_state_is_as_large_as_adams():
         return sum(leaf.size * 4 for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
 
     adam = size(optax.adamw(1e-3).init(params))
-    assert size(blr.ivon(0.1, 50.0).init(params)) <= adam + 64
+    assert size(blr.ivon(0.1, ess=50.0).init(params)) <= adam + 64
 
 
 @pytest.mark.skipif(
@@ -94,6 +94,6 @@ def test_peak_memory_is_one_parameter_sized_temporary_above_adams():
     weights = 4 * SHAPE[0] * SHAPE[1]
     adam = optax.adamw(1e-3)
     base = peak(compiled(plain_step(adam), adam))
-    tx = blr.ivon(0.1, 50.0)
+    tx = blr.ivon(0.1, ess=50.0)
     assert peak(compiled(ivon_step(tx), tx)) <= base + 1.05 * weights
     assert peak(compiled(estimate_step(tx), tx)) <= base + 2.05 * weights

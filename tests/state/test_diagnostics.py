@@ -87,7 +87,7 @@ def sustained(rho, ess):
     size, steps = 100_000, int(6 / rho)
     scale = 0.3
     floor = 0.5 * rho * ess * scale**2
-    tx = blr.soba(0.0, ess, b2=1 - rho, hess_init=floor / 3, weight_decay=0.0)
+    tx = blr.soba(0.0, ess=ess, b2=1 - rho, hess_init=floor / 3, weight_decay=0.0)
 
     def step(state, key):
         params = jnp.zeros(size)
@@ -186,14 +186,14 @@ def test_clipped_coordinates_are_counted(dtype, tolerance):
     """
     radius, lr, h = 0.05, 0.3, 0.5
     parts = [
-        blr.scale_by_precision(50.0, hess_init=h, momentum=optax.ema(0.9, debias=True)),
+        blr.scale_by_precision(ess=50.0, hess_init=h, momentum=optax.ema(0.9, debias=True)),
         optax.snapshot("clipped", lambda x: jnp.mean(jnp.abs(x) > radius)),
         optax.clip(radius),
         optax.scale(h),
         optax.scale_by_learning_rate(lr),
     ]
     chain = optax.chain(*parts)
-    ivon = blr.ivon(lr, 50.0, hess_init=h, weight_decay=0.0, clip_radius=radius)
+    ivon = blr.ivon(lr, ess=50.0, hess_init=h, weight_decay=0.0, clip_radius=radius)
     grads = (0.05 * np.random.default_rng(0).normal(size=1000)).astype(dtype)
 
     @jax.jit
@@ -216,7 +216,7 @@ def test_clipped_coordinates_are_counted(dtype, tolerance):
 
 def test_signal_to_noise_of_the_curvature(x64):
     """Draws around a known mean; around none the estimate is near zero, not near 1 / sqrt(S)."""
-    tx, params = blr.ivon(0.1, 10.0, hess_init=2.0, weight_decay=0.0), np.zeros(5000)
+    tx, params = blr.ivon(0.1, ess=10.0, hess_init=2.0, weight_decay=0.0), np.zeros(5000)
     noise = np.random.default_rng(0).normal(size=(2, 5000))
 
     @jax.jit
@@ -239,7 +239,7 @@ def test_signal_to_noise_of_the_curvature(x64):
 def test_signal_to_noise_of_antithetic_pairs_is_the_better_one():
     """Separate draws of one batch, by `reseed`: the mirrored noise is the smaller one."""
     loss = lambda m: jnp.sum(3.0 * m + 0.5 * jnp.cos(m) + m**2)  # noqa: E731
-    tx = blr.ivon(0.1, 1e4)
+    tx = blr.ivon(0.1, ess=1e4)
 
     @jax.jit
     def ratios(w, key):
@@ -260,7 +260,9 @@ def test_signal_to_noise_of_antithetic_pairs_is_the_better_one():
 
 def test_skipped_and_retracted_steps_are_told():
     zero = np.zeros(2, np.float32)
-    found = diagnosed(blr.ivon(0.1, 10.0), zero, np.array([np.nan, 0.0], np.float32), b2=0.99999)
+    found = diagnosed(
+        blr.ivon(0.1, ess=10.0), zero, np.array([np.nan, 0.0], np.float32), b2=0.99999
+    )
     assert int(found.skipped) == 1 and float(found.correction_of_move) == 0.0
     rule = blr.blr_update(
         "gaussian_diagonal", lambda w: -jnp.sum(w**2), 1.0, estimator=blr.estimators.delta()
@@ -278,14 +280,14 @@ def test_skipped_and_retracted_steps_are_told():
 
 
 def test_an_improper_posterior_is_shown_not_refused():
-    tx, zero = blr.scale_by_precision(1.0, b2=0.0, step="plain"), np.zeros(2, np.float32)
+    tx, zero = blr.scale_by_precision(ess=1.0, b2=0.0, step="plain"), np.zeros(2, np.float32)
     found = diagnosed(tx, zero, zero, np.array([1.0, -4.0], np.float32))
     assert float(found.smallest_precision) < 0.0
 
 
 def test_states_of_two_makes_are_refused():
     params = np.zeros(2, np.float32)
-    makers = (blr.ivon(0.1, 10.0), blr.vadam(0.1, 10.0), optax.adam(0.1))
+    makers = (blr.ivon(0.1, ess=10.0), blr.vadam(0.1, ess=10.0), optax.adam(0.1))
     a, b, plain = jax.jit(lambda p: [tx.init(p) for tx in makers])(params)
     with pytest.raises(ValueError, match="different posteriors"):
         blr.diagnostics(a, b, params)

@@ -1,0 +1,73 @@
+"""The strength of a zero-mean Gaussian prior, in either unit: total, or per example.
+
+prior_precision   S_0, total: the prior is N(0, 1 / S_0)
+weight_decay      delta = S_0 / ess, per example
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from blr_optax._distribution import Distribution, distribution
+from blr_optax._validate import at, check_positive
+
+PRIOR_PRECISION = 1.0
+WEIGHT_DECAY = 1e-4
+
+
+def decay_of(prior_precision: Any, ess: Any) -> Any:
+    """Return delta = prior_precision / ess, a schedule where ess is one."""
+
+    def decay(count: Any) -> Any:
+        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
+
+    return decay if callable(ess) else decay(0)
+
+
+def total_precision(prior_precision: Any, prior: Any, ess: Any) -> Any:
+    """Return S_0: 1 unless given, 0 beside another prior."""
+    if prior_precision is None:
+        prior_precision = PRIOR_PRECISION if prior is None else 0.0
+    check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("ess", ess, scalar=True)
+    return prior_precision
+
+
+def per_example(
+    weight_decay: Any, prior_precision: Any, prior: Any, ess: Any, default: float = WEIGHT_DECAY
+) -> Any:
+    """Return delta, from whichever is given: `default` if neither is, 0 beside another prior.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if prior_precision is None:
+        if weight_decay is not None:
+            return weight_decay
+        return default if prior is None else 0.0
+    if weight_decay is not None:
+        raise ValueError(
+            f"weight_decay={weight_decay} and prior_precision={prior_precision} are one prior in "
+            "two units, per example and total; give one of them."
+        )
+    check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("ess", ess, scalar=True)
+    return decay_of(prior_precision, ess)
+
+
+def as_prior(prior: Distribution | None, prior_precision: Any) -> Distribution | None:
+    """Return the prior, from a distribution or from one number: the precision of every parameter.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if prior_precision is None:
+        return prior
+    if prior is not None:
+        raise ValueError(
+            f"prior= and prior_precision={prior_precision} are both a prior; give one of them."
+        )
+    check_positive("prior_precision", prior_precision)
+    return distribution("normal", mean=0.0, precision=prior_precision)
