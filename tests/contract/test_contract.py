@@ -30,15 +30,13 @@ from registry import (
     train,
     with_core,
 )
-from tools import ROOT, assert_same
+from tools import FUSED, ROOT, assert_same
 
 import blr_optax as blr
 from blr_optax.state._reader import posterior_states
 from blr_optax.state._reading import noise_of
 
 TREE_TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-# As users' programs are compiled, where the suite's cheap settings would round differently.
-FUSED = {"xla_cpu_use_fusion_emitters": True}
 
 sample = jax.jit(blr.sample)
 

@@ -12,7 +12,7 @@ from family_rows import spd
 from family_rows.gaussian import FIXED, GAUSSIAN, INDEFINITE, MEAN, NORMAL, SHARED
 from family_tools import direction, formula, program
 from scipy.special import expit
-from tools import close, near
+from tools import USERS, close, near
 
 from blr_optax import families
 from blr_optax.families import Domain, ExponentialFamily, GaussianExpectation, GaussianNatural
@@ -102,10 +102,9 @@ def test_solve_in_float32_reports_where_mu_carries_no_concentration(x64):
     lam = TwoNatural(np.asarray(a - 1, np.float32), np.full(a.size, -2.0, np.float32))
     # What becomes of the last one hangs on rounding, and the cheap XLA of the tests rounds
     # differently: there the solver did not end in a minute. This is what users run.
-    users = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
     both = jax.jit(
         lambda lam: gamma.natural_from_expectation(gamma.expectation(lam), with_status=True),
-        compiler_options=users,
+        compiler_options=USERS,
     )
     back, converged = jax.tree.map(np.asarray, both(lam))
     assert converged.tolist() == [True, True, True, False]

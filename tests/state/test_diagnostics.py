@@ -6,12 +6,11 @@ import numpy as np
 import optax
 import pytest
 from registry import ROWS, evidence, make_batch, make_params
+from tools import USERS
 
 import blr_optax as blr
 
 ROW = {row.name: row for row in ROWS}
-# As users' programs are compiled: the suite's own flags are for programs that hardly compute.
-USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 
 
 def step_of(row, tx, params, state, batch):

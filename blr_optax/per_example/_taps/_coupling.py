@@ -67,7 +67,10 @@ def coupling(loss: Callable[..., Any], params: Any, batch: tuple) -> Kind:
     """How the loss depends on the examples of a batch; `sum` with power -1 is a mean."""
 
     def at(size: int) -> tuple[Any, Sequence[Any]]:
-        many = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+        def sized(x: Any) -> Any:  # in the dtype that jax computes in: numpy's may be wider
+            return jax.ShapeDtypeStruct((size, *x.shape[1:]), jax.typeof(x).dtype)
+
+        many = jax.tree.map(sized, batch)
         return _jaxpr.open_jaxpr(_jaxpr.trace(loss, params, *many)[0])
 
     (jaxpr, consts), (twin, twins) = map(at, PRIMES)

@@ -68,12 +68,14 @@ class Sums(NamedTuple):
 
 def one_example(batch: Any) -> Any:
     """The shapes of a batch of one example."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), jax.typeof(x).dtype), batch
+    )
 
 
 def shapes(tree: Any) -> Any:
     """The shapes and dtypes of a tree."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype), tree)
 
 
 def traced(loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
