@@ -324,3 +324,11 @@ def test_an_interrupted_epoch_is_made_again(tmp_path, monkeypatch, small):
     assert len(calls) == 3  # epochs 0, 1 (interrupted) and 1 again
     mine = [run for run in small[1]["runs"] if (run["optimizer"], run["seed"]) == ("ivon", 1)]
     assert results["runs"] == mine
+
+
+def test_a_posterior_that_is_not_learnt_is_warned_of():
+    from blr_optax._demo.run import warn_of_scores
+
+    warn_of_scores(np.array([4.0, 5.0]))
+    with pytest.warns(UserWarning, match=r"score 0\.4.*blr\.make_step"):
+        warn_of_scores(np.array([1.5, -0.9]))

@@ -33,6 +33,7 @@ import importlib
 import json
 import os
 import shutil
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -58,6 +59,7 @@ LABELS = {"sgd": "SGD", "adamw": "AdamW", "ivon": "IVON"}
 EPOCHS, BATCH, SAMPLES, SEEDS = 100, 32, 64, (0, 1, 2)
 MOMENTUM = 0.9  # of SGD and IVON, and AdamW's b1
 IVON_B2 = 0.9999
+SMALLEST_SCORE = 3.0  # of a run; about 15 when all is right
 SPLIT_SEED = 0
 SHIFT = 2
 
@@ -85,11 +87,16 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All of a run between two epochs; `losses` has a place for every epoch."""
+    """All of a run between two epochs; `losses` and `scores` have a place for every epoch.
+
+    Attributes:
+        scores: of IVON, whether its statistic correlates with its noise, see `blr.diagnostics`.
+    """
 
     params: Any
     opt_state: Any
     losses: Float[Array, " epochs"]
+    scores: Float[Array, " epochs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,13 +188,13 @@ def start(name: str, hyper: Mapping[str, Any], seed: Any, epochs: int, examples:
     params = network().init(stream(seed, INITIALISE), jnp.zeros((1, 64)))
     steps = epochs * (examples // BATCH)
     tx = optimizer(name, hyper, examples, steps, stream(seed, NOISE))
-    return Run(params, tx.init(params), jnp.zeros(epochs))
+    return Run(params, tx.init(params), jnp.zeros(epochs), jnp.zeros(epochs))
 
 
 def train_epoch(
     name: str, hyper: Mapping[str, Any], run: Run, seed: Any, epoch: Any, x: Array, y: Array
 ) -> Run:
-    """One epoch; going from AdamW to IVON changes one line of it."""
+    """One epoch; AdamW and IVON differ in nothing but their name."""
     batches, epochs = len(x) // BATCH, len(run.losses)
     tx = optimizer(name, hyper, len(x), epochs * batches)
     order = jax.random.permutation(stream(seed, SHUFFLE, epoch), len(x))
@@ -196,16 +203,39 @@ def train_epoch(
         logits = network().apply(params, x[rows])
         return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
-    def step(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Array]:
-        params, opt_state = carry
-        weights = blr.sample(opt_state, params) if name == "ivon" else params
-        value, grads = jax.value_and_grad(loss)(weights, rows)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
+    train_step = blr.make_step(tx, loss, jit=False)
+
+    def step(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
+        params, opt_state, info = train_step(*carry, rows)
+        return (params, opt_state), (info.value, _score(name, hyper, carry[1], opt_state, params))
 
     rows = order[: batches * BATCH].reshape(batches, BATCH)
-    carry, values = jax.lax.scan(step, (run.params, run.opt_state), rows)
-    return Run(*carry, run.losses.at[epoch].set(values.mean()))
+    carry, (values, scores) = jax.lax.scan(step, (run.params, run.opt_state), rows)
+    return Run(
+        *carry,
+        run.losses.at[epoch].set(values.mean()),
+        run.scores.at[epoch].set(scores.sum() / jnp.sqrt(batches)),
+    )
+
+
+def _score(name: str, hyper: Mapping[str, Any], before: Any, after: Any, params: Any) -> Array:
+    """Return IVON's `statistic_score` of a step, 0 for the others."""
+    if name != "ivon":
+        return jnp.zeros(())
+    (step,) = blr.diagnostics(before, after, params, b2=IVON_B2, weight_decay=hyper["weight_decay"])
+    return step.statistic_score
+
+
+def warn_of_scores(scores: Array) -> None:
+    """Warn when the statistic of a whole run of IVON did not correlate with its noise."""
+    score = float(jnp.sum(scores) / jnp.sqrt(len(scores)))
+    if score < SMALLEST_SCORE:
+        warnings.warn(
+            f"IVON's curvature does not correlate with its noise (score {score:.1f}, below "
+            f"{SMALLEST_SCORE}): the posterior is not learnt. Take the gradient at "
+            "blr.sample(opt_state, params), as blr.make_step does.",
+            stacklevel=2,
+        )
 
 
 def log_probabilities(run: Run, x: Array) -> Float[Array, "n 10"]:
@@ -258,6 +288,8 @@ def train(
             if done % CHECKPOINT_EVERY == 0 or done == settings.epochs:
                 manager.save(done, args=ocp.args.StandardSave(run))
             advance(1)
+    if name == "ivon":
+        warn_of_scores(run.scores)
     return run
 
 

@@ -52,6 +52,7 @@ from blr_optax.estimators._curvature import (
     AbsoluteGradient,
     Curvature,
     PerExampleSquares,
+    Reparameterized,
     Sample,
     SquaredGradient,
     from_gradient,
@@ -224,6 +225,19 @@ class PrecisionReader(Reader):
         if b2 is None:
             return of_move, None
         return of_move, second / ((1.0 - b2) * _tree.total(jnp.sum, before.precision))
+
+    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+        """c / p = 1 + u / rho - d0 / p, and 0 where it drowns in the rounding of u."""
+        if not isinstance(self.kind, Reparameterized):
+            return None
+
+        def relative(p: Array, u: Array, d: Any) -> Array:
+            found = 1.0 + u / (1.0 - b2) - d / p
+            return jnp.where(jnp.abs(found) * (1.0 - b2) > 8 * jnp.finfo(p.dtype).eps, found, 0.0)
+
+        d0 = prior_precision(weight_decay, before.prior, before.ess, before.precision, before.count)
+        u = jax.tree.map(_relative_step, before.precision, after.precision)
+        return jax.tree.map(relative, before.precision, u, d0)
 
     def adversary(self, state: ScaleByPrecisionState, params: Any, grads: Any) -> Any:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""

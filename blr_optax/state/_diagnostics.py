@@ -7,6 +7,7 @@
     correction_of_precision  sum p u^2/2  /  ( rho sum p )
     curvature_signal_to_noise^2
         sum ( (mean_s c)^2 - var_s c / S ) / p^2  /  sum var_s c / p^2
+    statistic_score          sum c/p  /  sqrt( sum (c/p)^2 )
 
 Nothing is computed, and nothing kept in the state, unless it is asked for.
 
@@ -47,6 +48,10 @@ class Diagnostics(NamedTuple):
         smallest_precision: one over the largest marginal variance.
         smallest_per_example: the same per example, divided by ess.
         curvature_signal_to_noise: of the curvature of one draw; needs `draws`.
+        statistic_score: sum c/p / sqrt( sum (c/p)^2 ) over all weights: of size 1 and either sign
+            when c knows nothing of the noise, as when the gradient was taken at the parameters in
+            place of the sample; larger than 0 on average when it does. Needs `b2`; add it up over T
+            steps and divide by sqrt(T), so that right and wrong part.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
     """
@@ -57,6 +62,7 @@ class Diagnostics(NamedTuple):
     smallest_precision: Array
     smallest_per_example: Array | None
     curvature_signal_to_noise: Array | None
+    statistic_score: Array | None
     retracted: Array | None
     skipped: Array | None
 
@@ -92,6 +98,16 @@ def _signal_to_noise(part: Any, scale: Any, draws: Any) -> Array | None:
     noise = _tree.total(lambda c: jnp.sum(jnp.var(c, axis=0, ddof=1)), relative)
     square = _tree.total(lambda c: jnp.sum(jnp.square(jnp.mean(c, axis=0))), relative)
     return jnp.sqrt(_tree.ratio(jnp.maximum(square - noise / count, 0.0), noise))
+
+
+def _score(old: Any, new: Any, b2: Any, weight_decay: Any) -> Array | None:
+    """Sum of the statistic in units of its size; coordinates without one count as nothing."""
+    relative = None if b2 is None else new.reader.relative_statistic(old, new, b2, weight_decay)
+    if relative is None:
+        return None
+    total = _tree.total(jnp.sum, relative)
+    size = jnp.sqrt(_tree.total(lambda c: jnp.sum(jnp.square(c)), relative))
+    return _tree.ratio(total, size)
 
 
 def diagnostics(
@@ -199,6 +215,7 @@ def _one(
         smallest_precision=smallest,
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),
         curvature_signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
+        statistic_score=_score(old, new, b2, weight_decay),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
     )

@@ -85,6 +85,10 @@ class Reader:
         """Shares of a second-order term in a step of the precision and in the precision itself."""
         return None, None
 
+    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+        """Return c / p of a step, from the states around it; None unless c depends on the noise."""
+        return None
+
     def posterior(self, state: Any, params: Any) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
@@ -126,6 +130,10 @@ class OuterReader(Reader):
     ) -> tuple[Array | None, Array | None]:
         old, new = self.core(before), self.core(after)
         return new.reader.corrections(old, new, b2, statistic, weight_decay)
+
+    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+        old, new = self.core(before), self.core(after)
+        return new.reader.relative_statistic(old, new, b2, weight_decay)
 
 
 def draws_noise(state: Any) -> bool:

@@ -321,3 +321,45 @@ def test_a_prior_counts_when_folds_are_told(x64):
         np.testing.assert_allclose(one.correction_of_precision, u**2 / 2, rtol=1e-9)
     with pytest.raises(ValueError, match="statistic= needs b2="):
         blr.diagnostics(before, after, params, statistic=curvature)
+
+
+def scored(right, b2, steps):
+    """The score of some steps on a network, with the gradient at the sample or at params."""
+    x = np.sin(np.arange(600.0)).reshape(200, 3).astype(np.float32)
+    y = np.cos(np.arange(200.0)).astype(np.float32)
+    tx = blr.ivon(0.1, ess=200.0, hess_init=0.5, b2=b2)
+    w = 0.5 * np.cos(np.arange(96.0)).reshape(3, 32).astype(np.float32)
+    params = {"w": w, "v": np.sin(np.arange(32.0)).astype(np.float32) / 8}
+
+    def loss(p):
+        return 0.5 * jnp.mean((jnp.tanh(x @ p["w"]) @ p["v"] - y) ** 2)
+
+    def step(carry, _):
+        params, before = carry
+        grads = jax.grad(loss)(blr.sample(before, params) if right else params)
+        updates, after = tx.update(grads, before, params)
+        (found,) = blr.diagnostics(before, after, params, b2=b2, weight_decay=1e-4)
+        return (optax.apply_updates(params, updates), after), found.statistic_score
+
+    scan = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, length=steps)[1])
+    return float(np.sum(np.asarray(scan(params))) / np.sqrt(steps))
+
+
+@pytest.mark.parametrize("b2", [0.99, 0.99999])
+def test_a_gradient_at_the_parameters_is_seen_by_its_statistic(b2):
+    """Its statistic knows nothing of the noise: the score stays of size one, and else it grows."""
+    assert scored(True, b2, 100) > 6.0
+    assert abs(scored(False, b2, 100)) < 3.0
+
+
+def test_the_score_is_that_of_the_statistic(x64):
+    """Recovered from the move of the precision, against the statistic that was given."""
+    c, p = np.array([3.0, -1.0, 0.5]), np.array([1.0, 2.0, 4.0])
+    for wrap in (lambda tx: tx, lambda tx: optax.chain(tx, optax.scale(0.5))):
+        tx = wrap(blr.soba(0.1, ess=10.0, b2=0.9, hess_init=p - 0.5, weight_decay=0.5))
+        found = diagnosed(tx, np.ones(3), np.ones(3), c, b2=0.9, weight_decay=0.5)
+        wanted = np.sum(c / p) / np.sqrt(np.sum((c / p) ** 2))
+        np.testing.assert_allclose(found.statistic_score, wanted, rtol=1e-10)
+    squares = blr.soba(0.1, ess=10.0, b2=0.9, curvature=blr.estimators.squared_gradient(1))
+    assert diagnosed(squares, np.ones(3), np.ones(3), b2=0.9).statistic_score is None
+    assert diagnosed(blr.adam(0.1), np.ones(3), np.ones(3), b2=0.9).statistic_score is None
