@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from blr_optax._random import canonical_key
 from blr_optax.estimators._curvature import Curvature
 from blr_optax.estimators._estimator import Estimator, check_points
 from blr_optax.estimators._expectation import monte_carlo
@@ -122,6 +123,7 @@ def natural_gradient(
 
     def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
         check_points(estimator, points)
+        key = None if key is None else canonical_key(key)
         results = []
         for part in parts:
             if isinstance(part, Term):
@@ -150,6 +152,7 @@ def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) 
 
     def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
         check_points(estimator, points)
+        key = None if key is None else canonical_key(key)
         return estimator.block_gradient(family, lambda x: loss(x, *batch), key, lam, points)
 
     return gradient

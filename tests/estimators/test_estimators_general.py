@@ -18,7 +18,7 @@ from family_tools import (
     stacked,
 )
 from scipy.special import expit
-from tools import close, load_golden, near
+from tools import assert_same, close, load_golden, near
 
 from blr_optax import estimators, families, natural_step
 from blr_optax.estimators import natural_gradient
@@ -361,3 +361,18 @@ def test_bad_combinations():
     many = families.get("bernoulli").natural(logit=jnp.zeros(21))
     with pytest.raises(ValueError, match="2097152 values are too many"):
         natural_gradient("bernoulli", jnp.sum, estimators.enumeration())(None, many)
+
+
+@pytest.mark.parametrize("family", ["gamma", "gaussian", "student_t"])
+def test_an_integer_is_a_seed(family):
+    family = families.get(family)
+    starts = {
+        "Gamma": {"concentration": 3.0, "rate": 2.0},
+        "Gaussian": {"mean": np.ones(2), "precision": np.eye(2)},
+        "StudentT": {"mean": np.ones(2), "scale": np.eye(2), "degrees": 5.0},
+    }
+    lam = family.natural(**starts[type(family).__name__])
+    gradient = jax.jit(natural_gradient(family, lambda x: jnp.sum(x**2)), static_argnums=0)
+    seeded = gradient(3, lam)
+    keyed = jax.jit(natural_gradient(family, lambda x: jnp.sum(x**2)))(jax.random.key(3), lam)
+    assert_same(seeded, keyed)
