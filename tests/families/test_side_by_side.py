@@ -190,6 +190,34 @@ def test_parts_of_one_kind_are_merged_however_the_groups_are_cut():
     assert kl >= 0.0
 
 
+def test_two_posteriors_with_bases_keep_both():
+    """Each turns in the basis of its own matrix, as it does alone."""
+    params = {"a": np.ones((2, 2), np.float32), "b": np.ones((3, 3), np.float32)}
+    grads = {"a": np.eye(2, dtype=np.float32) + 1.0, "b": np.diag([1.0, 2.0, 3.0]) + 1.0}
+    grads = jax.tree.map(lambda g: g.astype(np.float32), grads)
+
+    def after_a_step(tx, params, grads):
+        _, state = tx.update(grads, tx.init(params), params)
+        return blr.posterior(state, params)
+
+    @jax.jit
+    def look(params, grads):
+        x, y = (blr.evon(0.1, ess=4.0, b2=0.5, refresh_every=1, key=k) for k in (0, 1))
+        tx = optax.partition({"x": x, "y": y}, {"a": "x", "b": "y"})
+        q = after_a_step(tx, params, grads)
+        return q, q.variance, q.kl(q)
+
+    q, variance, kl = look(params, grads)
+    assert type(q.family).__name__ == "Rotated" and set(q.natural.bases) == {"['a']", "['b']"}
+    for name in "ab":
+        left, right = q.natural.bases[name.join(["['", "']"])]
+        precision = np.asarray(q.natural.precision[name])
+        wanted = np.square(left) @ (1 / precision) @ np.square(right).T
+        np.testing.assert_allclose(variance[name], wanted, rtol=1e-5)
+        assert not np.allclose(np.abs(left), np.eye(len(left)), atol=0.01)
+    assert abs(float(kl)) < 1e-4
+
+
 def test_a_joint_posterior_is_the_prior_of_the_next_task():
     params = {**PARAMS, "scale": np.float32(7.0)}
     _, first = started(mixed(scale=optax.sgd(0.1)), params)

@@ -43,20 +43,24 @@ def test_the_total_precision_is_the_decay_of_all_examples(name):
 
 def test_a_schedule_of_ess_keeps_the_total_precision():
     """The decay per example follows the schedule; the prior does not."""
-    tx = blr.ivon(0.1, ess=lambda count: ESS * (1.0 + count), prior_precision=TOTAL, hess_init=1.0)
+
+    def size(count):
+        return ESS * (1.0 + count)
+
+    tx = blr.ivon(0.1, ess=size, prior_precision=TOTAL, hess_init=1.0)
     params = make_params()
-    q = blr.posterior(tx.init(params), params)
+    q = jax.jit(lambda p: blr.posterior(tx.init(p), p))(params)
     near(q.variance["w"], np.full((3, 2), 1.0 / (ESS + TOTAL)), rtol=1e-6)
+    decayed = blr.ivon(0.1, ess=size, weight_decay=lambda c: TOTAL / size(c), hess_init=1.0)
+    near(after_two_steps(tx), after_two_steps(decayed), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["vadam", "vprop", "ivon"])
 def test_a_number_as_distribution_is_the_same_prior(name):
     make, numbers = getattr(blr, name), {"learning_rate": 0.05, "ess": ESS}
-    more = {"weight_decay": 0.0} if name == "ivon" else {}
-    given = after_two_steps(make(**numbers, prior=UNIT, **more))
-    if name == "ivon":  # which is rescaled by its weight decay, not by a prior
-        numbers["rescale_lr"], more["rescale_lr"] = False, False
-        given = after_two_steps(make(**numbers, prior=UNIT))
+    if name == "ivon":  # its rate is rescaled by a weight decay, not by a prior
+        numbers["rescale_lr"] = False
+    given = after_two_steps(make(**numbers, prior=UNIT))
     near(given, after_two_steps(make(**numbers, prior_precision=TOTAL)), rtol=1e-5)
 
 
