@@ -55,7 +55,7 @@ def is_formula(paragraph):
 def formula(paragraph):
     """Return a literal block, one update a line."""
     if not any(line.startswith(" ") for line in paragraph):
-        paragraph = re.sub(r";\s+", ";\n", " ".join(paragraph)).splitlines()
+        paragraph = re.sub(r"(;|\.(?=\s+mu: ))\s+", r"\1\n", " ".join(paragraph)).splitlines()
     return ["::", "", *("    " + line for line in paragraph)]
 
 
@@ -71,7 +71,7 @@ def prose(paragraph):
 
 
 def mathematics_is_not_markup(app, what, name, obj, options, lines):
-    """Typeset the formulas of a docstring as literal blocks; elsewhere signs stand for themselves."""
+    """Make the formulas of a docstring literal blocks; elsewhere signs stand for themselves."""
     paragraphs = [[]]
     for line in lines:
         paragraphs.append([]) if not line.strip() else paragraphs[-1].append(line)
