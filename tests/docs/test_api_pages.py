@@ -1,7 +1,9 @@
-"""Every public name is on an API page: in a table at its top, and documented below it."""
+"""Every public name is on an API page, formulas are typeset, and links lead somewhere."""
 
 import importlib
+import inspect
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 from test_surface import MODULES
 from tools import ROOT
+
+import blr_optax as blr
 
 PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 DIRECTIVE = re.compile(r"^\.\. (\w+):: *(\S*)$|^ {3}(\w\S*)$", re.MULTILINE)
@@ -69,3 +73,60 @@ def test_every_public_name_has_its_page():
     assert not missing, "public names without an entry in docs/api/"
     parts = {path.split(".")[1] for path in MODULES if "." in path}
     assert parts <= {path.stem for path in PAGES}, "public parts without a page in docs/api/"
+
+
+# --- formulas -------------------------------------------------------------------------------------
+
+
+def test_formulas_of_docstrings_are_literal_blocks():
+    typeset = runpy.run_path(str(ROOT / "docs" / "conf.py"))["mathematics_is_not_markup"]
+
+    def blocks(thing: Any) -> str:
+        lines = inspect.getdoc(thing).splitlines()
+        typeset(None, "function", "", thing, None, lines)
+        return "\n".join(lines)
+
+    ivon = blocks(blr.ivon)
+    assert "\n::\n\n    p <- p (1 + u + u^2 / 2), u = (1 - b2)(c + delta - p) / p" in ivon
+    assert "\n    q = N(m, 1 / (ess p)).\n\n" in ivon
+    assert "\nA training loop changes in one line" in ivon
+    gamma = blocks(blr.families.Gamma)
+    assert (
+        "\n    lambda: log = a - 1, linear = -b.\n    mu: log = E[log x], linear = E[x].\n" in gamma
+    )
+    # Signs outside of formulas stand for themselves, and a block of the author's stays one.
+    assert r"\|weights\|" in blocks(type("_", (), {"__doc__": "The |weights|."}))
+    assert blocks(blr.from_torch_ivon).count("::\n") == inspect.getdoc(blr.from_torch_ivon).count(
+        "::\n"
+    )
+
+
+# --- links ----------------------------------------------------------------------------------------
+
+
+def anchor(heading: str) -> str:
+    """The anchor of a heading, as GitHub and the documentation make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages += [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
+    wrong = []
+    for path in pages:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+            if "://" in target:
+                continue
+            file, _, fragment = target.partition("#")
+            there = path.parent / file if file else path
+            if not there.exists():
+                wrong.append(f"{path.name}: {target}")
+            elif fragment:
+                headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+                if fragment not in map(anchor, headings):
+                    wrong.append(f"{path.name}: {target}")
+    assert not wrong
+
+
+def test_the_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
