@@ -222,7 +222,7 @@ def bayesbinn(
             parameters, missing params.
 
     Source: Meng, Bachmann and Khan (2020), "Training Binary Neural Networks using the Bayesian
-    Learning Reader", Algorithm 1. Special case of `blr_update` with family "rademacher" and
+    Learning Rule", Algorithm 1. Special case of `blr_update` with family "rademacher" and
     `estimator=concrete(temperature)`, when b1 = 0 and floor = 0.
 
     Example:

@@ -146,7 +146,7 @@ def blr_update(
         ValueError: for an unknown family, loss, estimator or step, a rate or ess that is not
             positive, a prior or init of another structure, integer parameters, or missing params.
 
-    Source: Khan and Rue (2023), "The Bayesian Learning Reader", Eqs. 3-5. Every optimizer of this
+    Source: Khan and Rue (2023), "The Bayesian Learning Rule", Eqs. 3-5. Every optimizer of this
     library is a special case.
 
     Example:
