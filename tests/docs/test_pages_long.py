@@ -131,6 +131,7 @@ def faq(names: Names) -> None:
     assert np.all(np.abs(deviations - 2.0) < 0.1)
     wrong = np.sqrt(np.asarray(names["wrong"].variance) / np.asarray(names["once"].variance))
     assert np.all(wrong > 5.0)
+    assert abs(sum(names["scores"])) / len(names["scores"]) ** 0.5 < 4.0
 
 
 def composition(names: Names) -> None:
