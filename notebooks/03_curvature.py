@@ -483,7 +483,7 @@ vogn = blr.vogn(
 
 def per_example(opt_state: Any, params: Any, x: jax.Array, y: jax.Array) -> dict[str, Any]:
     est = blr.estimate(loss, opt_state, params, x, y)
-    return {"grad": est.grad, "curvature": est.statistic}
+    return {"grad": est.grad, "statistic": est.statistic}
 
 
 def predictions(params: Any, opt_state: Any) -> tuple[jax.Array, Any]:

@@ -202,9 +202,8 @@ def bsam(
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> params, loss = jnp.ones(1), lambda w: 2.0 * w @ w
-      >>> tx = blr.bsam(
-      ...     0.5, 10.0, rho=0.1, b1=0.0, b2=0.5, damping=0.0, prior_precision=0.0, generator=None
-      ... )
+      >>> options = {"b1": 0.0, "b2": 0.5, "damping": 0.0, "prior_precision": 0.0}
+      >>> tx = blr.bsam(0.5, ess=10.0, rho=0.1, generator=None, **options)
       >>> state = tx.init(params)
       >>> est = blr.estimate(loss, state, params)
       >>> updates, state = tx.update(est.grad, state, params, statistic=est.statistic)
