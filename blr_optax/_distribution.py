@@ -20,6 +20,8 @@ from blr_optax.families import Family, MeanField, get
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Distribution:
     """
 
     family: Family = dataclasses.field(metadata={"static": True})
-    natural: Any
+    natural: NaturalParameters
 
     def __post_init__(self) -> None:
         """Catches a name in place of a family; natural may be anything while jax builds trees."""
@@ -67,29 +69,29 @@ class Distribution:
         return self.natural
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> PyTree:
         """E_q[theta]."""
         return self.family.mean(self._proper("mean"))
 
     @property
-    def variance(self) -> Any:
+    def variance(self) -> PyTree:
         """Marginal variances."""
         return self.family.variance(self._proper("variance"))
 
-    def standard(self) -> dict[str, Any]:
+    def standard(self) -> dict[str, PyTree]:
         """Standard parameters, by name."""
         return self.family.standard(self._proper("standard"))
 
-    def expectation(self) -> Any:
+    def expectation(self) -> ExpectationParameters:
         """mu = E_q[T(theta)]."""
         return self.family.expectation(self._proper("expectation"))
 
-    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
         shape = (shape,) if isinstance(shape, int) else shape
         return self.family.sample(canonical_key(key), self._proper("sample"), shape)
 
-    def log_prob(self, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, theta: PyTree) -> Float[Array, ...]:
         """log q(theta)."""
         return self.family.log_prob(self._proper("log_prob"), theta)
 
@@ -139,7 +141,7 @@ class Distribution:
         return Distribution(self.family, self.family.combine((a, self.natural)))
 
 
-def distribution(family: str | Family, **standard: Any) -> Distribution:
+def distribution(family: str | Family, **standard: PyTree) -> Distribution:
     """Return a distribution, from the name of its family and its standard parameters.
 
     q(theta) = q_lambda(theta),  lambda = natural(**standard).

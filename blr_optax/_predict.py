@@ -10,7 +10,7 @@ and `chunk` changes the result by rounding only. Accumulators are float32 or wid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Array, Float, Key, PyTree
+
+    from blr_optax._typing import KeyLike
 
 
 class Sampler(Protocol):
@@ -230,7 +232,7 @@ def _check_sampler(q: Sampler) -> None:
         )
 
 
-def _one_key(key: Any) -> Array:
+def _one_key(key: KeyLike) -> Array:
     """Return the typed key of a typed key or an integer seed."""
     key = canonical_key(key)
     if key.shape != ():

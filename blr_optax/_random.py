@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Float, UInt32
 
+    from blr_optax._typing import KeyLike, PyTree
+
 GENERATORS = ("hash", "jax")
 
 # Odd multipliers with good avalanche: lowbias32's first, and the golden ratio's.
@@ -120,7 +122,7 @@ def hash_logistic(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Arra
     return _log(u / (1.0 - u))
 
 
-def standard_normal(key: Array, like: Any, generator: str = "jax") -> Any:
+def standard_normal(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
     """A tree of standard normals shaped like `like`, in its statistics dtype.
 
     Args:
@@ -131,7 +133,7 @@ def standard_normal(key: Array, like: Any, generator: str = "jax") -> Any:
     return _standard(hash_normal, jax.random.normal, key, like, generator)
 
 
-def standard_logistic(key: Array, like: Any, generator: str = "jax") -> Any:
+def standard_logistic(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
     """A tree of standard logistic numbers, as `standard_normal`."""
     return _standard(hash_logistic, jax.random.logistic, key, like, generator)
 
@@ -152,12 +154,12 @@ def _standard(hashed: Callable, plain: Callable, key: Array, like: Any, generato
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def step_key(key: Array, count: Array, sample: Any = 0) -> Array:
+def step_key(key: Array, count: Array, sample: PyTree = 0) -> Array:
     """The key of one draw: the state's key, folded with the step and the sample's index."""
     return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
-def canonical_key(key: Any) -> Array:
+def canonical_key(key: KeyLike) -> Array:
     """A typed key from a typed key or an integer seed.
 
     Raises:

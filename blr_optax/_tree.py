@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +18,8 @@ import optax
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._typing import DTypeLike, Params, PyTree
 
 
 def leaf_name(path: Any) -> str:
@@ -35,12 +38,12 @@ def path_hash(path: Any) -> int:
     return zlib.crc32(leaf_name(path).encode())
 
 
-def statistics_dtype(dtype: Any) -> Any:
+def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which statistics of a weight of this dtype are kept: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_float_leaves(params: Any, who: str) -> None:
+def check_float_leaves(params: Params, who: str) -> None:
     """Raises ValueError when a parameter leaf is not a real floating-point array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
@@ -52,7 +55,7 @@ def check_float_leaves(params: Any, who: str) -> None:
             )
 
 
-def prefix_leaves(tree: Any, params: Any, name: str) -> Any:
+def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
     """Spreads a prefix tree (a number, or a tree that stops early) over the leaves of params.
 
     Args:
@@ -83,7 +86,7 @@ def prefix_leaves(tree: Any, params: Any, name: str) -> Any:
     return found
 
 
-def _refuse_strays(entries: dict[str, Any], params: Any, name: str) -> None:
+def _refuse_strays(entries: dict[str, Any], params: Params, name: str) -> None:
     """Raises ValueError when entries match no leaf of params, unless params is a masked part."""
     known = paths(params)
     if not known or any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
@@ -93,7 +96,7 @@ def _refuse_strays(entries: dict[str, Any], params: Any, name: str) -> None:
         raise ValueError(f"{name}: entries {strays} stand at no parameter; known: {sorted(known)}.")
 
 
-def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
+def matching_leaves(tree: PyTree, params: Params, name: str, leading: int = 0) -> PyTree:
     """Picks from `tree` the leaf that stands at the path of each leaf of params.
 
     Args:
@@ -128,7 +131,7 @@ def matching_leaves(tree: Any, params: Any, name: str, leading: int = 0) -> Any:
     return found
 
 
-def merge_by_path(params: Any, *parts: Any) -> Any:
+def merge_by_path(params: Params, *parts: PyTree) -> PyTree:
     """A tree like params with every leaf replaced by the one that a part has at its path."""
     entries = {
         leaf_name(path): leaf
@@ -140,14 +143,14 @@ def merge_by_path(params: Any, *parts: Any) -> Any:
     )
 
 
-def mask_to(tree: Any, keep: set[str]) -> Any:
+def mask_to(tree: PyTree, keep: Set[str]) -> PyTree:
     """A tree in which every leaf whose path is not in `keep` is a `MaskedNode`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if leaf_name(path) in keep else optax.MaskedNode(), tree
     )
 
 
-def paths(tree: Any) -> set[str]:
+def paths(tree: PyTree) -> set[str]:
     """The paths of all leaves of a tree."""
     return {leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -157,7 +160,7 @@ def is_hole(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def fill(first: Any, *others: Any) -> Any:
+def fill(first: PyTree, *others: PyTree) -> PyTree:
     """One tree of trees with holes in different places: at every leaf the first that has one.
 
     A hole may stand for a whole subtree, as a mask that is a prefix tree leaves it.
@@ -175,7 +178,7 @@ def fill(first: Any, *others: Any) -> Any:
     return functools.reduce(pair, others, first)
 
 
-def total(f: Any, *trees: Any) -> Array:
+def total(f: Any, *trees: PyTree) -> Array:
     """Sum of f over all entries of trees of one structure."""
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(f, *trees)), jnp.zeros(()))
 

@@ -14,13 +14,15 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import Hyperparameter, PyTree, Updates
 
-def concrete(*values: Any) -> bool:
+
+def concrete(*values: PyTree) -> bool:
     """Whether all arrays in these trees have values that Python may look at."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
-def holds(test: Callable[[Any], Any], value: Any) -> bool:
+def holds(test: Callable[[PyTree], PyTree], value: Any) -> bool:
     """Whether a test holds for all of a value; True for traced ones, which Python cannot see.
 
     Constants are evaluated outside any trace that the caller may be in, such as a scan's.
@@ -31,18 +33,20 @@ def holds(test: Callable[[Any], Any], value: Any) -> bool:
         return bool(jnp.all(test(value)))
 
 
-def require(name: str, value: Any, valid: str, test: Callable[[Any], Any]) -> None:
+def require(name: str, value: Any, valid: str, test: Callable[[PyTree], PyTree]) -> None:
     """Raises ValueError when a concrete standard parameter is outside its range."""
     if not holds(lambda x: test(jnp.asarray(x)), value):
         raise ValueError(f"{name} must be {valid}; got {value}.")
 
 
-def at(hyper: Any, count: Any) -> Any:
+def at(hyper: Hyperparameter, count: Any) -> PyTree:
     """The value of a number, array, tree or schedule at a step."""
     return hyper(count) if callable(hyper) else hyper
 
 
-def check_positive(name: str, hyper: Any, *, zero: bool = False, scalar: bool = False) -> None:
+def check_positive(
+    name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
+) -> None:
     """Raises ValueError for concrete numbers out of range; schedules and traced ones pass.
 
     With `scalar` also for whatever is not one number for all weights.
@@ -73,7 +77,7 @@ def check_number(name: str, number: Any, *, zero: bool = False) -> None:
     check_positive(name, number, zero=zero, scalar=True)
 
 
-def is_zero(hyper: Any) -> bool:
+def is_zero(hyper: Hyperparameter) -> bool:
     """Whether a hyper-parameter is the plain number zero."""
     return isinstance(hyper, (int, float)) and hyper == 0
 
@@ -101,7 +105,7 @@ def check_count(name: str, number: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={number} must be at least {least}.")
 
 
-def all_finite(*trees: Any) -> Any:
+def all_finite(*trees: PyTree) -> PyTree:
     """One boolean: whether every entry is finite.
 
     Sizes are compared over the leading axes first, whole rows at a time.
@@ -114,7 +118,7 @@ def all_finite(*trees: Any) -> Any:
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
-def squares_finite(grads: Any, curvature: Any = None) -> Any:
+def squares_finite(grads: Updates, curvature: PyTree = None) -> PyTree:
     """One boolean: whether all entries, and what follows from squares of gradients, are finite.
 
     A gradient that is finite but so large that its square is not within reach of the curvatures'
@@ -130,7 +134,7 @@ def squares_finite(grads: Any, curvature: Any = None) -> Any:
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
-def zero_unless(finite: Any, tree: Any) -> Any:
+def zero_unless(finite: Any, tree: PyTree) -> PyTree:
     """The tree where all is finite, else zeros."""
     return optax.tree.where(finite, tree, optax.tree.zeros_like(tree))
 
@@ -141,6 +145,6 @@ def near(a: Array, b: Array) -> Array:
     return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
 
 
-def positive(tree: Any) -> Array:
+def positive(tree: PyTree) -> Array:
     """Whether all entries of a tree are positive."""
     return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])

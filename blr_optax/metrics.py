@@ -364,8 +364,8 @@ def regression(
         raise ValueError(f"levels={levels} are not probabilities; give fractions, not percent.")
     mean, std, targets = jnp.broadcast_arrays(mean, std, targets)
     error, z = targets - mean, (targets - mean) / std
-    levels = jnp.asarray(levels, z.dtype)
-    q = ndtri((1 + levels) / 2)
+    fractions = jnp.asarray(levels, z.dtype)
+    q = ndtri((1 + fractions) / 2)
     return Regression(
         nll=gaussian_nll(mean, std, targets).mean(),
         rmse=jnp.sqrt(jnp.mean(error**2)),
@@ -373,7 +373,7 @@ def regression(
         crps=gaussian_crps(mean, std, targets).mean(),
         chi2=jnp.mean(z**2),
         sharpness=std.mean(),
-        levels=levels,
+        levels=fractions,
         coverage=jnp.mean(jnp.abs(z.ravel()) <= q[:, None], axis=1, dtype=z.dtype),
         width=2 * q * std.mean(),
     )

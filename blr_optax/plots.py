@@ -7,7 +7,7 @@ Matplotlib is imported when a figure is made: ``pip install 'blr_optax[plot]'``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
     above.set(ylabel="examples")
     above.tick_params(labelbottom=False)
     above.spines[["top", "right"]].set_visible(False)
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 def entropy_histogram(
@@ -104,7 +104,7 @@ def entropy_histogram(
         ax.hist(x, edges, density=True, histtype="stepfilled", label=label, **face)
     ax.set(xlabel="predictive entropy (nats)", ylabel="density", xlim=(0, edges[-1]))
     ax.legend(frameon=False)
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 def regression_band(
@@ -154,7 +154,7 @@ def regression_band(
     ax.set(xlabel="x", ylabel="y")
     # Above the axes: inside, it would hide part of a band that fills them.
     ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 def training_curves(
@@ -189,7 +189,7 @@ def training_curves(
         ax.plot(np.arange(len(values)) if steps is None else steps, values, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     ax.legend(frameon=False)
-    return ax.figure
+    return cast("Figure", ax.figure)
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (5.2, 3.6)) -> Axes:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import PyTree, ScalarOrSchedule, Updates
+
 
 class Sample(NamedTuple):
     """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`).
@@ -29,11 +31,11 @@ class Sample(NamedTuple):
     """
 
     loss: Callable[[Any], Array] | None
-    theta: Any
-    grad: Any
-    displacement: Any
-    precision: Any
-    ess: Any
+    theta: PyTree
+    grad: Updates
+    displacement: PyTree
+    precision: PyTree
+    ess: ScalarOrSchedule
     key: Array | None
     mean_loss: Callable[..., Array] | None = None
     batch: tuple = ()
@@ -57,7 +59,7 @@ class Curvature:
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         """The diagonal at one sample, a tree like theta."""
         raise NotImplementedError
 
@@ -77,7 +79,7 @@ class Exact(Curvature):
         """The Hessian of a loss of one vector."""
         return jax.hessian(at.loss)(at.theta)
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         """Its diagonal, one Hessian-vector product per coordinate."""
         flat, unravel = jax.flatten_util.ravel_pytree(at.theta)
         gradient = jax.grad(lambda x: at.loss(unravel(x)))
@@ -100,7 +102,7 @@ class Reparameterized(Curvature):
         product = jnp.outer(at.precision @ at.displacement, at.grad)
         return 0.5 * (product + product.T)
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         return jax.tree.map(lambda s, d, g: s * d * g, at.precision, at.displacement, at.grad)
 
 
@@ -114,14 +116,14 @@ class SquaredGradient(Curvature):
     name = "squared_gradient"
     needs_loss = False
 
-    def scale(self, at: Sample) -> Any:
+    def scale(self, at: Sample) -> PyTree:
         """c: the batch size, or the official code's effective sample size."""
         return at.ess if self.official else self.batch_size
 
     def matrix(self, at: Sample) -> Array:
         return self.scale(at) * jnp.outer(at.grad, at.grad)
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         c = self.scale(at)
         return jax.tree.map(lambda g: c * g * g, at.grad)
 
@@ -134,7 +136,7 @@ class AbsoluteGradient(Curvature):
     needs_loss = False
     diagonal_only = True
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         ess = jnp.asarray(1.0 if at.ess is None else at.ess)
         return jax.tree.map(
             lambda s, g: jnp.sqrt(s / ess.astype(s.dtype)) * jnp.abs(g), at.precision, at.grad
@@ -150,7 +152,7 @@ class Hutchinson(Curvature):
     needs_loss = True
     diagonal_only = True
 
-    def diagonal(self, at: Sample) -> Any:
+    def diagonal(self, at: Sample) -> PyTree:
         flat, unravel = jax.flatten_util.ravel_pytree(at.theta)
         gradient = jax.grad(lambda x: at.loss(unravel(x)))
 
@@ -180,8 +182,9 @@ class PerExampleSquares(Curvature):
         g = jax.vmap(jax.grad(lambda w, b: at.mean_loss(w, *b)), (None, 0))(at.theta, examples)
         return g.T @ g / g.shape[0]
 
-    def diagonal(self, at: Sample) -> Any:
-        from blr_optax.per_example._statistics import batch_size, per_example
+    def diagonal(self, at: Sample) -> PyTree:
+        from blr_optax.per_example._separable import batch_size
+        from blr_optax.per_example._statistics import per_example
 
         batch = self._batch(at)
         size = batch_size("per_example_squares", batch)

@@ -26,6 +26,7 @@ from blr_optax.estimators._estimator import (
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import ExpectationParameters, NaturalParameters
     from blr_optax.families import ExponentialFamily
 
 LARGEST_TABLE = 2**20
@@ -50,8 +51,13 @@ class Enumeration(Estimator):
             )
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """grad_mu sum_x l(x) prod_j P_j(x_j; mu)."""
         mu = family.expectation(lam)
         probabilities = functools.partial(family.probabilities, total=self.total)
@@ -80,7 +86,7 @@ class Enumeration(Estimator):
         )
         losses = jax.lax.map(lambda x: loss(x, *batch), theta, batch_size=BLOCK)
 
-        def expected(mu: Any) -> Array:
+        def expected(mu: ExpectationParameters) -> Array:
             leaves = treedef.flatten_up_to(probabilities(mu))
             chances = [
                 leaf.reshape(leaf.shape[0], -1)[c, np.arange(c.shape[1])]
@@ -107,8 +113,13 @@ class Concrete(Estimator):
             )
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
         key = check_key("concrete", key)
 

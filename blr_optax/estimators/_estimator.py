@@ -18,6 +18,7 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import NaturalParameters, PyTree
     from blr_optax.families import ConditionalFamily, ExponentialFamily
 
 
@@ -39,8 +40,13 @@ class Estimator:
         """Raises ValueError when this estimator does not apply to the family."""
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """(E_q[l], grad_mu E_q[l]), the gradient of the family's natural type."""
         raise NotImplementedError
 
@@ -57,9 +63,9 @@ class Estimator:
         family: ConditionalFamily,
         potential: Callable,
         key: Array | None,
-        lam: Any,
-        points: Any,
-    ) -> tuple[Array, Any]:
+        lam: NaturalParameters,
+        points: PyTree,
+    ) -> tuple[Array, PyTree]:
         """(E_q[E], the natural gradient of E_q[E] - H(q) in every block), E the potential."""
         raise NotImplementedError
 
@@ -85,7 +91,7 @@ def check_samples(who: str, samples: int) -> int:
     return samples
 
 
-def check_points(estimator: Estimator, points: Any) -> None:
+def check_points(estimator: Estimator, points: PyTree) -> None:
     """Raises ValueError for recorded draws that the estimator does not take."""
     if points is not None and not estimator.takes_points:
         raise ValueError(
@@ -100,7 +106,7 @@ def check_key(who: str, key: Array | None) -> Array:
     return key
 
 
-def mean_of(f: Callable[[Array], Any], key: Array, samples: int) -> Any:
+def mean_of(f: Callable[[Array], PyTree], key: Array, samples: int) -> PyTree:
     """The mean of f(key) over independent keys, one at a time: the memory of one evaluation."""
     keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(samples))
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(f, keys))

@@ -32,6 +32,7 @@ from blr_optax.estimators._estimator import Estimator, check_key, check_samples,
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import NaturalParameters, PyTree
     from blr_optax.families import ConditionalFamily, ExponentialFamily
 
 
@@ -56,7 +57,7 @@ class NodeRule(Estimator):
 
     curvature: Curvature
 
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         """(z, w): a tree with a leading axis of nodes, and their weights."""
         raise NotImplementedError
 
@@ -79,8 +80,13 @@ class NodeRule(Estimator):
             )
 
     def natural_gradient(
-        self, family: Any, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: Any,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """(E_q[l], (g - H m, H / 2))."""
         mean, precision = family.mean(lam), family.precision(lam)
         if family.curvature == "matrix" and jnp.ndim(precision) > 2:
@@ -134,7 +140,7 @@ class NodeRule(Estimator):
 class NoiseRule(NodeRule):
     """Base of the rules that conditional families take too, turning their own noise into draws."""
 
-    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         """What `ConditionalFamily.natural_gradient_at` takes, with a leading axis of samples."""
         raise NotImplementedError
 
@@ -146,9 +152,9 @@ class NoiseRule(NodeRule):
         family: ConditionalFamily,
         potential: Callable,
         key: Array | None,
-        lam: Any,
-        points: Any,
-    ) -> tuple[Array, Any]:
+        lam: NaturalParameters,
+        points: PyTree,
+    ) -> tuple[Array, PyTree]:
         noise = self.noise(family, key, lam)
         leaf = jax.tree.leaves(noise)[0]
         weights = jnp.full(leaf.shape[0], 1.0 / leaf.shape[0], leaf.dtype)
@@ -169,11 +175,11 @@ class Delta(NoiseRule):
                 f"nothing about the shape of {type(family).__name__}; use monte_carlo(...)."
             )
 
-    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         like = jax.eval_shape(lambda: family.noise(jax.random.key(0), lam, 1))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         return jax.tree.map(lambda x: jnp.zeros((1, *x.shape), x.dtype), like), jnp.ones(1)
 
 
@@ -194,10 +200,10 @@ class MonteCarlo(NoiseRule):
                 f"{type(family).__name__} draws with 'jax'."
             )
 
-    def noise(self, family: ConditionalFamily, key: Array | None, lam: Any) -> Any:
+    def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         return family.noise(check_key("monte_carlo", key), lam, self.samples, self.antithetic)
 
-    def nodes(self, key: Array, like: Any) -> tuple[Any, Float[Array, " k"]]:
+    def nodes(self, key: Array, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         key = check_key("monte_carlo", key)
         keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(self.samples))
         z = jax.vmap(lambda k: standard_normal(k, like, self.generator))(keys)
@@ -227,8 +233,13 @@ class SharedDraws(Estimator):
         check_blocks(family, self.curvature)
 
     def block_gradient(
-        self, family: Any, potential: Callable, key: Array | None, lam: Any, points: Any
-    ) -> tuple[Array, Any]:
+        self,
+        family: Any,
+        potential: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        points: PyTree,
+    ) -> tuple[Array, PyTree]:
         if points is None:
             points = family.sample(check_key("shared_draws", key), lam, (self.samples,))
         return family.natural_gradient_from(lam, potential, points, self.curvature.name)

@@ -22,13 +22,19 @@ from blr_optax.estimators._estimator import Estimator, check_key, check_samples,
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import NaturalParameters
     from blr_optax.families import ExponentialFamily
 
 BASELINES = ("mean", "none")
 
 
 def _draw(
-    family: ExponentialFamily, loss: Callable, key: Array, lam: Any, batch: tuple, samples: int
+    family: ExponentialFamily,
+    loss: Callable,
+    key: Array,
+    lam: NaturalParameters,
+    batch: tuple,
+    samples: int,
 ) -> tuple[Any, Float[Array, " s"]]:
     """Samples, and the values of the loss there."""
     theta = family.sample(key, lam, (samples,))
@@ -40,8 +46,13 @@ class ClosedForm(Estimator):
     """The gradient of a loss of mu; see `closed_form`."""
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """(l(mu), grad l(mu)) of a loss that is written as a function of mu."""
         try:
             value, gradient = jax.value_and_grad(loss)(family.expectation(lam), *batch)
@@ -68,8 +79,13 @@ class Pathwise(Estimator):
             )
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
 
         def at(k: Array) -> tuple[Array, Any]:
@@ -87,8 +103,13 @@ class ScoreFunction(Estimator):
     baseline: str
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s (l_s - b_s) grad_lambda log q(theta_s), the score being T - mu."""
         key = check_key("score_function", key)
         theta, values = _draw(family, loss, key, lam, batch, self.samples)
@@ -110,8 +131,13 @@ class LeastSquares(Estimator):
     samples: int
 
     def natural_gradient(
-        self, family: ExponentialFamily, loss: Callable, key: Array | None, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self,
+        family: ExponentialFamily,
+        loss: Callable,
+        key: Array | None,
+        lam: NaturalParameters,
+        batch: tuple,
+    ) -> tuple[Array, NaturalParameters]:
         """The slope b of l_s ~ a + <b, T_s - mu>, the score of a sample being T_s - mu."""
         key = check_key("least_squares", key)
         theta, values = _draw(family, loss, key, lam, batch, self.samples)

@@ -20,6 +20,7 @@ from blr_optax.families import MeanField, get
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import Loss, NaturalParameters
     from blr_optax.families import ConditionalFamily, Family
 
 KNOWN = (
@@ -61,7 +62,7 @@ def chosen(family: Family, estimator: Estimator | None) -> Estimator:
 
 
 def natural_gradient(
-    family: str | Family, loss: Any, estimator: Estimator | None = None
+    family: str | Family, loss: Loss | Term, estimator: Estimator | None = None
 ) -> Callable:
     """The natural gradient of an expected loss: (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]).
 
@@ -121,7 +122,9 @@ def natural_gradient(
     # An elementwise family: a loss couples its elements, so it is treated as one mean field.
     lifted = MeanField(family) if family.elementwise else family
 
-    def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
+    def gradient(
+        key: Array | None, lam: NaturalParameters, *batch: Any, points: Any = None
+    ) -> tuple[Array, Any]:
         check_points(estimator, points)
         key = None if key is None else canonical_key(key)
         results = []
@@ -136,7 +139,7 @@ def natural_gradient(
     return gradient
 
 
-def check_plain(loss: Any, family: ConditionalFamily) -> None:
+def check_plain(loss: Loss, family: ConditionalFamily) -> None:
     """Raises ValueError for a loss that is not one plain function."""
     if isinstance(loss, Term) or not callable(loss):
         raise ValueError(
@@ -145,12 +148,14 @@ def check_plain(loss: Any, family: ConditionalFamily) -> None:
         )
 
 
-def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) -> Callable:
+def _block_gradient(family: ConditionalFamily, loss: Loss, estimator: Estimator) -> Callable:
     """`natural_gradient` of a conditional family."""
     check_plain(loss, family)
     estimator.check_conditional(family)
 
-    def gradient(key: Array | None, lam: Any, *batch: Any, points: Any = None) -> tuple[Array, Any]:
+    def gradient(
+        key: Array | None, lam: NaturalParameters, *batch: Any, points: Any = None
+    ) -> tuple[Array, Any]:
         check_points(estimator, points)
         key = None if key is None else canonical_key(key)
         return estimator.block_gradient(family, lambda x: loss(x, *batch), key, lam, points)

@@ -7,7 +7,7 @@ cubature       points on spheres, 2 d or about 2 d^2 of them
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.flatten_util
@@ -20,6 +20,8 @@ from blr_optax.estimators._expectation import NodeRule
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import PyTree
+
 LARGEST_GRID = 2**20
 
 
@@ -30,7 +32,7 @@ class GaussHermite(NodeRule):
     order: int
     curvature: Curvature
 
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         flat, unravel = jax.flatten_util.ravel_pytree(like)
         if self.order**flat.size > LARGEST_GRID:
             raise ValueError(
@@ -53,7 +55,7 @@ class Cubature(NodeRule):
     degree: int
     curvature: Curvature
 
-    def nodes(self, key: Array | None, like: Any) -> tuple[Any, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         flat, unravel = jax.flatten_util.ravel_pytree(like)
         z, w = cubature_rule(flat.size, self.degree)
         return jax.vmap(unravel)(jnp.asarray(z, flat.dtype)), jnp.asarray(w, flat.dtype)

@@ -23,6 +23,7 @@ from blr_optax.estimators._quadrature import hermite_rule
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import Loss, NaturalParameters, PyTree
     from blr_optax.families import ExponentialFamily
 
 
@@ -42,18 +43,18 @@ class Term:
 class Sum(Term):
     """A sum of terms and functions."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[PyTree, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conjugate(Term):
     """-<natural, T(theta)>; see `conjugate`."""
 
-    natural: Any
+    natural: NaturalParameters
 
     def natural_gradient(
-        self, family: ExponentialFamily, lam: Any, batch: tuple
-    ) -> tuple[Array, Any]:
+        self, family: ExponentialFamily, lam: NaturalParameters, batch: tuple
+    ) -> tuple[Array, NaturalParameters]:
         """(E_q[l], grad_mu E_q[l]) = (-<natural, mu>, -natural)."""
         value = -jnp.sum(family.inner(self.natural, family.expectation(lam)))
         return value, family.combine((0.0, lam), (-1.0, self.natural))
@@ -67,7 +68,9 @@ class GLM(Term):
     pointwise_loss: Callable[..., Array]
     order: int
 
-    def natural_gradient(self, family: Any, lam: Any, batch: tuple) -> tuple[Array, Any]:
+    def natural_gradient(
+        self, family: Any, lam: NaturalParameters, batch: tuple
+    ) -> tuple[Array, NaturalParameters]:
         """Exact up to the quadrature of N one-dimensional Gaussians f_n ~ N(x_n m, x_n V x_n)."""
         x = self.matrix(batch)
         n = x.shape[0]
@@ -106,8 +109,8 @@ class GLM(Term):
         return self.matrix(batch).shape[0]
 
     def per_example(
-        self, theta: Any, batch: tuple, weights: Any, true_labels: bool = False
-    ) -> dict[str, Any]:
+        self, theta: PyTree, batch: tuple, weights: PyTree, true_labels: bool = False
+    ) -> dict[str, PyTree]:
         """All statistics of `per_example` at a point: g_n = l_n' x_n, and l_n'' x_n x_n^T.
 
         With the true labels the factor of the outputs holds l_n'^2 in place of l_n''.
@@ -128,7 +131,7 @@ class GLM(Term):
         }
 
 
-def terms(loss: Any) -> tuple[Any, ...]:
+def terms(loss: Loss | Term) -> tuple[PyTree, ...]:
     """The parts of a loss: terms and plain functions.
 
     Raises:
@@ -144,7 +147,7 @@ def terms(loss: Any) -> tuple[Any, ...]:
     )
 
 
-def conjugate(natural: Any) -> Conjugate:
+def conjugate(natural: NaturalParameters) -> Conjugate:
     """A loss that is linear in the sufficient statistics: l(theta) = -<natural, T(theta)>.
 
     Its natural gradient is -natural at every q, so at learning rate 1 one step is Bayes' rule.

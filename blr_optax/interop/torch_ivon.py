@@ -33,6 +33,8 @@ from blr_optax.state._reading import covered
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import Hyperparameter, OptState, Params
+
 NAMES = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 ARGUMENTS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")
 DEFAULTS = {
@@ -53,8 +55,8 @@ class TorchIvon(NamedTuple):
         tx: the transformation with which training goes on.
     """
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     tx: optax.GradientTransformationExtraArgs
 
 
@@ -102,7 +104,7 @@ def _theirs(name: str, x: Any, transpose: Any) -> np.ndarray:
     return np.transpose(x, np.argsort(_axes(name, x.ndim, transpose)))
 
 
-def _check_order(who: str, order: Sequence[str], params: Any) -> dict[str, Any]:
+def _check_order(who: str, order: Sequence[str], params: Params) -> dict[str, Any]:
     """The leaves of params by name."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     known = {_name(path): leaf for path, leaf in paths}
@@ -115,7 +117,7 @@ def _check_order(who: str, order: Sequence[str], params: Any) -> dict[str, Any]:
     return known
 
 
-def _rebuild(params: Any, leaves: Mapping[str, Any]) -> Any:
+def _rebuild(params: Params, leaves: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], params)
 
 
@@ -138,13 +140,13 @@ def _transformation(
 def from_torch_ivon(
     optimizer_state: Mapping[str, Any],
     weights: Sequence[Any],
-    params: Any,
+    params: Params,
     *,
     order: Sequence[str],
     step: int,
     transpose: Mapping[str, Sequence[int]] | None = None,
     tx: optax.GradientTransformationExtraArgs | None = None,
-    **changes: Any,
+    **changes: Hyperparameter,
 ) -> TorchIvon:
     """A checkpoint of PyTorch's IVON as params, optimizer state and transformation.
 
@@ -256,7 +258,7 @@ def from_torch_ivon(
     return TorchIvon(filled, opt_state, tx)
 
 
-def _at_step(tx: optax.GradientTransformationExtraArgs, params: Any, step: int) -> Any:
+def _at_step(tx: optax.GradientTransformationExtraArgs, params: Params, step: int) -> Any:
     """A state of `tx` at a step: what follows schedules comes from one update that leads there."""
     state = tx.init(params)
     if step == 0:
@@ -270,7 +272,7 @@ def _at_step(tx: optax.GradientTransformationExtraArgs, params: Any, step: int) 
 def _filler(precision: Any, momentum: Any) -> Callable[[Any], Any]:
     """Puts the checkpoint's trees into one state of `scale_by_precision`."""
 
-    def fill(state: Any) -> Any:
+    def fill(state: OptState) -> Any:
         average = _average(state, "from_torch_ivon")
         return state._replace(
             precision=_tree.matching_leaves(precision, state.precision, "params"),
@@ -280,7 +282,7 @@ def _filler(precision: Any, momentum: Any) -> Callable[[Any], Any]:
     return fill
 
 
-def _average(state: Any, who: str) -> optax.EmaState:
+def _average(state: OptState, who: str) -> optax.EmaState:
     """The momentum of a state of `ivon`."""
     if (
         not isinstance(state, ScaleByPrecisionState)
@@ -297,8 +299,8 @@ def _average(state: Any, who: str) -> optax.EmaState:
 
 
 def to_torch_ivon(
-    opt_state: Any,
-    params: Any,
+    opt_state: OptState,
+    params: Params,
     *,
     order: Sequence[str],
     groups: Sequence[Mapping[str, Any]],

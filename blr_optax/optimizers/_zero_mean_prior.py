@@ -6,18 +6,21 @@ weight_decay      delta = S_0 / ess, per example
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from blr_optax._distribution import Distribution, distribution
 from blr_optax._validate import at, check_positive
 
+if TYPE_CHECKING:
+    from blr_optax._typing import Hyperparameter, PyTree, ScalarOrSchedule
+
 PRIOR_PRECISION = 1.0
 WEIGHT_DECAY = 1e-4
 
 
-def decay_of(prior_precision: Any, ess: Any) -> Any:
+def decay_of(prior_precision: Hyperparameter, ess: ScalarOrSchedule) -> PyTree:
     """Return delta = prior_precision / ess, a schedule where ess is one."""
 
     def decay(count: Any) -> Any:
@@ -26,7 +29,9 @@ def decay_of(prior_precision: Any, ess: Any) -> Any:
     return decay if callable(ess) else decay(0)
 
 
-def total_precision(prior_precision: Any, prior: Any, ess: Any) -> Any:
+def total_precision(
+    prior_precision: Hyperparameter, prior: PyTree, ess: ScalarOrSchedule
+) -> PyTree:
     """Return S_0: 1 unless given, 0 beside another prior."""
     if prior_precision is None:
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
@@ -36,8 +41,12 @@ def total_precision(prior_precision: Any, prior: Any, ess: Any) -> Any:
 
 
 def per_example(
-    weight_decay: Any, prior_precision: Any, prior: Any, ess: Any, default: float = WEIGHT_DECAY
-) -> Any:
+    weight_decay: Hyperparameter,
+    prior_precision: Hyperparameter,
+    prior: PyTree,
+    ess: ScalarOrSchedule,
+    default: float = WEIGHT_DECAY,
+) -> PyTree:
     """Return delta, from whichever is given: `default` if neither is, 0 beside another prior.
 
     Raises:
@@ -57,7 +66,7 @@ def per_example(
     return decay_of(prior_precision, ess)
 
 
-def as_prior(prior: Distribution | None, prior_precision: Any) -> Distribution | None:
+def as_prior(prior: Distribution | None, prior_precision: Hyperparameter) -> Distribution | None:
     """Return the prior, from a distribution or from one number: the precision of every parameter.
 
     Raises:

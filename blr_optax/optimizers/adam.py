@@ -19,6 +19,7 @@ from blr_optax._validate import check_positive
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
+    from blr_optax._typing import DTypeLike, Hyperparameter, PyTree, Scalar, ScalarOrSchedule
     from blr_optax.rule import WithPosteriorState
 
 
@@ -27,7 +28,7 @@ class AdamReader(PointReader):
 
     who = "adam"
 
-    def precision(self, state: WithPosteriorState, mean: Any) -> Any:  # noqa: D102
+    def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         hyper = state.hyper
         # Before the first step v is zero and its bias correction 0 / 0: the estimate is zero.
         correction = jnp.where(
@@ -60,7 +61,7 @@ class RmspropReader(PointReader):
         """Of the choices."""
         return hash(self.choices)
 
-    def precision(self, state: WithPosteriorState, mean: Any) -> Any:  # noqa: D102
+    def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         eps_in_sqrt, centered, bias_correction = self.choices
         hyper, inner = state.hyper, state.inner
         correction = jnp.where(
@@ -81,18 +82,18 @@ class RmspropReader(PointReader):
 
 
 def rmsprop(
-    learning_rate: Any,
+    learning_rate: ScalarOrSchedule,
     *,
-    decay: Any = 0.9,
-    eps: Any = 1e-8,
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
     initial_scale: float = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
     momentum: float | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
-    ess: Any = 1.0,
-    prior_precision: Any = 0.0,
+    ess: ScalarOrSchedule = 1.0,
+    prior_precision: Hyperparameter = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.rmsprop`, step for step, with the posterior that the rule assigns to it.
 
@@ -142,16 +143,16 @@ def rmsprop(
 
 
 def adam(
-    learning_rate: Any,
+    learning_rate: ScalarOrSchedule,
     *,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
-    mu_dtype: Any = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     nesterov: bool = False,
-    ess: Any = 1.0,
-    prior_precision: Any = 0.0,
+    ess: ScalarOrSchedule = 1.0,
+    prior_precision: Hyperparameter = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.adam`, step for step, with the posterior that the rule assigns to it.
 

@@ -16,7 +16,6 @@ method, e = 0 without the entropy (r = 0) and the scale s, is the straight-throu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -30,6 +29,7 @@ from blr_optax._random import (
     check_generator,
     standard_logistic,
 )
+from blr_optax._typing import transformation
 from blr_optax._validate import (
     at,
     check_number,
@@ -47,12 +47,21 @@ from blr_optax.state._reading import noise_of
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        KeyLike,
+        OptState,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
     from blr_optax.rule import WithPosteriorState
 
 FAMILY = MeanField(Rademacher())
 
 
-def _wide(params: Any) -> Any:
+def _wide(params: Params) -> Any:
     """Copies in float32 or wider: a posterior outlives donated parameters."""
     return jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
 
@@ -80,8 +89,8 @@ class BayesBinnState(NamedTuple):
     key: Array
     reader: BinaryReader
     ess: Array
-    prior: Any
-    momentum: Any
+    prior: PyTree
+    momentum: PyTree
     skipped: Array
 
 
@@ -99,18 +108,18 @@ class BinaryReader(Reader):
     floor: float
     generator: str | None
 
-    def part(self, state: BayesBinnState, params: Any) -> Any:
+    def part(self, state: BayesBinnState, params: Params) -> PyTree:
         """The leaves of params that the state was made for."""
         return _tree.matching_leaves(params, state.momentum.ema, "params")
 
-    def noise(self, state: BayesBinnState, key: Array) -> Any:
+    def noise(self, state: BayesBinnState, key: Array) -> PyTree:
         """Half of standard logistic numbers."""
         if self.generator is None:
             return None
         drawn = standard_logistic(key, state.momentum.ema, self.generator)
         return jax.tree.map(lambda x: 0.5 * x, drawn)
 
-    def weights(self, state: BayesBinnState, params: Any, noise: Any) -> Any:
+    def weights(self, state: BayesBinnState, params: Params, noise: PyTree) -> PyTree:
         """tanh((lambda + e) / tau), in the parameters' dtype."""
         if self.generator is None:
             return jax.tree.map(lambda m, x: jnp.tanh(x).astype(m.dtype), params, _wide(params))
@@ -120,8 +129,8 @@ class BinaryReader(Reader):
         )  # fmt: skip
 
     def statistic(
-        self, state: BayesBinnState, params: Any, weights: Any, grads: Any, noise: Any
-    ) -> Any:
+        self, state: BayesBinnState, params: Params, weights: PyTree, grads: Updates, noise: PyTree
+    ) -> PyTree:
         """s grad l(w), the gradient in mu per example.
 
         From the noise, not from w: signs are rounded to 1 where 1 - w^2 still counts.
@@ -135,12 +144,12 @@ class BinaryReader(Reader):
 
         return jax.tree.map(leaf, _wide(params), noise, _wide(grads))
 
-    def posterior(self, state: Any, params: Any) -> Distribution:
+    def posterior(self, state: OptState, params: Params) -> Distribution:
         """Independent signs of natural parameters lambda = params."""
         return Distribution(FAMILY, FAMILY.Natural(_wide(params)))
 
 
-def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
+def random_signs(key: Array, params: Params, scale: float = 10.0) -> PyTree:
     """First natural parameters for `bayesbinn`: +scale or -scale, evenly, for every parameter.
 
     A sign of scale 10 is as good as certain; near 0 every step would see another network.
@@ -166,7 +175,7 @@ def random_signs(key: Array, params: Any, scale: float = 10.0) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-def _prior_signs(prior: Distribution | None, params: Any) -> Any:
+def _prior_signs(prior: Distribution | None, params: Params) -> Any:
     """lambda_0 as a tree like params; () for None, which is zero."""
     if prior is None:
         return ()
@@ -182,15 +191,15 @@ def _prior_signs(prior: Distribution | None, params: Any) -> Any:
 
 
 def bayesbinn(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
+    ess: ScalarOrSchedule,
     temperature: float = 1.0,
-    b1: Any = 0.0,
-    kl_weight: Any = 1.0,
+    b1: Scalar = 0.0,
+    kl_weight: Scalar = 1.0,
     floor: float = 1e-10,
     prior: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """BayesBiNN: a posterior over networks whose weights are signs.
@@ -258,7 +267,7 @@ def bayesbinn(
     reader = BinaryReader(float(temperature), float(floor), generator)
     average = optax.ema(b1, debias=True)
 
-    def init_fn(params: Any) -> BayesBinnState:
+    def init_fn(params: Params) -> BayesBinnState:
         _tree.check_float_leaves(params, "bayesbinn")
         zeros = jax.tree.map(
             lambda m: jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)), params
@@ -274,9 +283,9 @@ def bayesbinn(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: BayesBinnState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -308,7 +317,7 @@ def bayesbinn(
         )
 
     return optax.chain(
-        optax.GradientTransformationExtraArgs(init_fn, update_fn),
+        transformation(init_fn, update_fn),
         optax.scale_by_learning_rate(learning_rate),
     )
 
@@ -318,11 +327,11 @@ class SignReader(PointReader):
 
     who = "ste"
 
-    def weights(self, state: WithPosteriorState, params: Any, noise: Any) -> Any:
+    def weights(self, state: WithPosteriorState, params: Params, noise: PyTree) -> PyTree:
         """The sign of the latent weights, +1 at zero."""
         return jax.tree.map(lambda m: jnp.where(m < 0, -1, 1).astype(m.dtype), params)
 
-    def posterior(self, state: WithPosteriorState, params: Any) -> Distribution:
+    def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """Independent signs of natural parameters lambda = params."""
         return Distribution(FAMILY, FAMILY.Natural(_wide(params)))
 
@@ -330,7 +339,7 @@ class SignReader(PointReader):
 def _keep_within(radius: float) -> optax.GradientTransformation:
     """Shortens updates so that the parameters stay in [-radius, radius]."""
 
-    def update(updates: Any, params: Any) -> Any:
+    def update(updates: Updates, params: Params) -> Any:
         if params is None:
             raise ValueError("ste: update needs params, update(grads, state, params).")
 
@@ -343,7 +352,7 @@ def _keep_within(radius: float) -> optax.GradientTransformation:
 
 
 def ste(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
     b1: float = 0.9,
     b2: float = 0.999,

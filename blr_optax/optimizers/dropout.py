@@ -24,6 +24,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
+from blr_optax._typing import transformation
 from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
 from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
@@ -36,7 +37,9 @@ from blr_optax.state._reader import (
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike
+
+    from blr_optax._typing import KeyLike, Params, PyTree, ScalarOrSchedule, Updates
 
 
 @jax.tree_util.register_static
@@ -84,14 +87,14 @@ class DropoutState(NamedTuple):
     units: Units
     keep: Array
     dropped_variance: Array
-    inner: Any
+    inner: PyTree
     skipped: Array
 
 
 class DropoutReader(Reader):
     """Weights are the parameters with units dropped; the posterior is the mixture of both."""
 
-    def part(self, state: DropoutState, params: Any) -> Any:
+    def part(self, state: DropoutState, params: Params) -> PyTree:
         """The leaves that the state was made for."""
         return _tree.mask_to(params, set(state.units.shapes))
 
@@ -108,7 +111,7 @@ class DropoutReader(Reader):
             }
         )
 
-    def weights(self, state: DropoutState, params: Any, noise: Any) -> Any:
+    def weights(self, state: DropoutState, params: Params, noise: PyTree) -> PyTree:
         """z o m."""
 
         def leaf(kept: Any, m: Array) -> Array:
@@ -117,8 +120,8 @@ class DropoutReader(Reader):
         return _over_units(leaf, state, noise, params)
 
     def statistic(
-        self, state: DropoutState, params: Any, weights: Any, grads: Any, noise: Any
-    ) -> Any:
+        self, state: DropoutState, params: Params, weights: PyTree, grads: Updates, noise: PyTree
+    ) -> PyTree:
         """(z / pi) g, the gradient given that the unit is kept."""
 
         def leaf(kept: Any, m: Array, g: Array) -> Array:
@@ -127,7 +130,7 @@ class DropoutReader(Reader):
 
         return _over_units(leaf, state, noise, params, grads)
 
-    def posterior(self, state: DropoutState, params: Any) -> Distribution:
+    def posterior(self, state: DropoutState, params: Params) -> Distribution:
         """pi N(m, v) + (1 - pi) N(0, 1 / s_0) per unit; v of the inner optimizer, else zero."""
         # A copy: the parameters may be donated, the posterior is a value to keep.
         mean = jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
@@ -166,7 +169,7 @@ def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> 
     return jax.tree_util.tree_map_with_path(leaf, *trees)
 
 
-def _units_of(params: Any, mask: Any, unit_axis: int) -> Units:
+def _units_of(params: Params, mask: Any, unit_axis: int) -> Units:
     """Where the units are."""
     wanted = _tree.prefix_leaves(mask(params) if callable(mask) else mask, params, "mask")
     shapes = {}
@@ -194,12 +197,12 @@ def _units_of(params: Any, mask: Any, unit_axis: int) -> Units:
 
 def dropout(
     inner: optax.GradientTransformation,
-    keep_rate: float | Array | Callable,
+    keep_rate: ScalarOrSchedule,
     *,
-    mask: Any = True,
+    mask: PyTree = True,
     unit_axis: int = -2,
     dropped_variance: float = 0.0,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Dropout inside any optimizer, as the mixture posterior that it is.
 
@@ -260,10 +263,10 @@ def dropout(
     inner = optax.with_extra_args_support(inner)
     reader = DropoutReader()
 
-    def rate(count: Array) -> Array:
+    def rate(count: ArrayLike) -> Array:
         return jnp.array(at(keep_rate, count), jnp.result_type(float))
 
-    def init_fn(params: Any) -> DropoutState:
+    def init_fn(params: Params) -> DropoutState:
         _tree.check_float_leaves(params, "dropout")
         state = inner.init(params)
         refuse_own_weights(state, "dropout")
@@ -280,9 +283,9 @@ def dropout(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: DropoutState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -305,4 +308,4 @@ def dropout(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)

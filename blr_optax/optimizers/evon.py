@@ -33,7 +33,6 @@ and keeps p positive; it also undoes swaps of eigenvectors. The first basis is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -43,6 +42,7 @@ import optax.contrib
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
+from blr_optax._typing import transformation
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
@@ -66,6 +66,15 @@ from blr_optax.state._reading import noise_of
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
     from blr_optax.estimators import Curvature
 
 
@@ -81,8 +90,8 @@ class ScaleByEigenbasisState(NamedTuple):
 
     reader: EigenbasisReader
     gaussian: ScaleByPrecisionState
-    bases: Any
-    factors: Any
+    bases: PyTree
+    factors: PyTree
 
 
 class EigenbasisReader(OuterReader):
@@ -90,30 +99,32 @@ class EigenbasisReader(OuterReader):
 
     inside = "gaussian"
 
-    def weights(self, state: ScaleByEigenbasisState, params: Any, noise: Any) -> Any:
+    def weights(self, state: ScaleByEigenbasisState, params: Params, noise: PyTree) -> PyTree:
         """theta = M + L (eps / sqrt(ess p)) R^T, formed in float32 or wider."""
         moved = over(from_basis, self.displacement(state, noise), state.bases)
         return jax.tree.map(lambda d, m: (m.astype(d.dtype) + d).astype(m.dtype), moved, params)
 
-    def displacement(self, state: ScaleByEigenbasisState, noise: Any) -> Any:
+    def displacement(self, state: ScaleByEigenbasisState, noise: PyTree) -> PyTree:
         """eps / sqrt(ess p), in the basis."""
         origin = optax.tree.zeros_like(state.gaussian.precision)
         return super().weights(state, origin, noise)
 
     def curvature(
-        self, state: ScaleByEigenbasisState, params: Any, weights: Any, grads: Any
-    ) -> Any:
+        self, state: ScaleByEigenbasisState, params: Params, weights: PyTree, grads: Updates
+    ) -> PyTree:
         """Per-example curvature in the basis, from the displacement actually made."""
         p = state.gaussian.precision
         moved = optax.tree.sub(optax.tree.cast_like(weights, p), optax.tree.cast_like(params, p))
         turned = (over(to_basis, x, state.bases) for x in (moved, optax.tree.cast_like(grads, p)))
         return self.curvature_in_basis(state, *turned)
 
-    def curvature_in_basis(self, state: ScaleByEigenbasisState, moved: Any, grads: Any) -> Any:
+    def curvature_in_basis(
+        self, state: ScaleByEigenbasisState, moved: PyTree, grads: Updates
+    ) -> PyTree:
         """The same from displacement and gradient in the basis."""
         return super().curvature(state, optax.tree.zeros_like(moved), moved, grads)
 
-    def posterior(self, state: ScaleByEigenbasisState, params: Any) -> Distribution:
+    def posterior(self, state: ScaleByEigenbasisState, params: Params) -> Distribution:
         """N(params, 1 / (ess p)) along the axes of the basis."""
         gaussian = state.gaussian
         total = gaussian.reader.total_precision(gaussian)
@@ -123,7 +134,7 @@ class EigenbasisReader(OuterReader):
         return Distribution(Rotated(), Rotated().natural(mean=mean, precision=total, bases=bases))
 
 
-def _first_bases(params: Any, max_size: int) -> Any:
+def _first_bases(params: Params, max_size: int) -> Any:
     """Identities for the sides of all leaves of two axes or more, but for sides that are too long.
 
     The tree without leaves with which `optax.tree.map_params` calls `init` gets one number: it
@@ -167,12 +178,12 @@ def _by_power(factor: Array, basis: Array) -> Array:
 
 
 def scale_by_eigenbasis(
-    ess: Any,
+    ess: ScalarOrSchedule,
     *,
-    b1: Any,
+    b1: Scalar,
     debias: bool,
-    beta: Any,
-    weight_decay: Any,
+    beta: Scalar,
+    weight_decay: Hyperparameter,
     clip_curvature: float | None,
     refresh_every: int,
     max_size: int,
@@ -189,12 +200,12 @@ def scale_by_eigenbasis(
         max_size: the longest side that gets a basis.
         options: others of `scale_by_precision`.
     """
-    inner = scale_by_precision(
+    inner: Any = scale_by_precision(
         ess=ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
     )
     reader = EigenbasisReader()
 
-    def init_fn(params: Any) -> ScaleByEigenbasisState:
+    def init_fn(params: Params) -> ScaleByEigenbasisState:
         bases = _first_bases(params, max_size)
         if isinstance(bases, dict) and not callable(weight_decay):
             decay = _tree.prefix_leaves(weight_decay, params, "weight_decay")
@@ -213,9 +224,9 @@ def scale_by_eigenbasis(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: ScaleByEigenbasisState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -262,7 +273,7 @@ def scale_by_eigenbasis(
         after = after._replace(precision=precision, momentum=after.momentum._replace(ema=ema))
         return out, ScaleByEigenbasisState(reader, after, bases, factors)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def _clipped(curvature: Any, bound: Any, precision: Any) -> Any:
@@ -274,7 +285,7 @@ def _clipped(curvature: Any, bound: Any, precision: Any) -> Any:
     return jax.tree.map(leaf, curvature, precision)
 
 
-def _averaged(factors: Any, grads: Any, bases: Any, beta: Any, finite: Array) -> Any:
+def _averaged(factors: Any, grads: Updates, bases: Any, beta: Scalar, finite: Array) -> Any:
     """The factors after this gradient; as they were when it is not finite."""
     entries = {_tree.leaf_name(k): g for k, g in jax.tree_util.tree_leaves_with_path(grads)}
     grams = {
@@ -304,22 +315,22 @@ BRANCHES = (lambda _, moving: moving, _refresh(_by_power), _refresh(_by_eigenvec
 
 
 def evon(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    hess_init: Any = 1.0,
-    b1: Any = 0.95,
-    b2: Any = 0.9999,
-    shampoo_beta: Any = None,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
+    ess: ScalarOrSchedule,
+    hess_init: Hyperparameter = 1.0,
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.9999,
+    shampoo_beta: Scalar | None = None,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
     clip_curvature: float | None = None,
     refresh_every: int = 10,
     max_size: int = 4096,
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """EVON: IVON along the eigenvectors of Shampoo's factors, a Gaussian that knows directions.
@@ -456,7 +467,7 @@ def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
         ns_steps=steps, beta=0.0, nesterov=False, weight_dimension_numbers=axes
     )
 
-    def orthogonal(updates: Any, params: Any = None) -> Any:
+    def orthogonal(updates: Updates, params: Params = None) -> Any:
         del params
 
         def widened(u: Array) -> Array:

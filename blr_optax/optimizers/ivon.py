@@ -14,7 +14,6 @@ is its precision per example, except in the rescaled rate, which takes the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Hyperparameter, KeyLike, Params, Scalar, ScalarOrSchedule, Updates
     from blr_optax.estimators import Curvature
 
 
@@ -39,33 +39,35 @@ class RescaleState(NamedTuple):
     count: Array
 
 
-def _rescale(hess_init: Any, weight_decay: Any) -> optax.GradientTransformation:
+def _rescale(
+    hess_init: Hyperparameter, weight_decay: Hyperparameter
+) -> optax.GradientTransformation:
     """Multiplies every leaf by hess_init + weight_decay, at the current weight decay.
 
     A `prior`'s precision is left out: it may be large, and a rate above 2 / (h_0 + delta) diverges.
     """
 
-    def init_fn(params: Any) -> RescaleState:
+    def init_fn(params: Params) -> RescaleState:
         return RescaleState(jnp.zeros((), jnp.int32))
 
     def update_fn(
-        updates: Any, state: RescaleState, params: Any = None
+        updates: Updates, state: RescaleState, params: Params = None
     ) -> tuple[Any, RescaleState]:
         h = _tree.prefix_leaves(hess_init, updates, "hess_init")
         d = _tree.prefix_leaves(at(weight_decay, state.count), updates, "weight_decay")
         updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
-        return updates, RescaleState(optax.safe_increment(state.count))
+        return updates, state._replace(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def steps_after(
     precision: optax.GradientTransformationExtraArgs,
-    learning_rate: Any,
-    hess_init: Any,
-    weight_decay: Any,
+    learning_rate: ScalarOrSchedule,
+    hess_init: Hyperparameter,
+    weight_decay: Hyperparameter,
     *,
-    clip_radius: Any = None,
+    clip_radius: Hyperparameter = None,
     rescale_lr: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """IVON's chain: a preconditioned direction, clipped, rescaled by h_0 + delta, times -lr."""
@@ -75,7 +77,7 @@ def steps_after(
             "rescale_lr multiplies the learning rate by hess_init + weight_decay, which is 0; make "
             "one positive, or pass rescale_lr=False."
         )
-    parts = [precision]
+    parts: list[optax.GradientTransformation] = [precision]
     if clip_radius is not None:
         check_positive("clip_radius", clip_radius)
         parts.append(optax.clip(clip_radius))
@@ -85,21 +87,21 @@ def steps_after(
 
 
 def ivon(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    hess_init: Any = 1.0,
-    b1: Any = 0.9,
-    b2: Any = 0.99999,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
-    clip_radius: Any = None,
+    ess: ScalarOrSchedule,
+    hess_init: Hyperparameter = 1.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99999,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
+    clip_radius: Hyperparameter = None,
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """IVON: a diagonal Gaussian over the weights at Adam's cost, by the improved learning rule.
@@ -181,17 +183,17 @@ def ivon(
 
 
 def soba(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    hess_init: Any = 1.0,
-    b2: Any = 0.99999,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
+    ess: ScalarOrSchedule,
+    hess_init: Hyperparameter = 1.0,
+    b2: Scalar = 0.99999,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """SOBA, second-order Bayes: IVON without momentum, learning-rate rescaling and clipping.

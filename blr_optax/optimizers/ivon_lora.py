@@ -15,7 +15,6 @@ without moving its mean, `posterior(opt_state, params) ** tau`: ess becomes tau 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,18 +28,28 @@ from blr_optax.state import posterior
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        OptState,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+    )
+
 
 def ivon_lora(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
     examples: float | Array,
-    gamma: float | Array | Callable = 5e3,
+    gamma: ScalarOrSchedule = 5e3,
     hess_init: float | Array = 1e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.99999,
-    clip_radius: Any = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99999,
+    clip_radius: Hyperparameter = None,
     prior_in_mean: bool = False,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """IVON for LoRA: the prior precision of every matrix re-estimated at every step.
@@ -117,7 +126,7 @@ def ivon_lora(
     )
 
 
-def signal_to_noise(opt_state: Any, params: Any) -> Any:
+def signal_to_noise(opt_state: OptState, params: Params) -> PyTree:
     """|m| / sigma of every parameter: those of a small one can be pruned.
 
     Set to zero what hardly differs from it: `jax.tree.map(lambda m, s: jnp.where(s > 1, m, 0),

@@ -39,6 +39,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
+from blr_optax._typing import transformation
 from blr_optax._validate import (
     at,
     check_positive,
@@ -60,7 +61,18 @@ from blr_optax.state import Reader
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike
+
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        OptState,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
 
 
 # Bounds of the group element and of the logarithm of one step: products with float32 stay finite.
@@ -84,7 +96,7 @@ class LieAdditiveState(NamedTuple):
     key: Array
     reader: AdditiveReader
     noise_scale: Array
-    momentum: Any
+    momentum: PyTree
     skipped: Array
 
 
@@ -106,8 +118,8 @@ class LieAffineState(NamedTuple):
     noise_scale: Array
     ess: Array
     spread: Any
-    scale_momentum: Any
-    mean_momentum: Any
+    scale_momentum: PyTree
+    mean_momentum: PyTree
     skipped: Array
 
 
@@ -123,25 +135,25 @@ class AdditiveReader(Reader):
     law: Law
     generator: str
 
-    def like(self, state: Any) -> Any:
+    def like(self, state: OptState) -> PyTree:
         """A tree over the leaves that the state knows, in the dtypes of its statistics."""
         return state.momentum.ema
 
-    def scale(self, state: Any) -> Any:
+    def scale(self, state: OptState) -> PyTree:
         """What stands in front of n."""
         return jax.tree.map(
             lambda x: jnp.zeros_like(x) + state.noise_scale.astype(x.dtype), self.like(state)
         )
 
-    def part(self, state: Any, params: Any) -> Any:
+    def part(self, state: OptState, params: Params) -> PyTree:
         """The leaves of params that the state knows."""
         return _tree.matching_leaves(params, self.like(state), "params")
 
-    def noise(self, state: Any, key: Array) -> Any:
+    def noise(self, state: OptState, key: Array) -> PyTree:
         """One standard normal number per weight, which the law makes its noise of."""
         return standard_normal(key, self.like(state), self.generator)
 
-    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+    def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
         """Formed in float32 or wider, in the weights' own dtype."""
 
         def draw(s: Array, z: Array, m: Array) -> Array:
@@ -149,7 +161,7 @@ class AdditiveReader(Reader):
 
         return jax.tree.map(draw, self.scale(state), noise, params)
 
-    def posterior(self, state: Any, params: Any) -> Distribution:
+    def posterior(self, state: OptState, params: Params) -> Distribution:
         """The law of theta: a normal where the noise is, else a location-scale family."""
         mean, scale = optax.tree.cast_like(params, self.like(state)), self.scale(state)
         if self.law == SYMMETRIC["gaussian"]:
@@ -164,15 +176,17 @@ class AdditiveReader(Reader):
 class AffineReader(AdditiveReader):
     """theta = m + A s n: how a `LieAffineState` is read."""
 
-    def like(self, state: LieAffineState) -> Any:
+    def like(self, state: LieAffineState) -> PyTree:
         """A tree like the leaves that the state knows."""
         return state.spread
 
-    def scale(self, state: LieAffineState) -> Any:
+    def scale(self, state: LieAffineState) -> PyTree:
         """A s, the scale of the noise."""
         return jax.tree.map(lambda a: a * state.noise_scale.astype(a.dtype), state.spread)
 
-    def curvature(self, state: LieAffineState, params: Any, weights: Any, grads: Any) -> Any:
+    def curvature(
+        self, state: LieAffineState, params: Params, weights: PyTree, grads: Updates
+    ) -> PyTree:
         """A s n g from the displacement actually made; for normal noise of mean (A s)^2 E[hess]."""
         params, weights, grads = (
             optax.tree.cast_like(x, state.spread) for x in (params, weights, grads)
@@ -183,7 +197,7 @@ class AffineReader(AdditiveReader):
 # What the updates share.
 
 
-def gradients(who: str, like: Any, updates: Any, params: Any) -> Any:
+def gradients(who: str, like: PyTree, updates: Updates, params: Params) -> PyTree:
     """The gradients of the leaves in `like`, in its dtypes.
 
     Raises:
@@ -195,8 +209,8 @@ def gradients(who: str, like: Any, updates: Any, params: Any) -> Any:
 
 
 def gated_evidence(
-    grads: Any, like: Any, state: Any, params: Any, statistic: Any
-) -> tuple[Array, Any, Any]:
+    grads: Updates, like: PyTree, state: OptState, params: Params, statistic: PyTree
+) -> tuple[Array, PyTree, PyTree]:
     """(finite, gradients, statistic), the last two zero unless all their entries are finite.
 
     A statistic that is not given is derived from the gradients and this step's noise.
@@ -224,29 +238,31 @@ def check_pair(name: str, leaf: Array) -> None:
         )
 
 
-def start(who: str, params: Any, key: Any) -> tuple[Array, Array]:
+def start(who: str, params: Params, key: KeyLike) -> tuple[Array, Array]:
     """Step zero and a typed key."""
     _tree.check_float_leaves(params, who)
     return jnp.zeros((), jnp.int32), canonical_key(key)
 
 
-def number(hyper: Any, count: Array) -> Array:
+def number(hyper: Hyperparameter, count: ArrayLike) -> Array:
     """A hyper-parameter at a step, as a new array."""
     return jnp.array(at(hyper, count), jnp.result_type(float))
 
 
-def _zeros(params: Any) -> Any:
+def _zeros(params: Params) -> Any:
     """Zeros like the parameters, in float32 or wider."""
     return jax.tree.map(lambda m: filled(m, 0.0), params)
 
 
-def _spread_decay(weight_decay: Any, like: Any, count: Array) -> Any:
+def _spread_decay(weight_decay: Hyperparameter, like: Any, count: ArrayLike) -> Any:
     """The weight decay of this step, one number per leaf."""
     decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
     return jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), like, decay)
 
 
-def average_of(decay: Any, inputs: Any, state: Any, finite: Array) -> tuple[Any, Any]:
+def average_of(
+    decay: Scalar, inputs: PyTree, state: OptState, finite: Array
+) -> tuple[PyTree, PyTree]:
     """optax's average without debiasing; in a skipped step its inputs are zero and it decays."""
     gated = jax.tree.map(lambda x: x * finite.astype(x.dtype), inputs)
     return optax.ema(decay, debias=False).update(gated, state)
@@ -258,7 +274,13 @@ def moved(a: Array, exponent: Array) -> Array:
     return jnp.clip(a * jnp.exp(bounded), SMALLEST, LARGEST)
 
 
-def _check(learning_rate: Any, weight_decay: Any, generator: str, key: Any, **decays: Any) -> None:
+def _check(
+    learning_rate: ScalarOrSchedule,
+    weight_decay: Hyperparameter,
+    generator: str,
+    key: KeyLike,
+    **decays: Any,
+) -> None:
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("weight_decay", weight_decay, zero=True)
     check_generator(generator)
@@ -268,13 +290,13 @@ def _check(learning_rate: Any, weight_decay: Any, generator: str, key: Any, **de
 
 
 def lie_additive(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    noise_scale: float | Array | Callable = 0.01,
+    noise_scale: ScalarOrSchedule = 0.01,
     noise: str | Callable = "gaussian",
-    momentum: Any = 0.9,
-    weight_decay: Any = 0.0,
-    key: Any = 0,
+    momentum: PyTree = 0.9,
+    weight_decay: Hyperparameter = 0.0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """The additive Lie-group rule: SGD at weights perturbed by noise of any law.
@@ -315,7 +337,7 @@ def lie_additive(
     check_positive("noise_scale", noise_scale, scalar=True)
     reader = AdditiveReader(as_law(noise), generator)
 
-    def init_fn(params: Any) -> LieAdditiveState:
+    def init_fn(params: Params) -> LieAdditiveState:
         count, first_key = start("lie_additive", params, key)
         average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
@@ -324,7 +346,7 @@ def lie_additive(
         )
 
     def update_fn(
-        updates: Any, state: LieAdditiveState, params: Any = None, **extra: Any
+        updates: Updates, state: LieAdditiveState, params: Params = None, **extra: Any
     ) -> tuple[Any, LieAdditiveState]:
         like = state.momentum.ema
         grads = gradients("lie_additive", like, updates, params)
@@ -344,22 +366,22 @@ def lie_additive(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    perturbed = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    perturbed = transformation(init_fn, update_fn)
     return optax.chain(perturbed, optax.scale_by_learning_rate(learning_rate))
 
 
 def lie_affine(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    scale_rate: float | Array | Callable = 1e-4,
+    ess: ScalarOrSchedule,
+    scale_rate: ScalarOrSchedule = 1e-4,
     noise_scale: float | Array = 0.01,
     noise: str | Callable = "gaussian",
-    b1: Any = 0.8,
-    b2: Any = 0.999,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
-    key: Any = 0,
+    b1: Scalar = 0.8,
+    b2: Scalar = 0.999,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """The affine Lie-group rule: location and scale of every weight, steps by exponentials.
@@ -426,7 +448,7 @@ def lie_affine(
     check_positive("noise_scale", noise_scale, scalar=True)
     reader = AffineReader(as_law(noise), generator)
 
-    def init_fn(params: Any) -> LieAffineState:
+    def init_fn(params: Params) -> LieAffineState:
         count, first_key = start("lie_affine", params, key)
         return LieAffineState(
             count,
@@ -441,9 +463,9 @@ def lie_affine(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: LieAffineState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -487,7 +509,7 @@ def lie_affine(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 class LieMultiplicativeState(NamedTuple):
@@ -505,9 +527,9 @@ class LieMultiplicativeState(NamedTuple):
     key: Array
     reader: MultiplicativeReader
     ess: Array
-    plus: Any
-    minus: Any
-    momentum: Any
+    plus: PyTree
+    minus: PyTree
+    momentum: PyTree
     skipped: Array
 
 
@@ -524,15 +546,15 @@ class MultiplicativeReader(Reader):
     generator: str
     noise_axes = 1  # the first axis is (plus, minus)
 
-    def part(self, state: LieMultiplicativeState, params: Any) -> Any:  # noqa: D102
+    def part(self, state: LieMultiplicativeState, params: Params) -> PyTree:  # noqa: D102
         return _tree.matching_leaves(params, state.plus, "params")
 
-    def noise(self, state: LieMultiplicativeState, key: Array) -> Any:
+    def noise(self, state: LieMultiplicativeState, key: Array) -> PyTree:
         """Two standard normals per weight, on a first axis."""
         pairs = jax.tree.map(lambda g: jax.ShapeDtypeStruct((2, *g.shape), g.dtype), state.plus)
         return standard_normal(key, pairs, self.generator)
 
-    def weights(self, state: LieMultiplicativeState, params: Any, noise: Any) -> Any:
+    def weights(self, state: LieMultiplicativeState, params: Params, noise: PyTree) -> PyTree:
         """Of the state alone: the parameters are its rounded mean."""
 
         def draw(plus: Array, minus: Array, z: Array, m: Array) -> Array:
@@ -543,8 +565,13 @@ class MultiplicativeReader(Reader):
         return jax.tree.map(draw, state.plus, state.minus, noise, params)
 
     def statistic(
-        self, state: LieMultiplicativeState, params: Any, weights: Any, grads: Any, noise: Any
-    ) -> Any:
+        self,
+        state: LieMultiplicativeState,
+        params: Params,
+        weights: PyTree,
+        grads: Updates,
+        noise: PyTree,
+    ) -> PyTree:
         """(g+ n+ g, -g- n- g) on a first axis: the weight alone does not tell n+ from n-."""
 
         def pair(plus: Array, minus: Array, g: Array, z: Array) -> Array:
@@ -554,7 +581,7 @@ class MultiplicativeReader(Reader):
         grads = optax.tree.cast_like(grads, state.plus)
         return jax.tree.map(pair, state.plus, state.minus, grads, noise)
 
-    def posterior(self, state: LieMultiplicativeState, params: Any) -> Distribution:
+    def posterior(self, state: LieMultiplicativeState, params: Params) -> Distribution:
         """The law of g+ n+ - g- n-."""
         family = SignedScale(self.law)
         copies = jax.tree.map(jnp.copy, (state.plus, state.minus))
@@ -562,15 +589,15 @@ class MultiplicativeReader(Reader):
 
 
 def lie_multiplicative(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
+    ess: ScalarOrSchedule,
     noise: str | Callable = "rayleigh",
-    init_offset: Any = 0.01,
-    momentum: Any = 0.9,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
-    key: Any = 0,
+    init_offset: Hyperparameter = 0.01,
+    momentum: PyTree = 0.9,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """The multiplicative Lie-group rule: two positive gains per weight, which may change its sign.
@@ -628,7 +655,7 @@ def lie_multiplicative(
     law = as_law(noise, positive=True)
     reader = MultiplicativeReader(law, generator)
 
-    def init_fn(params: Any) -> LieMultiplicativeState:
+    def init_fn(params: Params) -> LieMultiplicativeState:
         count, first_key = start("lie_multiplicative", params, key)
         offset = _tree.prefix_leaves(init_offset, params, "init_offset")
 
@@ -652,9 +679,9 @@ def lie_multiplicative(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: LieMultiplicativeState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -698,4 +725,4 @@ def lie_multiplicative(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)

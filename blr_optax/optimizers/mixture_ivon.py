@@ -24,7 +24,6 @@ precision moves as in Shen et al. (2024), Algorithm 1.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -33,6 +32,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
+from blr_optax._typing import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
 from blr_optax.optimizers._zero_mean_prior import per_example
@@ -44,6 +44,16 @@ from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
 
 
 class MixtureIvonState(NamedTuple):
@@ -71,7 +81,7 @@ class MixtureReader(OuterReader):
     inside = "gaussians"
     aux_argument: str | None = None
 
-    def posterior(self, state: MixtureIvonState, params: Any) -> Distribution:
+    def posterior(self, state: MixtureIvonState, params: Params) -> Distribution:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
         stacked = state.gaussians.reader.posterior(state.gaussians, params).natural
         family = Raveled.like(get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params))
@@ -79,7 +89,7 @@ class MixtureReader(OuterReader):
         return Distribution(family, family.Natural(components, jnp.copy(state.log_odds)))
 
 
-def components_of(params: Any) -> int:
+def components_of(params: Params) -> int:
     """K, the leading axis that all leaves of the stacked parameters share.
 
     Raises:
@@ -100,7 +110,9 @@ def log_weights(log_odds: Array) -> Array:
     return jax.nn.log_softmax(jnp.append(log_odds, jnp.zeros((), log_odds.dtype)))
 
 
-def repulsion(theta: Any, mean: Any, precision: Any, log_pi: Array) -> tuple[Array, Any, Any]:
+def repulsion(
+    theta: PyTree, mean: PyTree, precision: PyTree, log_pi: Array
+) -> tuple[Array, PyTree, PyTree]:
     """log(q / q_k) at theta_k for every component k, its gradient and its Hessian's diagonal.
 
     Args:
@@ -169,7 +181,7 @@ def _expected_cost(state: ScaleByPrecisionState, mean: Any, d0: Any) -> Array:
 def _for_all_components(prior: Distribution | None) -> Any:
     """The prior of one network, repeated for every component of the parameters."""
 
-    def repeated(params: Any) -> Distribution:
+    def repeated(params: Params) -> Distribution:
         count = components_of(params)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))), prior)
 
@@ -180,11 +192,15 @@ def _for_all_components(prior: Distribution | None) -> Any:
 
 
 def _scale_by_mixture(
-    ess: Any, weight_decay: Any, prior: Distribution | None, strength: Any, weight_rate: Any,
+    ess: ScalarOrSchedule,
+    weight_decay: Hyperparameter,
+    prior: Distribution | None,
+    strength: ScalarOrSchedule,
+    weight_rate: ScalarOrSchedule,
     **options: Any,
-) -> optax.GradientTransformationExtraArgs:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:
     """`scale_by_precision` over stacked parameters, given the corrected gradient and curvature."""
-    inner = scale_by_precision(
+    inner: Any = scale_by_precision(
         ess=ess, weight_decay=weight_decay, prior=_for_all_components(prior), **options
     )
     # A rate of zero may come as an array, from inject_hyperparams; then the losses decide.
@@ -193,7 +209,7 @@ def _scale_by_mixture(
     )
     reader = MixtureReader(aux_argument="losses" if learns else None)
 
-    def init_fn(params: Any) -> MixtureIvonState:
+    def init_fn(params: Params) -> MixtureIvonState:
         count = components_of(params)
         gaussians = inner.init(params)
         dtypes = [x.dtype for x in jax.tree.leaves(gaussians.precision)]
@@ -201,9 +217,9 @@ def _scale_by_mixture(
         return MixtureIvonState(reader, gaussians, log_odds)
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: MixtureIvonState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         losses: Any = None,
@@ -258,25 +274,25 @@ def _scale_by_mixture(
             log_odds = jnp.where(moves, log_odds - step, log_odds).astype(log_odds.dtype)
         return out, MixtureIvonState(reader, after, log_odds)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def mixture_ivon(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    weight_rate: float | Array | Callable = 0.0,
-    repulsion: float | Array | Callable = 1.0,
-    hess_init: Any = 1.0,
-    b1: Any = 0.9,
-    b2: Any = 0.99999,
-    weight_decay: Any = None,
-    prior_precision: Any = None,
-    clip_radius: Any = None,
+    ess: ScalarOrSchedule,
+    weight_rate: ScalarOrSchedule = 0.0,
+    repulsion: ScalarOrSchedule = 1.0,
+    hess_init: Hyperparameter = 1.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99999,
+    weight_decay: Hyperparameter = None,
+    prior_precision: Hyperparameter = None,
+    clip_radius: Hyperparameter = None,
     rescale_lr: bool = True,
     debias: bool = True,
     prior: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """A mixture of IVONs over one network: components that know of each other.

@@ -38,6 +38,14 @@ from blr_optax.rule._conditional_step import ConditionalStep
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        NaturalParameters,
+        Params,
+        PyTree,
+        ScalarOrSchedule,
+    )
     from blr_optax.estimators import Estimator
 
 KINDS = {"full": "gaussian", "diagonal": "normal"}
@@ -52,12 +60,14 @@ def _family(covariance: str) -> Any:
 class MixtureStep(ConditionalStep):
     """The step of a mixture whose weights have a rate of their own, relative to the components'."""
 
-    def __init__(self, weight_rate: Any, *arguments: Any) -> None:
+    def __init__(self, weight_rate: ScalarOrSchedule, *arguments: Any) -> None:
         """A `ConditionalStep` of the other arguments."""
         super().__init__(*arguments)
         self.weight_rate = weight_rate
 
-    def move(self, lam: Any, d: Any, rho: Array, count: Array) -> tuple[Any, Array]:
+    def move(
+        self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
+    ) -> tuple[NaturalParameters, Array]:
         """The new lambda, the weights at their own rate."""
         rate = rho * jnp.asarray(at(self.weight_rate, count), rho.dtype)
         new = self.family.move(lam, d, rho, self.step, weight_learning_rate=rate)
@@ -65,7 +75,7 @@ class MixtureStep(ConditionalStep):
 
 
 def _spread_out(
-    params: Any, components: int, scale: Any, covariance: str, key: Any
+    params: Params, components: int, scale: Any, covariance: str, key: KeyLike
 ) -> Distribution:
     """Equal components of variance scale^2, at random around params, their mean."""
     flat = jnp.concatenate(
@@ -84,19 +94,19 @@ def _spread_out(
 
 def _mixture(
     loss: Callable,
-    learning_rate: Any,
+    learning_rate: ScalarOrSchedule,
     components: int | None,
     estimator: Estimator | None,
     *,
-    ess: Any,
+    ess: ScalarOrSchedule,
     prior: Distribution | None,
     init: Distribution | None,
     covariance: str,
     scale: Any,
-    temperature: Any,
-    weight_rate: Any,
+    temperature: ScalarOrSchedule,
+    weight_rate: ScalarOrSchedule,
     step: str | None,
-    key: Any,
+    key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` for a mixture: E_q[ess l] + tau KL is tau times the rule's with ess / tau."""
     check_positive("learning_rate", learning_rate, scalar=True)
@@ -123,7 +133,7 @@ def _mixture(
     if components is not None and components < 1:
         raise ValueError(f"components={components} must be at least 1.")
 
-    def spread_out(params: Any) -> Distribution:
+    def spread_out(params: Params) -> Distribution:
         return _spread_out(params, components, scale, covariance, key)
 
     form = "auto" if step is None else step
@@ -139,19 +149,19 @@ def _mixture(
 
 def mixture_newton(
     loss: Callable,
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     components: int | None = None,
     *,
-    ess: float | Array | Callable = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     covariance: str = "full",
     scale: float | Array = 1.0,
-    temperature: float | Array | Callable = 1.0,
-    weight_rate: float | Array | Callable = 1.0,
+    temperature: ScalarOrSchedule = 1.0,
+    weight_rate: ScalarOrSchedule = 1.0,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multimodal optimisation: online Newton from several places at once, which repel each other.
 
@@ -206,20 +216,20 @@ def mixture_newton(
 
 def mixture_vi(
     loss: Callable,
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     components: int | None = None,
     *,
-    ess: float | Array | Callable = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     covariance: str = "full",
     estimator: Estimator | None = None,
     scale: float | Array = 1.0,
-    temperature: float | Array | Callable = 1.0,
-    weight_rate: float | Array | Callable = 1.0,
+    temperature: ScalarOrSchedule = 1.0,
+    weight_rate: ScalarOrSchedule = 1.0,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Variational inference with a mixture of Gaussians: `mixture_newton` without delta method.
 

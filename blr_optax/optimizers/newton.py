@@ -12,7 +12,7 @@ All evaluate the loss themselves: `update(None, opt_state, params, batch=(...))`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blr_optax.estimators import delta
 from blr_optax.optimizers._zero_mean_prior import as_prior
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     import optax
 
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Hyperparameter, KeyLike, Loss, ScalarOrSchedule
     from blr_optax.estimators import Estimator
+    from blr_optax.estimators._terms import Term
 
 
 def newton(
-    loss: Any,
+    loss: Loss | Term,
     *,
-    ess: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,12 +67,12 @@ def newton(
 
 
 def online_newton(
-    loss: Any,
-    learning_rate: Any,
+    loss: Loss | Term,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     step: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,16 +116,16 @@ def online_newton(
 
 
 def variational_online_newton(
-    loss: Any,
-    learning_rate: Any,
+    loss: Loss | Term,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Online Newton without the delta method: full-covariance Gaussian variational inference.
 

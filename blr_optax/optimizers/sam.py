@@ -16,7 +16,6 @@ m-sharpness is `estimate(..., samples=M, split=True)`: every sample sees its own
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._typing import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
@@ -36,9 +36,17 @@ from blr_optax.rule import scale_by_precision, with_posterior
 from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
-
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        OptState,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
     from blr_optax.rule import WithPosteriorState
 
 
@@ -54,7 +62,7 @@ class SamReader(StepSizeReader):
     who = "sam"
     adversarial = True
 
-    def adversary(self, state: WithPosteriorState, params: Any, grads: Any) -> Any:
+    def adversary(self, state: WithPosteriorState, params: Params, grads: Updates) -> PyTree:
         """m + r g / |g|; m where g = 0."""
         wide = jax.tree.map(lambda g: g.astype(_tree.statistics_dtype(g.dtype)), grads)
         size = optax.tree.norm(wide, ord=jnp.inf)  # first, so that no square leaves float range
@@ -66,7 +74,9 @@ class SamReader(StepSizeReader):
             params, wide,
         )  # fmt: skip
 
-    def curvature(self, state: WithPosteriorState, params: Any, weights: Any, grads: Any) -> Any:
+    def curvature(
+        self, state: WithPosteriorState, params: Params, weights: PyTree, grads: Updates
+    ) -> PyTree:
         """|g| of the first gradient: what bSAM would learn from, and the sign that it was taken."""
         return jax.tree.map(lambda g: jnp.abs(g.astype(_tree.statistics_dtype(g.dtype))), grads)
 
@@ -81,13 +91,13 @@ def _check_rho(rho: Any) -> None:
 
 
 def sam(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     rho: float = 0.05,
     momentum: float | None = 0.9,
     nesterov: bool = False,
-    weight_decay: Any = 0.0,
+    weight_decay: Hyperparameter = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """SAM, sharpness-aware minimisation: SGD with the gradient at the worst point within a ball.
 
@@ -140,27 +150,32 @@ def sam(
     )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, *, statistic: Any = None, **extra: Any
+        updates: Updates,
+        state: OptState,
+        params: Params = None,
+        *,
+        statistic: Any = None,
+        **extra: Any,
     ) -> tuple[Any, Any]:
         refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return transformation(inner.init, update_fn)
 
 
 def bsam(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
+    ess: ScalarOrSchedule,
     rho: float = 0.05,
-    prior_precision: Any = None,
-    init_precision: Any = None,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    damping: Any = 0.1,
+    prior_precision: Hyperparameter = None,
+    init_precision: Hyperparameter = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    damping: Hyperparameter = 0.1,
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """bSAM: SAM whose neighbourhood is a diagonal Gaussian posterior that it learns.

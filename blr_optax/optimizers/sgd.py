@@ -8,7 +8,7 @@ alpha / ess.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from blr_optax._validate import check_positive
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
+    from blr_optax._typing import DTypeLike, PyTree, ScalarOrSchedule
     from blr_optax.rule import WithPosteriorState
 
 
@@ -26,18 +27,18 @@ class StepSizeReader(PointReader):
 
     who = "sgd"
 
-    def precision(self, state: WithPosteriorState, mean: Any) -> Any:  # noqa: D102
+    def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         s = state.hyper["ess"] / state.hyper["step_size"]
         return jax.tree.map(lambda m: jnp.full_like(m, s.astype(m.dtype)), mean)
 
 
 def sgd(
-    learning_rate: Any,
+    learning_rate: ScalarOrSchedule,
     *,
     momentum: float | None = None,
     nesterov: bool = False,
-    accumulator_dtype: Any = None,
-    ess: Any = 1.0,
+    accumulator_dtype: DTypeLike | None = None,
+    ess: ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.sgd`, step for step, with the posterior that the rule assigns to it.
 
@@ -74,7 +75,7 @@ def sgd(
 
 
 def gradient_descent(
-    learning_rate: Any, *, ess: Any = 1.0
+    learning_rate: ScalarOrSchedule, *, ess: ScalarOrSchedule = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent: the simplest row of the table.
 

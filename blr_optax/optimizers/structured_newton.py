@@ -17,7 +17,7 @@ Jones, Chang and Murphy (2024). Both evaluate the loss themselves, as in `newton
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.flatten_util
@@ -35,20 +35,22 @@ from blr_optax.rule import blr_update
 if TYPE_CHECKING:
     import optax
 
+    from blr_optax._typing import Hyperparameter, KeyLike, Loss, Params, ScalarOrSchedule
     from blr_optax.estimators import Estimator
+    from blr_optax.estimators._terms import Term
 
 
 def kronecker_newton(
-    loss: Any,
-    learning_rate: Any,
+    loss: Loss | Term,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Online Newton whose precision of every leaf is a Kronecker product.
 
@@ -104,18 +106,18 @@ def kronecker_newton(
 
 
 def low_rank_newton(
-    loss: Any,
-    learning_rate: Any,
+    loss: Loss | Term,
+    learning_rate: ScalarOrSchedule,
     rank: int,
     *,
-    ess: Any = 1.0,
-    init_precision: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
+    init_precision: Hyperparameter = 1.0,
     prior: Distribution | None = None,
-    prior_precision: Any = None,
+    prior_precision: Hyperparameter = None,
     init: Distribution | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Online Newton whose precision is a diagonal plus a matrix of low rank, over all weights.
 
@@ -161,7 +163,7 @@ def low_rank_newton(
     check_number("init_precision", init_precision)
     family = get("gaussian_low_rank")
 
-    def centred(params: Any) -> Distribution:
+    def centred(params: Params) -> Distribution:
         wide = jax.tree.map(lambda p: jnp.asarray(p, _tree.statistics_dtype(p.dtype)), params)
         mean = jax.flatten_util.ravel_pytree(wide)[0]
         small = jnp.sqrt(1e-3 * jnp.asarray(init_precision, mean.dtype) / max(mean.size, 1))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Hyperparameter, KeyLike, Scalar, ScalarOrSchedule
 
 
 def _root(b2: float | None) -> Callable[[Array, Any, Array], Array]:
@@ -41,16 +42,16 @@ def _root(b2: float | None) -> Callable[[Array, Any, Array], Array]:
 
 
 def _perturbed(
-    learning_rate: Any,
-    ess: Any,
-    prior_precision: Any,
+    learning_rate: ScalarOrSchedule,
+    ess: ScalarOrSchedule,
+    prior_precision: Hyperparameter,
     prior: Distribution | None,
-    init_precision: Any,
-    b2: Any,
+    init_precision: Hyperparameter,
+    b2: Scalar,
     batch_size: int,
     momentum: optax.GradientTransformation,
     denominator: Callable,
-    key: Any,
+    key: KeyLike,
     generator: str,
 ) -> optax.GradientTransformationExtraArgs:
     """The rule's precision from squared gradients, and another denominator."""
@@ -82,16 +83,16 @@ def _perturbed(
 
 
 def vadam(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    prior_precision: Any = None,
-    init_precision: Any = None,
+    ess: ScalarOrSchedule,
+    prior_precision: Hyperparameter = None,
+    init_precision: Hyperparameter = None,
     prior: Distribution | None = None,
     b1: float = 0.9,
     b2: float = 0.999,
     batch_size: int = 1,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """Vadam: Adam at weights drawn from the posterior that its second moment describes.
@@ -147,15 +148,15 @@ def vadam(
 
 
 def vprop(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    prior_precision: Any = None,
-    init_precision: Any = None,
+    ess: ScalarOrSchedule,
+    prior_precision: Hyperparameter = None,
+    init_precision: Hyperparameter = None,
     prior: Distribution | None = None,
     b2: float = 0.999,
     batch_size: int = 1,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """Vprop: RMSprop at weights drawn from the posterior; Vadam without averages and hats.

@@ -13,7 +13,6 @@ Khan et al. (2018), Eqs. 7-9; Osawa et al. (2019). A posterior at temperature ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,14 +24,16 @@ from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
 from blr_optax.rule import scale_by_precision
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
-
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Hyperparameter, KeyLike, PyTree, Scalar, ScalarOrSchedule
 
 
 def curvature_at_start(
-    init_precision: Any, prior_precision: Any, ess: Any, damping: Any = 0.0
-) -> Any:
+    init_precision: Hyperparameter,
+    prior_precision: Hyperparameter,
+    ess: ScalarOrSchedule,
+    damping: Hyperparameter = 0.0,
+) -> PyTree:
     """s_0, from the total precision of the first posterior; 1 per example without one."""
     if init_precision is None:
         return 1.0
@@ -55,7 +56,7 @@ def curvature_at_start(
     return start
 
 
-def check_one_start(who: str, init: Any, init_precision: Any, prior: Any) -> None:
+def check_one_start(who: str, init: PyTree, init_precision: Hyperparameter, prior: PyTree) -> None:
     """Raises ValueError when the first precision would be given twice, or with a prior's inside."""
     if init is not None and init_precision is not None:
         raise ValueError(f"{who}: give init= or init_precision=, not both: init has a precision.")
@@ -67,17 +68,17 @@ def check_one_start(who: str, init: Any, init_precision: Any, prior: Any) -> Non
 
 
 def vogn(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    prior_precision: Any = None,
-    init_precision: Any = None,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    damping: Any = 0.0,
+    ess: ScalarOrSchedule,
+    prior_precision: Hyperparameter = None,
+    init_precision: Hyperparameter = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
     """VOGN: a diagonal Gaussian over the weights, its precision from per-example gradients.
@@ -154,14 +155,14 @@ def vogn(
 
 
 def ogn(
-    learning_rate: float | Array | Callable,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: float | Array | Callable,
-    prior_precision: Any = None,
-    init_precision: Any = None,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    damping: Any = 0.0,
+    ess: ScalarOrSchedule,
+    prior_precision: Hyperparameter = None,
+    init_precision: Hyperparameter = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from blr_optax.per_example._taps import _jaxpr, _plan
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import Params, PyTree
+
 
 def per_example_dot(
-    loss: Callable[..., Array], params: Any, v: Any, *batch: Any
+    loss: Callable[..., Array], params: Params, v: PyTree, *batch: PyTree
 ) -> Float[Array, " B"]:
     """<g_i, v> for every example: one forward-mode pass, no per-example gradient.
 
@@ -50,7 +52,7 @@ def per_example_dot(
     v = jax.tree.map(lambda x, p: jnp.asarray(x, p.dtype), v, params)
     found = checked("per_example_dot", loss, params, batch)
 
-    def each(params: Any) -> Float[Array, " B"]:
+    def each(params: Params) -> Float[Array, " B"]:
         return jax.vmap(lambda *one: loss(params, *jax.tree.map(lambda x: x[None], one)))(*batch)
 
     if not _jaxpr.has_primitive(found.jaxpr, _jaxpr.CUSTOM_VJP):
@@ -59,7 +61,7 @@ def per_example_dot(
     return jax.vjp(lambda c: pull(c)[0], jnp.zeros_like(value))[1](v)[0]
 
 
-def _refuse_terms(who: str, loss: Any) -> None:
+def _refuse_terms(who: str, loss: object) -> None:
     if not callable(loss):
         raise ValueError(
             f"{who}: loss must be a function loss(params, *batch); got {type(loss).__name__}, "
@@ -67,7 +69,7 @@ def _refuse_terms(who: str, loss: Any) -> None:
         )
 
 
-def explain(loss: Callable[..., Array], params: Any, *batch: Any) -> None:
+def explain(loss: Callable[..., Array], params: Params, *batch: PyTree) -> None:
     """Prints how `per_example` treats every parameter, why, and what it adds; nothing is run.
 
     The way is "places" (statistics where it meets activations; why names their kinds), "copy" (a

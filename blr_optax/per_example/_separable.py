@@ -17,6 +17,8 @@ from blr_optax.per_example._taps._sums import Traced, shapes, traced
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import Params
+
 
 def batch_size(who: str, batch: tuple) -> int:
     """The number of examples of a batch.
@@ -37,7 +39,7 @@ def batch_size(who: str, batch: tuple) -> int:
     return size
 
 
-def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
+def checked(who: str, loss: Callable[..., Array], params: Params, batch: tuple) -> Traced:
     """The traced loss of one example.
 
     Raises:
@@ -57,7 +59,7 @@ def checked(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> 
     return found
 
 
-def refuse_closed_over(what: str, params: Any, found: Traced) -> None:
+def refuse_closed_over(what: str, params: Params, found: Traced) -> None:
     """Raises ValueError for a function that does not use its parameters, or other ones instead."""
     unused = [way.kind == _plan.UNUSED for way in found.ways]
     closed = [any(leaf is c for c in found.consts) for leaf in jax.tree.leaves(params)]
@@ -69,7 +71,7 @@ def refuse_closed_over(what: str, params: Any, found: Traced) -> None:
         )
 
 
-def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
+def _coupling(loss: Callable[..., Array], params: Params, batch: tuple) -> Any:
     try:
         return coupling(loss, shapes(params), batch)
     except Exception as error:
@@ -81,7 +83,7 @@ def _coupling(loss: Callable[..., Array], params: Any, batch: tuple) -> Any:
         raise
 
 
-def refuse_coupled(who: str, loss: Callable[..., Array], params: Any, batch: tuple) -> None:
+def refuse_coupled(who: str, loss: Callable[..., Array], params: Params, batch: tuple) -> None:
     """Raises ValueError for a loss that is no mean over separate examples; warns when unsure."""
     kind = _coupling(loss, params, batch)
     growth = kind.power if kind.tag == "const" or kind.power is None else kind.power + 1

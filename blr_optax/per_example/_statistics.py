@@ -33,6 +33,8 @@ from blr_optax.per_example._taps._sums import (
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import KeyLike, LossOrTerm, Params, PyTree, Updates
+
 STATISTICS = ("sum_squares", "norms", "kfac", "ggn_diagonal")
 LABELS = ("exact", "sampled", "true")
 POSITIONS = {"expand": KroneckerFactors, "reduce": Reduced}
@@ -54,17 +56,17 @@ class PerExample(NamedTuple):
     """
 
     value: Array
-    grad: Any
-    sum_squares: Any
+    grad: Updates
+    sum_squares: PyTree
     norms: Float[Array, " B"] | None
     kfac: dict[str, KroneckerFactors] | None
-    ggn_diagonal: Any
+    ggn_diagonal: PyTree
 
 
 def per_example(
-    loss: Any,
-    params: Any,
-    *batch: Any,
+    loss: LossOrTerm,
+    params: Params,
+    *batch: PyTree,
     statistics: tuple[str, ...] = ("sum_squares",),
     outputs: Callable[..., Array] | None = None,
     likelihood: str | None = None,
@@ -72,7 +74,7 @@ def per_example(
     positions: str = "expand",
     microbatch: int | None = None,
     weights: Float[Array, " B"] | None = None,
-    key: Any = None,
+    key: KeyLike | None = None,
 ) -> PerExample:
     """Mean gradient, and statistics of the gradients of single examples, in one backward pass.
 
@@ -166,10 +168,10 @@ def _statistics(
     model: Model,
     positions: str,
     microbatch: int | None,
-    params: Any,
+    params: Params,
     batch: tuple,
     weights: Any,
-    key: Any,
+    key: KeyLike,
 ) -> PerExample:
     """What was asked, the options being right."""
     found = checked("per_example", loss, params, batch)
@@ -205,7 +207,12 @@ def _statistics(
 
 
 def _of_glm(
-    loss: Any, params: Any, batch: tuple, statistics: tuple[str, ...], weights: Any, labels: str
+    loss: LossOrTerm,
+    params: Params,
+    batch: tuple,
+    statistics: tuple[str, ...],
+    weights: Any,
+    labels: str,
 ) -> PerExample:
     """A term says all in closed form; its one layer is the flat vector of parameters."""
     if labels == "sampled":
@@ -221,7 +228,7 @@ def _of_glm(
                       wanted["ggn_diagonal"])  # fmt: skip
 
 
-def _named(params: Any, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
+def _named(params: Params, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
     """The layers' factors by the names of their kernels; inputs become means."""
     names = [_tree.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return {
@@ -250,7 +257,7 @@ def _check_statistics(statistics: tuple[str, ...], labels: str, positions: str) 
         )
 
 
-def _check_model(outputs: Any, likelihood: Any, labels: str, key: Any) -> Any:
+def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike) -> Any:
     if outputs is None or likelihood is None:
         raise ValueError(
             "per_example: ggn_diagonal and kfac need the model's outputs and what they mean: pass "
@@ -274,7 +281,13 @@ class Model(NamedTuple):
     labels: str
 
     def sums(
-        self, wanted: Wanted, params: Any, batch: tuple, weights: Any, key: Any, index: Array
+        self,
+        wanted: Wanted,
+        params: Params,
+        batch: tuple,
+        weights: PyTree,
+        key: KeyLike,
+        index: Array,
     ) -> Sums:
         """The sums of all passes over one batch; of the layers' inputs, of one pass."""
         f = self.outputs(params, *batch)
@@ -289,7 +302,7 @@ class Model(NamedTuple):
                 'logit is likelihood="bernoulli".'
             )
 
-        def linear(params: Any, cotangent: Array, *batch: Any) -> Array:
+        def linear(params: Params, cotangent: Array, *batch: Any) -> Array:
             return jnp.sum(cotangent * self.outputs(params, *batch))
 
         mean_output = lambda p, *b: jnp.mean(self.outputs(p, *b))  # noqa: E731

@@ -23,6 +23,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
+from blr_optax._typing import transformation
 from blr_optax._validate import all_finite, at, check_positive, zero_unless
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
@@ -35,7 +36,17 @@ from blr_optax.state._reader import Reader
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        KeyLike,
+        Loss,
+        NaturalParameters,
+        Params,
+        PyTree,
+        ScalarOrSchedule,
+        Updates,
+    )
     from blr_optax.estimators import Estimator
+    from blr_optax.estimators._terms import Term
 
 
 class BlrUpdateState(NamedTuple):
@@ -54,7 +65,7 @@ class BlrUpdateState(NamedTuple):
     count: Array
     key: Array
     reader: BlrReader
-    natural: Any
+    natural: NaturalParameters
     expected_loss: Array
     retracted: Array
     skipped: Array
@@ -75,13 +86,13 @@ class BlrReader(Reader):
     generator: str
     evaluates_loss = True
 
-    def noise(self, state: BlrUpdateState, key: Array) -> Any:
+    def noise(self, state: BlrUpdateState, key: Array) -> PyTree:
         """Standard normals for a Gaussian; for other families the key itself."""
         if self.point or getattr(self.family, "curvature", None) is None:
             return None if self.point else key
         return standard_normal(key, self.family.mean(state.natural), self.generator)
 
-    def weights(self, state: BlrUpdateState, params: Any, noise: Any) -> Any:
+    def weights(self, state: BlrUpdateState, params: Params, noise: PyTree) -> PyTree:
         if noise is None:
             return params
         if getattr(self.family, "curvature", None) is None:
@@ -91,22 +102,22 @@ class BlrReader(Reader):
         )
         return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
 
-    def posterior(self, state: BlrUpdateState, params: Any) -> Distribution:
+    def posterior(self, state: BlrUpdateState, params: Params) -> Distribution:
         # A copy: the state may be donated, the posterior is a value to keep.
         return Distribution(self.family, jax.tree.map(jnp.copy, state.natural))
 
 
 def blr_update(
     family: str | Family,
-    loss: Any,
-    learning_rate: Any,
+    loss: Loss | Term,
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: Any = 1.0,
+    ess: ScalarOrSchedule = 1.0,
     prior: Distribution | None = None,
-    init: Distribution | Callable[[Any], Distribution] | None = None,
+    init: Distribution | Callable[[PyTree], Distribution] | None = None,
     estimator: Estimator | None = None,
     step: str | None = None,
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """The Bayesian learning rule for any family and loss.
 
@@ -182,12 +193,12 @@ def blr_update(
 
 def from_steps(
     family: Family,
-    steps: Callable[[Any], ExponentialStep | ConditionalStep],
-    learning_rate: Any,
+    steps: Callable[[PyTree], ExponentialStep | ConditionalStep],
+    learning_rate: ScalarOrSchedule,
     *,
-    ess: Any,
-    init: Distribution | Callable[[Any], Distribution] | None,
-    key: Any,
+    ess: ScalarOrSchedule,
+    init: Distribution | Callable[[PyTree], Distribution] | None,
+    key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` from its step: `steps(family)` for the family over the parameters."""
     check_positive("learning_rate", learning_rate, scalar=True)
@@ -195,7 +206,7 @@ def from_steps(
     step_of = functools.cache(steps)
     step_of(family)  # checks its arguments where they are given
 
-    def init_fn(params: Any) -> BlrUpdateState:
+    def init_fn(params: Params) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
         step = step_of(family_over(family, params))
         natural = step.first(params, init(params) if callable(init) else init)
@@ -214,9 +225,9 @@ def from_steps(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: BlrUpdateState,
-        params: Any = None,
+        params: Params = None,
         *,
         batch: Any = (),
         points: Any = None,
@@ -253,4 +264,4 @@ def from_steps(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array
 
+    from blr_optax._typing import NaturalParameters, Params, PyTree
     from blr_optax.estimators import Estimator
     from blr_optax.families import ConditionalFamily
 
@@ -63,7 +64,7 @@ class ConditionalStep:
 
         self.gradient = natural_gradient(family, potential, self.estimator)
 
-    def first(self, params: Any, init: Distribution | None) -> Any:
+    def first(self, params: Params, init: Distribution | None) -> PyTree:
         """The first lambda, after checks of everything that must fit the parameters."""
         family, given = self.family, getattr(init, "family", None)
         prior_over(self.prior, params)
@@ -79,20 +80,22 @@ class ConditionalStep:
         return lam
 
     def direction(
-        self, key: Array, lam: Any, batch: tuple, ess: Array, points: Any
-    ) -> tuple[Array, Any]:
+        self, key: Array, lam: NaturalParameters, batch: tuple, ess: Array, points: PyTree
+    ) -> tuple[Array, PyTree]:
         """(E_q[E] / ess, the natural gradient of E_q[E] - H(q))."""
         prior = prior_over(self.prior, jax.eval_shape(self.family.mean, lam))
         value, gradient = self.gradient(key, lam, prior, ess, *batch, points=points)
         return value / ess, gradient
 
-    def move(self, lam: Any, d: Any, rho: Array, count: Array) -> tuple[Any, Array]:
+    def move(
+        self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
+    ) -> tuple[NaturalParameters, Array]:
         """The new lambda, block by block; a member is retracted where need be, uncounted."""
         del count
         return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
-def prior_over(prior: Distribution | None, params: Any) -> Distribution | None:
+def prior_over(prior: Distribution | None, params: Params) -> Distribution | None:
     """A prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:

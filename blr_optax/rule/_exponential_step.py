@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Loss, NaturalParameters, Params, PyTree
     from blr_optax.estimators import Estimator
+    from blr_optax.estimators._terms import Term
     from blr_optax.families import ExponentialFamily
 
 
@@ -29,7 +31,7 @@ class ExponentialStep:
     def __init__(
         self,
         family: ExponentialFamily,
-        loss: Any,
+        loss: Loss | Term,
         estimator: Estimator | None,
         prior: Distribution | None,
         step: str,
@@ -39,7 +41,7 @@ class ExponentialStep:
         self.estimator = chosen(family, estimator)
         self.gradient = natural_gradient(family, loss, self.estimator)
 
-    def first(self, params: Any, init: Distribution | None) -> Any:
+    def first(self, params: Params, init: Distribution | None) -> PyTree:
         """The first lambda, after checks of everything that must fit the parameters."""
         own = spread(self.prior, self.family, params)
         check_like("prior", own, self.family, params)
@@ -51,14 +53,16 @@ class ExponentialStep:
         return lam
 
     def direction(
-        self, key: Array, lam: Any, batch: tuple, ess: Array, points: Any
-    ) -> tuple[Array, Any]:
+        self, key: Array, lam: NaturalParameters, batch: tuple, ess: Array, points: PyTree
+    ) -> tuple[Array, PyTree]:
         """(E_q[mean loss], lambda_0 - lambda - ess grad_mu E_q[mean loss])."""
         value, grad_mu = self.gradient(key, lam, *batch, points=points)
         prior = spread_over(self.prior, self.family, lam)
         return value, direction(self.family, lam, grad_mu, prior, ess)
 
-    def move(self, lam: Any, d: Any, rho: Array, count: Array) -> tuple[Any, Array]:
+    def move(
+        self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
+    ) -> tuple[NaturalParameters, Array]:
         """lambda + rho d in the domain, and how many of its members had to be retracted."""
         del count
         return move(self.family, lam, self.family.combine((rho, d)), self.step)

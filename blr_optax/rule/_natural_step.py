@@ -21,6 +21,8 @@ from blr_optax.families._base.conditional import STEPS as CONDITIONAL_STEPS
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree, Scalar
+
 
 STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
 
@@ -43,7 +45,7 @@ def check_step(step: str, family: Family) -> str:
     return step
 
 
-def own_part(prior: Any, family: Family) -> Any:
+def own_part(prior: PyTree, family: Family) -> PyTree:
     """Of a joint posterior with points or of several families the part of one family, as prior.
 
     Args:
@@ -56,7 +58,7 @@ def own_part(prior: Any, family: Family) -> Any:
     return prior
 
 
-def spread(prior: Any, family: Any, like: Any) -> Any:
+def spread(prior: PyTree, family: Any, like: PyTree) -> PyTree:
     """A prior of one number as that of every number of a tree; other priors as they are.
 
     Args:
@@ -87,10 +89,10 @@ def spread(prior: Any, family: Any, like: Any) -> Any:
     return Distribution(family, family.Natural(*map(everywhere, lam)))
 
 
-def spread_over(prior: Any, family: Any, lam: Any) -> Any:
+def spread_over(prior: PyTree, family: Any, lam: NaturalParameters) -> PyTree:
     """`spread` over the tree of a lambda."""
 
-    def tree(family: Any, lam: Any) -> Any:
+    def tree(family: Any, lam: NaturalParameters) -> Any:
         if isinstance(family, Product):
             return {name: tree(factor, lam.parts[name]) for name, factor in family.factors}
         return lam[0]
@@ -98,7 +100,13 @@ def spread_over(prior: Any, family: Any, lam: Any) -> Any:
     return None if prior is None else spread(prior, family, tree(family, lam))
 
 
-def direction(family: Any, lam: Any, grad_mu: Any, prior: Distribution | None, ess: Any) -> Any:
+def direction(
+    family: Any,
+    lam: NaturalParameters,
+    grad_mu: ExpectationParameters,
+    prior: Distribution | None,
+    ess: Scalar,
+) -> PyTree:
     """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
@@ -107,7 +115,9 @@ def direction(family: Any, lam: Any, grad_mu: Any, prior: Distribution | None, e
     return family.combine((1.0, pull), (-ess, grad_mu))
 
 
-def move(family: Any, lam: Any, step: Any, how: str) -> tuple[Any, Array]:
+def move(
+    family: Any, lam: NaturalParameters, step: PyTree, how: str
+) -> tuple[NaturalParameters, Array]:
     """lambda after a step, and how many of its members had to be retracted."""
     if how == "auto":
         return family.safe_step(lam, step)
@@ -119,13 +129,13 @@ def move(family: Any, lam: Any, step: Any, how: str) -> tuple[Any, Array]:
 
 def natural_step(
     family: str | Family,
-    lam: Any,
-    grad_mu: Any,
-    learning_rate: Any,
+    lam: NaturalParameters,
+    grad_mu: ExpectationParameters,
+    learning_rate: Scalar,
     prior: Distribution | None = None,
-    ess: Any = 1.0,
+    ess: Scalar = 1.0,
     step: str = "auto",
-) -> Any:
+) -> NaturalParameters:
     """One step of the Bayesian learning rule on natural parameters.
 
     lambda <- lambda + rho ( lambda_0 - lambda - ess grad_mu E_q[mean loss] ), kept in the domain.

@@ -37,6 +37,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
+from blr_optax._typing import transformation
 from blr_optax._validate import (
     at,
     check_positive,
@@ -68,6 +69,17 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        OptState,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class EmpiricalPrior:
@@ -87,7 +99,7 @@ class EmpiricalPrior:
         """Before there is a posterior: a constant schedule."""
         return self.first
 
-    def of(self, params: Any, precision: Any, ess: Any) -> Any:
+    def of(self, params: Params, precision: PyTree, ess: ScalarOrSchedule) -> PyTree:
         """d0 for every leaf, a tree of numbers."""
 
         def leaf(m: Array, p: Array) -> Array:
@@ -98,12 +110,12 @@ class EmpiricalPrior:
         return jax.tree.map(leaf, params, precision)
 
 
-def filled(m: Any, x: Any) -> Array:
+def filled(m: PyTree, x: PyTree) -> Array:
     """x in the shape and sharding of a parameter, in its statistics dtype."""
     return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
 
 
-def prior_trees(prior: Distribution | None, params: Any, name: str = "prior") -> Any:
+def prior_trees(prior: Distribution | None, params: Params, name: str = "prior") -> PyTree:
     """The natural parameters of a mean-field Gaussian as trees like params; () for None.
 
     One of one number holds for every parameter.
@@ -123,7 +135,9 @@ def prior_trees(prior: Distribution | None, params: Any, name: str = "prior") ->
     return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
 
 
-def prior_precision(weight_decay: Any, prior: Any, ess: Any, like: Any, count: Any) -> Any:
+def prior_precision(
+    weight_decay: Hyperparameter, prior: PyTree, ess: ScalarOrSchedule, like: PyTree, count: Any
+) -> PyTree:
     """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
     decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
     if prior == ():
@@ -165,15 +179,15 @@ class PrecisionReader(Reader):
     def adversarial(self) -> bool:
         return self.radius is not None
 
-    def part(self, state: ScaleByPrecisionState, params: Any) -> Any:
+    def part(self, state: ScaleByPrecisionState, params: Params) -> PyTree:
         return _tree.matching_leaves(params, state.precision, "params")
 
-    def noise(self, state: ScaleByPrecisionState, key: Array) -> Any:
+    def noise(self, state: ScaleByPrecisionState, key: Array) -> PyTree:
         if self.generator is None:
             return None
         return standard_normal(key, state.precision, self.generator)
 
-    def weights(self, state: ScaleByPrecisionState, params: Any, noise: Any) -> Any:
+    def weights(self, state: ScaleByPrecisionState, params: Params, noise: PyTree) -> PyTree:
         """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype."""
         if self.generator is None:
             return params
@@ -185,11 +199,13 @@ class PrecisionReader(Reader):
 
         return jax.tree.map(draw, state.precision, noise, params)
 
-    def total_precision(self, state: ScaleByPrecisionState) -> Any:
+    def total_precision(self, state: ScaleByPrecisionState) -> PyTree:
         """S = ess p."""
         return jax.tree.map(lambda p: state.ess.astype(p.dtype) * p, state.precision)
 
-    def curvature(self, state: ScaleByPrecisionState, params: Any, weights: Any, grads: Any) -> Any:
+    def curvature(
+        self, state: ScaleByPrecisionState, params: Params, weights: PyTree, grads: Updates
+    ) -> PyTree:
         """Per-example curvature from the displacement actually made, which matters in bfloat16."""
         m, theta, g = (optax.tree.cast_like(x, state.precision) for x in (params, weights, grads))
         displacement = optax.tree.sub(theta, m)
@@ -197,14 +213,19 @@ class PrecisionReader(Reader):
             Sample(None, theta, g, displacement, self.total_precision(state), state.ess, None)
         )
 
-    def posterior(self, state: ScaleByPrecisionState, params: Any) -> Distribution:
+    def posterior(self, state: ScaleByPrecisionState, params: Params) -> Distribution:
         """N(params, 1 / (ess p))."""
         family = MeanField(Normal())
         mean = optax.tree.cast_like(params, state.precision)
         return Distribution(family, family.from_mean(mean, self.total_precision(state)))
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Scalar,
+        statistic: PyTree,
+        weight_decay: Hyperparameter,
     ) -> tuple[Array | None, Array | None]:
         """Shares of the second-order term in the move and in the precision."""
         if self.step in ("plain", "plain_old"):
@@ -239,7 +260,7 @@ class PrecisionReader(Reader):
         u = jax.tree.map(_relative_step, before.precision, after.precision)
         return jax.tree.map(relative, before.precision, u, d0)
 
-    def adversary(self, state: ScaleByPrecisionState, params: Any, grads: Any) -> Any:
+    def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
         return jax.tree.map(
             lambda p, m, g: (m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p).astype(
@@ -271,10 +292,10 @@ class ScaleByPrecisionState(NamedTuple):
     count: Array
     key: Array
     reader: PrecisionReader
-    precision: Any
+    precision: PyTree
     ess: Array
-    prior: Any
-    momentum: Any
+    prior: PyTree
+    momentum: PyTree
     skipped: Array
 
 
@@ -282,8 +303,8 @@ class ScaleByPrecisionState(NamedTuple):
 
 
 def gated_evidence(
-    state: ScaleByPrecisionState, params: Any, updates: Any, statistic: Any
-) -> tuple[Array, Any, Any]:
+    state: ScaleByPrecisionState, params: Params, updates: Updates, statistic: PyTree
+) -> tuple[Array, PyTree, PyTree]:
     """(finite, g, c): gradient and curvature, both zero unless all their entries are finite.
 
     A curvature that is not given is derived from the gradient and this step's noise.
@@ -304,14 +325,16 @@ def gated_evidence(
     return finite, *zero_unless(finite, (g, c))
 
 
-def prior_of_step(state: ScaleByPrecisionState, params: Any, weight_decay: Any) -> Any:
+def prior_of_step(
+    state: ScaleByPrecisionState, params: Params, weight_decay: Hyperparameter
+) -> PyTree:
     """d0 of the coming step; an `EmpiricalPrior` takes it from the posterior."""
     if isinstance(weight_decay, EmpiricalPrior):
         weight_decay = weight_decay.of(params, state.precision, state.ess)
     return prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
 
 
-def prior_pull(state: ScaleByPrecisionState, params: Any, d0: Any) -> Any:
+def prior_pull(state: ScaleByPrecisionState, params: Params, d0: PyTree) -> PyTree:
     """d0 (m - m0), as d0 m - S_0 m_0 / ess: an improper prior has no m_0."""
 
     def pull(p: Array, d: Any, m: Array, b: Array | float) -> Array:
@@ -345,7 +368,7 @@ def direction(v: Array, pull: Array, p: Array, gate: Array) -> Array:
     return gate * (v + pull) / p
 
 
-def _with_moved_prior(after: ScaleByPrecisionState, weight_decay: Any, d0: Any) -> Any:
+def _with_moved_prior(after: ScaleByPrecisionState, weight_decay: Hyperparameter, d0: Any) -> Any:
     """The state after a plain step, its prior that of the coming step in place of d0.
 
     A plain precision is an average of curvatures, plus the prior as it is now.
@@ -370,7 +393,9 @@ def _retracted(p: Array, u: Array) -> Array:
 # The first precision.
 
 
-def _first_precision(params: Any, hess_init: Any, d0: Any, damping: Any) -> Any:
+def _first_precision(
+    params: Params, hess_init: Hyperparameter, d0: Any, damping: Hyperparameter
+) -> Any:
     """h_0 + d0 + damping.
 
     Raises:
@@ -386,7 +411,7 @@ def _first_precision(params: Any, hess_init: Any, d0: Any, damping: Any) -> Any:
     return precision
 
 
-def _precision_of(init: Distribution, params: Any, ess: Array) -> Any:
+def _precision_of(init: Distribution, params: Params, ess: Array) -> Any:
     """The precision per example of a first posterior.
 
     Raises:
@@ -408,22 +433,22 @@ def _precision_of(init: Distribution, params: Any, ess: Array) -> Any:
 
 def scale_by_precision(
     *,
-    ess: Any,
-    b2: Any = 0.99999,
-    hess_init: Any = 1.0,
-    weight_decay: Any = 0.0,
-    prior: Distribution | Callable[[Any], Distribution] | None = None,
+    ess: ScalarOrSchedule,
+    b2: Scalar = 0.99999,
+    hess_init: Hyperparameter = 1.0,
+    weight_decay: Hyperparameter = 0.0,
+    prior: Distribution | Callable[[PyTree], Distribution] | None = None,
     init: Distribution | None = None,
     momentum: optax.GradientTransformation | None = None,
     curvature: str | Curvature = "reparameterized",
     step: str = "improved",
-    damping: Any = 0.0,
+    damping: Hyperparameter = 0.0,
     prior_in_momentum: bool = False,
     prior_in_mean: bool = True,
-    denominator: Callable[[Array, Any, Array], Array] | None = None,
+    denominator: Callable[[Array, PyTree, Array], Array] | None = None,
     adversary: float | None = None,
     generator: str | None = "hash",
-    key: Any = 0,
+    key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition by the posterior precision that the rule learns: the heart of IVON.
 
@@ -505,7 +530,7 @@ def scale_by_precision(
     reader = PrecisionReader(from_gradient(curvature), generator, step, adversary)
     inner = optax.with_extra_args_support(optax.identity() if momentum is None else momentum)
 
-    def init_fn(params: Any) -> ScaleByPrecisionState:
+    def init_fn(params: Params) -> ScaleByPrecisionState:
         _tree.check_float_leaves(params, "ivon, soba, scale_by_precision")
         count = jnp.zeros((), jnp.int32)
         size = jnp.array(at(ess, count), jnp.result_type(float))
@@ -527,9 +552,9 @@ def scale_by_precision(
         )
 
     def update_fn(
-        updates: Any,
+        updates: Updates,
         state: ScaleByPrecisionState,
-        params: Any = None,
+        params: Params = None,
         *,
         statistic: Any = None,
         **extra: Any,
@@ -571,4 +596,4 @@ def scale_by_precision(
             after = _with_moved_prior(after, weight_decay, d0)
         return out, after
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)

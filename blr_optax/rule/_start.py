@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax.families import Family, Leafwise, MeanField, Product, Raveled, SideBySide, get
 
+if TYPE_CHECKING:
+    from blr_optax._typing import NaturalParameters, Params, PyTree
 
-def family_over(family: str | Family, params: Any) -> Family:
+
+def family_over(family: str | Family, params: Params) -> Family:
     """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
 
     Matrix families are one per leaf.
@@ -36,8 +39,8 @@ def family_over(family: str | Family, params: Any) -> Family:
 
 
 def first_natural(
-    family: Any, params: Any, init: Distribution | None, prior: Distribution | None
-) -> Any:
+    family: Any, params: Params, init: Distribution | None, prior: Distribution | None
+) -> PyTree:
     """The first lambda: `init`, else centred at params, else the prior."""
     # Copies: a state that held the parameters themselves would be donated with them.
     params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
@@ -57,7 +60,7 @@ def first_natural(
     )
 
 
-def check_like(name: str, given: Distribution | None, family: Any, params: Any) -> None:
+def check_like(name: str, given: Distribution | None, family: Any, params: Params) -> None:
     """Raises ValueError when a posterior argument does not fit the family and the parameters."""
     if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return
@@ -74,7 +77,7 @@ def check_like(name: str, given: Distribution | None, family: Any, params: Any) 
     check_shapes(name, given, like)
 
 
-def check_shapes(name: str, given: Distribution, like: Any) -> None:
+def check_shapes(name: str, given: Distribution, like: PyTree) -> None:
     """Raises ValueError when a posterior argument is not shaped like lambda."""
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
@@ -84,7 +87,7 @@ def check_shapes(name: str, given: Distribution, like: Any) -> None:
         )
 
 
-def check_params(family: Any, natural: Any, params: Any) -> None:
+def check_params(family: Any, natural: NaturalParameters, params: Params) -> None:
     """Raises ValueError when the parameters are not shaped like q's mean."""
     if not jax.tree.leaves(params):
         return

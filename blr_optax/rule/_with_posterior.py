@@ -7,7 +7,6 @@ mean-field normal centred at the parameters whose precision is a function of tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,12 +15,15 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
+from blr_optax._typing import transformation
 from blr_optax._validate import all_finite, at, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._typing import Params, PyTree, ScalarOrSchedule, Updates
 
 
 @jax.tree_util.register_static
@@ -61,7 +63,7 @@ class WithPosteriorState(NamedTuple):
     reader: PointReader
     covered: Covered
     hyper: dict[str, Array]
-    inner: Any
+    inner: PyTree
     skipped: Array
 
 
@@ -70,14 +72,14 @@ class PointReader(Reader):
 
     who = "with_posterior"  # the optimizer's name, in errors
 
-    def part(self, state: WithPosteriorState, params: Any) -> Any:
+    def part(self, state: WithPosteriorState, params: Params) -> PyTree:
         return _tree.mask_to(params, state.covered.paths)
 
-    def precision(self, state: WithPosteriorState, mean: Any) -> Any:
+    def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:
         """Total posterior precision, a tree like `mean`."""
         raise NotImplementedError
 
-    def posterior(self, state: WithPosteriorState, params: Any) -> Distribution:
+    def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """N(params, 1 / precision)."""
         mean = jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
         family = MeanField(Normal())
@@ -85,7 +87,7 @@ class PointReader(Reader):
 
 
 def with_posterior(
-    tx: optax.GradientTransformation, reader: PointReader, **hyper: float | Array | Callable
+    tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
 
@@ -114,7 +116,7 @@ def with_posterior(
     def numbers(count: Any) -> dict[str, Array]:
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
-    def init_fn(params: Any) -> WithPosteriorState:
+    def init_fn(params: Params) -> WithPosteriorState:
         _tree.check_float_leaves(params, reader.who)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
@@ -123,7 +125,7 @@ def with_posterior(
         return WithPosteriorState(count, reader, paths, numbers(count), inner, skipped)
 
     def update_fn(
-        updates: Any, state: WithPosteriorState, params: Any = None, **extra: Any
+        updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
         finite = all_finite(updates)
         out, inner = tx.update(updates, state.inner, params, **extra)
@@ -136,4 +138,4 @@ def with_posterior(
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)

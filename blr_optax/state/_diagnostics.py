@@ -35,6 +35,8 @@ from blr_optax.state._reading import covered
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import Hyperparameter, OptState, Params, PyTree, Scalar, Updates
+
 
 class Diagnostics(NamedTuple):
     """What `diagnostics` returns for one posterior; scalars, None where something is not known.
@@ -67,7 +69,7 @@ class Diagnostics(NamedTuple):
     skipped: Array | None
 
 
-def _clipped(part: Any, updates: Any, bound: Any) -> Array | None:
+def _clipped(part: Any, updates: Updates, bound: Any) -> Array | None:
     """Share of coordinates at the bound, up to rounding."""
     if updates is None or bound is None:
         return None
@@ -111,16 +113,16 @@ def _score(old: Any, new: Any, b2: Any, weight_decay: Any) -> Array | None:
 
 
 def diagnostics(
-    before: Any,
-    after: Any,
-    params: Any,
-    updates: Any = None,
+    before: OptState,
+    after: OptState,
+    params: Params,
+    updates: Updates = None,
     *,
-    statistic: Any = None,
-    b2: Any = None,
-    bound: Any = None,
-    draws: Any = None,
-    weight_decay: Any = 0.0,
+    statistic: PyTree = None,
+    b2: Scalar | None = None,
+    bound: PyTree = None,
+    draws: PyTree = None,
+    weight_decay: Hyperparameter = 0.0,
 ) -> tuple[Diagnostics, ...]:
     """How healthy a step was: scalars per posterior, from the states before and after it.
 
@@ -195,12 +197,12 @@ def _one(
     old: Any,
     new: Any,
     part: Any,
-    updates: Any,
+    updates: Updates,
     statistic: Any,
-    b2: Any,
+    b2: Scalar | None,
     bound: Any,
     draws: Any,
-    weight_decay: Any,
+    weight_decay: Hyperparameter,
 ) -> Diagnostics:
     """The diagnostics of one posterior state."""
     q = new.reader.posterior(new, part)

@@ -27,6 +27,16 @@ from blr_optax.state._reading import covered, draw, noise_of
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import (
+        AxisName,
+        Loss,
+        NaturalParameters,
+        OptState,
+        Params,
+        PyTree,
+        Updates,
+    )
+
 UNROLLED_SAMPLES = 4
 
 
@@ -43,12 +53,12 @@ class Estimate(NamedTuple):
     """
 
     value: Array
-    grad: Any
-    statistic: Any
-    aux: Any
+    grad: Updates
+    statistic: PyTree
+    aux: PyTree
 
 
-def _split(batch: tuple, count: int | None, microbatch: int | None = None) -> tuple[Callable, int]:
+def _split(batch: tuple, count: int, microbatch: int | None = None) -> tuple[Callable, int]:
     """A function from an index to one of `count` strided pieces (of size `microbatch`), and count.
 
     Example i goes to micro-batch i mod M: a sharded batch axis stays sharded within each. Arguments
@@ -93,7 +103,7 @@ def _accumulate(total: Any, new: Any) -> Any:
     return jax.tree.map(add, total, new)
 
 
-def scaled(tree: Any, a: float) -> Any:
+def scaled(tree: PyTree, a: float) -> PyTree:
     """a times every leaf."""
     return jax.tree.map(lambda x: a * x, tree)
 
@@ -120,7 +130,7 @@ def _total(evaluate: Callable[[Any], Any], inputs: Any, count: int, unrolled: in
     return jax.lax.scan(lambda t, x: (_accumulate(t, evaluate(x)), None), start, inputs)[0]
 
 
-def _averaged(total: Any, evaluations: int, axis_name: Any) -> Any:
+def _averaged(total: Any, evaluations: int, axis_name: AxisName | None) -> Any:
     """Means of floating leaves over the evaluations and the devices; others as they are."""
 
     def average(x: Array) -> Array:
@@ -148,22 +158,24 @@ class Evaluation:
 
     loss: Callable[..., Any]
     has_aux: bool
-    params: Any
-    states: list[Any]
-    parts: list[Any]
+    params: Params
+    states: list[PyTree]
+    parts: list[PyTree]
     device: Array | None
     signs: tuple[float, ...]
 
-    def noises(self, index: Any) -> list[Any]:
+    def noises(self, index: Any) -> list[PyTree]:
         """The noise of one draw, for every state."""
         return [noise_of(state, index, self.device) for state in self.states]
 
-    def total(self, noises: list[Any], examples: tuple) -> tuple:
+    def total(self, noises: list[PyTree], examples: tuple) -> tuple:
         """The sum of `at` over the signs of the noise."""
         results = [self.at(scaled(noises, sign), examples) for sign in self.signs]
         return functools.reduce(_accumulate, results)
 
-    def at(self, noises: list[Any], examples: tuple) -> tuple[Array, Any, list[Any], Any]:
+    def at(
+        self, noises: list[PyTree], examples: tuple
+    ) -> tuple[Array, PyTree, list[PyTree], PyTree]:
         """(value, gradient, every state's statistic, aux) at one draw of the weights."""
         weights = draw(self.states, self.parts, self.params, noises)
         (value, aux), first, squares = self.gradient(weights, examples)
@@ -174,19 +186,22 @@ class Evaluation:
         ]
         return value, grad, statistics, jax.tree.map(jnp.asarray, aux)
 
-    def gradient(self, weights: Any, examples: tuple) -> tuple[tuple, Any, Any]:
+    def gradient(
+        self, weights: PyTree, examples: tuple
+    ) -> tuple[tuple, NaturalParameters, NaturalParameters]:
         """((value, aux), gradient, mean squared gradients of examples if a state needs them)."""
         if not any(state.reader.by_example for state in self.states):
             value, grad = jax.value_and_grad(self.loss, has_aux=self.has_aux)(weights, *examples)
             return value if self.has_aux else (value, None), grad, None
-        from blr_optax.per_example._statistics import batch_size, per_example  # with all taps
+        from blr_optax.per_example._separable import batch_size
+        from blr_optax.per_example._statistics import per_example  # with all taps
 
         found = per_example(self.loss, weights, *examples)
         size = batch_size("estimate", examples)
         squares = jax.tree.map(lambda x: x / size, found.sum_squares)
         return (found.value, None), found.grad, squares
 
-    def second_gradient(self, first: Any, weights: Any, examples: tuple) -> Any:
+    def second_gradient(self, first: PyTree, weights: PyTree, examples: tuple) -> PyTree:
         """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
         moved = [
             state.reader.adversary(state, part, _tree.matching_leaves(first, part, "grads"))
@@ -200,7 +215,14 @@ class Evaluation:
         return found[0] if self.has_aux else found
 
     @staticmethod
-    def statistic(state: Any, part: Any, noise: Any, weights: Any, first: Any, squares: Any) -> Any:
+    def statistic(
+        state: OptState,
+        part: PyTree,
+        noise: PyTree,
+        weights: PyTree,
+        first: PyTree,
+        squares: PyTree,
+    ) -> PyTree:
         """What one state's `update` takes beside the gradient, from the first gradient."""
         if state.reader.by_example:
             return _tree.matching_leaves(squares, part, "squares")
@@ -233,17 +255,17 @@ def _recorded(noise: Any, samples: int, states: list[Any], parts: list[Any]) -> 
 
 
 def estimate(
-    loss: Callable[..., Any],
-    opt_state: Any,
-    params: Any,
-    *batch: Any,
+    loss: Loss,
+    opt_state: OptState,
+    params: Params,
+    *batch: PyTree,
     samples: int = 1,
     antithetic: bool = False,
-    noise: Any = None,
+    noise: PyTree = None,
     has_aux: bool = False,
     microbatch: int | None = None,
     split: bool = False,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
 ) -> Estimate:
     """Value, gradient and second statistic of a mean loss at this step's samples of the posterior.
 
@@ -316,11 +338,11 @@ def estimate(
         noises = evaluation.noises(index) if noise is None else given
         if microbatch is None:
             return evaluation.total(noises, share(index))
-        piece, count = _split(share(index), None, microbatch)
+        piece, count = _split(share(index), 1, microbatch)
         return _total(lambda i: evaluation.total(noises, piece(i)), jnp.arange(count), count, 1)
 
     total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
-    pieces = 1 if microbatch is None else _split(share(0), None, microbatch)[1]
+    pieces = 1 if microbatch is None else _split(share(0), 1, microbatch)[1]
     evaluations = samples * pieces * len(signs)
     value, grad, statistics, aux = _averaged(total, evaluations, axis_name)
     grad = optax.tree.cast_like(grad, params)

@@ -23,6 +23,8 @@ from blr_optax.state._reader import Reader, check_transformation, draws_noise, f
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import AxisName, Loss, OptState, Params, PyTree
+
 
 class StepInfo(NamedTuple):
     """What a step of `make_step` tells beside parameters and state.
@@ -35,7 +37,7 @@ class StepInfo(NamedTuple):
     """
 
     value: Array
-    aux: Any
+    aux: PyTree
     skipped: Array
 
 
@@ -45,7 +47,7 @@ class PointState(NamedTuple):
     reader: Reader
 
 
-def _skipped(opt_state: Any) -> Array:
+def _skipped(opt_state: OptState) -> Array:
     states = find_posterior_states(opt_state)
     counts = [getattr(state.reader.core(state), "skipped", 0) for state in states]
     return jnp.asarray(sum(counts), jnp.int32)
@@ -53,16 +55,16 @@ def _skipped(opt_state: Any) -> Array:
 
 def make_step(
     tx: optax.GradientTransformation,
-    loss: Callable[..., Any],
+    loss: Loss,
     *,
     samples: int = 1,
     antithetic: bool = False,
     microbatch: int | None = None,
     has_aux: bool = False,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     jit: bool = True,
     donate: bool = True,
-) -> Callable[..., tuple[Any, Any, StepInfo]]:
+) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:
     """Return the training step of an optimizer, the same for all of them.
 
     params, opt_state, info = step(params, opt_state, *batch)
@@ -114,7 +116,7 @@ def make_step(
     asked = [name for name, value in options.items() if value]
     asked += ["samples"] * (samples != 1) + ["axis_name"] * (axis_name is not None)
 
-    def by_batch(params: Any, opt_state: Any, batch: tuple) -> tuple[Any, Any, StepInfo]:
+    def by_batch(params: Params, opt_state: OptState, batch: tuple) -> tuple[Any, Any, StepInfo]:
         """The step of an optimizer that evaluates the loss itself."""
         if asked:
             raise ValueError(
@@ -129,7 +131,7 @@ def make_step(
             StepInfo(value, None, _skipped(opt_state)),
         )
 
-    def step(params: Any, opt_state: Any, *batch: Any) -> tuple[Any, Any, StepInfo]:
+    def step(params: Params, opt_state: OptState, *batch: Any) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
         if states and all(state.reader.evaluates_loss for state in states):
             return by_batch(params, opt_state, batch)
@@ -146,7 +148,7 @@ def make_step(
             axis_name=axis_name,
         )
 
-        def value_fn(params: Any) -> Array:
+        def value_fn(params: Params) -> Array:
             found = loss(params, *batch)
             return found[0] if has_aux else found
 

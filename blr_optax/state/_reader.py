@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
+    from blr_optax._typing import Hyperparameter, OptState, Params, PyTree, Scalar, Updates
 
 NO_POSTERIOR = (
     "{who}: the optimizer state carries no posterior. Pass the state of one of this library's "
@@ -47,40 +48,47 @@ class Reader:
     noise_axes = 0  # leading axes of noise and statistic, for more than one draw per weight
     aux_argument: str | None = None  # the argument of `update` that is the loss's auxiliary output
 
-    def core(self, state: Any) -> Any:
+    def core(self, state: OptState) -> OptState:
         """The state that holds key, count, ess and precision: `state`, or one inside it."""
         return state
 
-    def with_core(self, state: Any, core: Any) -> Any:
+    def with_core(self, state: OptState, core: OptState) -> OptState:
         """`state` with another `core`."""
         return core
 
-    def part(self, state: Any, params: Any) -> Any:
+    def part(self, state: OptState, params: Params) -> PyTree:
         """The leaves of params that the state knows, `MaskedNode` elsewhere."""
         return params
 
-    def noise(self, state: Any, key: Array) -> Any:
+    def noise(self, state: OptState, key: Array) -> PyTree:
         """Standard normals for one draw, or None for a point."""
         return None
 
-    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+    def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
         """The weights at which the loss is looked at."""
         return params
 
-    def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
+    def curvature(self, state: OptState, params: Params, weights: PyTree, grads: Updates) -> PyTree:
         """Curvature per example from a gradient at `weights`, or None."""
         return None
 
-    def adversary(self, state: Any, params: Any, grads: Any) -> Any:
+    def adversary(self, state: OptState, params: Params, grads: Updates) -> PyTree:
         """The weights of the second gradient, from the gradient at `weights`."""
         raise NotImplementedError
 
-    def statistic(self, state: Any, params: Any, weights: Any, grads: Any, noise: Any) -> Any:
+    def statistic(
+        self, state: OptState, params: Params, weights: PyTree, grads: Updates, noise: PyTree
+    ) -> PyTree:
         """Return what `estimate` averages for `update`: by default the curvature."""
         return self.curvature(state, params, weights, grads)
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Scalar,
+        statistic: PyTree,
+        weight_decay: Hyperparameter,
     ) -> tuple[Array | None, Array | None]:
         """Shares of a second-order term in a step of the precision and in the precision itself."""
         return None, None
@@ -89,7 +97,7 @@ class Reader:
         """Return c / p of a step, from the states around it; None unless c depends on the noise."""
         return None
 
-    def posterior(self, state: Any, params: Any) -> Distribution:
+    def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
 
@@ -103,30 +111,35 @@ class OuterReader(Reader):
 
     inside: ClassVar[str]
 
-    def core(self, state: Any) -> Any:
+    def core(self, state: OptState) -> OptState:
         return getattr(state, self.inside)
 
-    def with_core(self, state: Any, core: Any) -> Any:
+    def with_core(self, state: OptState, core: OptState) -> OptState:
         return state._replace(**{self.inside: core})
 
-    def part(self, state: Any, params: Any) -> Any:
+    def part(self, state: OptState, params: Params) -> PyTree:
         core = self.core(state)
         return core.reader.part(core, params)
 
-    def noise(self, state: Any, key: Array) -> Any:
+    def noise(self, state: OptState, key: Array) -> PyTree:
         core = self.core(state)
         return core.reader.noise(core, key)
 
-    def weights(self, state: Any, params: Any, noise: Any) -> Any:
+    def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
         core = self.core(state)
         return core.reader.weights(core, params, noise)
 
-    def curvature(self, state: Any, params: Any, weights: Any, grads: Any) -> Any:
+    def curvature(self, state: OptState, params: Params, weights: PyTree, grads: Updates) -> PyTree:
         core = self.core(state)
         return core.reader.curvature(core, params, weights, grads)
 
     def corrections(
-        self, before: Any, after: Any, b2: Any, statistic: Any, weight_decay: Any
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Scalar,
+        statistic: PyTree,
+        weight_decay: Hyperparameter,
     ) -> tuple[Array | None, Array | None]:
         old, new = self.core(before), self.core(after)
         return new.reader.corrections(old, new, b2, statistic, weight_decay)
@@ -136,7 +149,7 @@ class OuterReader(Reader):
         return new.reader.relative_statistic(old, new, b2, weight_decay)
 
 
-def draws_noise(state: Any) -> bool:
+def draws_noise(state: OptState) -> bool:
     """Whether a state that carries a posterior has a key, to draw samples with."""
     return hasattr(state.reader.core(state), "key")
 
@@ -146,13 +159,13 @@ def carries_posterior(node: Any) -> bool:
     return isinstance(getattr(node, "reader", None), Reader)
 
 
-def find_posterior_states(opt_state: Any) -> list[Any]:
+def find_posterior_states(opt_state: OptState) -> list[PyTree]:
     """Return all states in `opt_state` that carry a posterior."""
     nodes = jax.tree.leaves(opt_state, is_leaf=carries_posterior)
     return [node for node in nodes if carries_posterior(node)]
 
 
-def posterior_states(opt_state: Any, who: str) -> list[Any]:
+def posterior_states(opt_state: OptState, who: str) -> list[PyTree]:
     """Return all states in `opt_state` that carry a posterior.
 
     Raises:
@@ -164,7 +177,7 @@ def posterior_states(opt_state: Any, who: str) -> list[Any]:
     return found
 
 
-def refuse_one_gradient(reader: Reader, statistic: Any) -> None:
+def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:
     """Raises ValueError when an update of two gradients gets no sign that there were two."""
     if reader.adversarial and statistic is None:
         raise ValueError(
@@ -182,7 +195,7 @@ def check_transformation(who: str, tx: Any) -> None:
         )
 
 
-def refuse_own_weights(state: Any, who: str) -> None:
+def refuse_own_weights(state: OptState, who: str) -> None:
     """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
     readers = [x.reader for x in jax.tree.leaves(state, is_leaf=carries_posterior)
              if carries_posterior(x) and (draws_noise(x) or x.reader.adversarial)]  # fmt: skip
@@ -194,7 +207,7 @@ def refuse_own_weights(state: Any, who: str) -> None:
         )
 
 
-def refuse_multi_steps(opt_state: Any, who: str) -> None:
+def refuse_multi_steps(opt_state: OptState, who: str) -> None:
     """Raises ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
 
     def is_multi(node: Any) -> bool:
@@ -209,7 +222,7 @@ def refuse_multi_steps(opt_state: Any, who: str) -> None:
         )
 
 
-def map_posterior_states(f: Callable[[Any], Any], opt_state: Any) -> Any:
+def map_posterior_states(f: Callable[[PyTree], PyTree], opt_state: OptState) -> PyTree:
     """`opt_state` with f applied to every state that carries a posterior."""
     return jax.tree.map(
         lambda node: f(node) if carries_posterior(node) else node,

@@ -20,10 +20,12 @@ from blr_optax.state._reader import draws_noise, map_posterior_states, posterior
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import OptState, Params, PyTree
+
 POINTS = MeanField(Point())
 
 
-def covered(states: list[Any], params: Any, who: str) -> list[Any]:
+def covered(states: list[PyTree], params: Params, who: str) -> list[PyTree]:
     """For every state, the part of params that it knows (`MaskedNode` elsewhere).
 
     Raises:
@@ -43,7 +45,7 @@ def covered(states: list[Any], params: Any, who: str) -> list[Any]:
     return parts
 
 
-def draw(states: list[Any], parts: list[Any], params: Any, noises: list[Any]) -> Any:
+def draw(states: list[PyTree], parts: list[PyTree], params: Params, noises: list[PyTree]) -> PyTree:
     """The weights at which the loss is looked at, given each state's noise (None: a point)."""
     drawn = [
         state.reader.weights(state, part, noise)
@@ -52,7 +54,7 @@ def draw(states: list[Any], parts: list[Any], params: Any, noises: list[Any]) ->
     return _tree.merge_by_path(params, *drawn)
 
 
-def sample(opt_state: Any, params: Any) -> Any:
+def sample(opt_state: OptState, params: Params) -> PyTree:
     """This step's weights, at which the gradient is to be taken.
 
     theta = m + sigma eps, eps a function of the state's key, the step and the leaf's path, so the
@@ -84,7 +86,7 @@ def sample(opt_state: Any, params: Any) -> Any:
     return draw(states, parts, params, noises)
 
 
-def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
+def noise_of(state: OptState, index: Any = 0, fold: Any = None) -> PyTree:
     """The noise of one draw of this step; None for a point. `fold` separates devices."""
     if not draws_noise(state):
         return None
@@ -93,7 +95,7 @@ def noise_of(state: Any, index: Any = 0, fold: Any = None) -> Any:
     return state.reader.noise(state, key if fold is None else jax.random.fold_in(key, fold))
 
 
-def posterior(opt_state: Any, params: Any) -> Distribution:
+def posterior(opt_state: OptState, params: Params) -> Distribution:
     """The posterior that an optimizer state carries, as a value.
 
     Args:
@@ -154,7 +156,7 @@ def _together(found: list[tuple[set[str], Distribution]]) -> list[Distribution]:
     return [q for _, q in sorted(joined, key=lambda one: min(one[0], default=""))]
 
 
-def reseed(opt_state: Any, key: Array) -> Any:
+def reseed(opt_state: OptState, key: Array) -> OptState:
     """The same state with another key, so that an ensemble's members draw different noise.
 
     `jax.vmap(tx.init)` gives every member one key; with a stacked state the new key is split over
@@ -180,7 +182,7 @@ def reseed(opt_state: Any, key: Array) -> Any:
     posterior_states(opt_state, "reseed")
     key = canonical_key(key)
 
-    def renew(state: Any) -> Any:
+    def renew(state: OptState) -> Any:
         if not draws_noise(state):
             return state
         core = state.reader.core(state)

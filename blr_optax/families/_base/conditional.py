@@ -32,6 +32,8 @@ from blr_optax.families._base.family import Family
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import DTypeLike, NaturalParameters, PyTree, Scalar
+
 STEPS = ("auto", "improved", "improved_old")
 
 
@@ -58,13 +60,20 @@ class ConditionalFamily(Family):
 
     # How it learns.
 
-    def noise(self, key: Array, lam: Any, samples: int, antithetic: bool = False) -> Any:
+    def noise(
+        self, key: Array, lam: NaturalParameters, samples: int, antithetic: bool = False
+    ) -> PyTree:
         """What `natural_gradient_at` turns into draws: a tree with a leading axis of samples."""
         raise NotImplementedError
 
     def natural_gradient_at(
-        self, lam: Any, loss: Callable, noise: Any, weights: Array, curvature: str = "exact"
-    ) -> tuple[Array, Any]:
+        self,
+        lam: NaturalParameters,
+        loss: Callable,
+        noise: PyTree,
+        weights: Array,
+        curvature: str = "exact",
+    ) -> tuple[Array, PyTree]:
         """E_q[loss] and the natural gradient of E_q[loss] - H(q), block by block.
 
         Args:
@@ -79,12 +88,18 @@ class ConditionalFamily(Family):
         raise NotImplementedError
 
     def natural_gradient_from(
-        self, lam: Any, loss: Callable, theta: Array, curvature: str = "exact"
-    ) -> tuple[Array, Any]:
+        self, lam: NaturalParameters, loss: Callable, theta: Array, curvature: str = "exact"
+    ) -> tuple[Array, PyTree]:
         """`natural_gradient_at` from draws of q itself, where components can share them."""
         raise NotImplementedError
 
-    def move(self, lam: Any, gradient: Any, learning_rate: Any, step: str = "auto") -> Any:
+    def move(
+        self,
+        lam: NaturalParameters,
+        gradient: PyTree,
+        learning_rate: Scalar,
+        step: str = "auto",
+    ) -> NaturalParameters:
         """lambda - rho * gradient to first order, inside the domain for any rho.
 
         Args:
@@ -109,7 +124,7 @@ def check_step(step: str) -> str:
 
 
 def normals(
-    key: Array, shape: tuple[int, ...], dtype: Any, antithetic: bool = False
+    key: Array, shape: tuple[int, ...], dtype: DTypeLike, antithetic: bool = False
 ) -> Float[Array, ...]:
     """Standard normal numbers, followed by their mirror images when antithetic."""
     z = jax.random.normal(key, shape, dtype)
@@ -130,7 +145,7 @@ def move_field(domain: Domain, x: Array, d: Array, step: str) -> Array:
     return jnp.where(inside, x + d, retracted)
 
 
-def move_gaussian(family: Any, lam: Any, d: Any, step: str) -> Any:
+def move_gaussian(family: Any, lam: NaturalParameters, d: PyTree, step: str) -> PyTree:
     """A Gaussian's lambda moved by d, see `ConditionalFamily.move`."""
     if check_step(step) == "auto":
         return family.safe_step(lam, d)[0]

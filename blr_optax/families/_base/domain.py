@@ -21,6 +21,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    from blr_optax._typing import DTypeLike
+
 # Relative steps beyond this are cut, so that their square stays finite in float32.
 LARGEST_RELATIVE_STEP = 1e9
 
@@ -63,7 +65,7 @@ class Domain:
         distance = jnp.maximum(s * (1.0 + u + 0.5 * u * u), self._smallest(x.dtype))
         return self.bound + self.sign * distance
 
-    def _smallest(self, dtype: Any) -> float:
+    def _smallest(self, dtype: DTypeLike) -> float:
         """The smallest distance from the bound that a number of this type can have."""
         end = np.asarray(self.bound, dtype)
         beside = np.nextafter(end, np.asarray(self.bound + self.sign, dtype))

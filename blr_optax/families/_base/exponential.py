@@ -21,11 +21,13 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax.families._base.domain import Domain
-from blr_optax.families._base.family import Family
+from blr_optax.families._base.family import Family, derived
 from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,36 +81,38 @@ class ExponentialFamily(Family):
 
     # What a family says about itself.
 
-    def log_partition(self, lam: Any) -> Float[Array, ...]:
+    def log_partition(self, lam: NaturalParameters) -> Float[Array, ...]:
         """A(lambda), one number per batch element; its derivative is mu."""
         raise NotImplementedError
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> Any:
+    def sufficient_statistics(
+        self, theta: PyTree, lam: NaturalParameters = None
+    ) -> ExpectationParameters:
         """T(theta), in the expectation type; lambda is passed for what is known of it."""
         raise NotImplementedError
 
-    def log_base_measure(self, lam: Any, theta: Array) -> Float[Array, ...]:
+    def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """log h(theta); lambda is passed for its known fields only."""
         raise NotImplementedError
 
-    def support(self, lam: Any, total: int | None = None) -> Array:
+    def support(self, lam: NaturalParameters, total: int | None = None) -> Array:
         """All values of theta, along a new leading axis; `enumerable` families.
 
         `total` is the known one of counts, where that is traced.
         """
         raise NotImplementedError
 
-    def probabilities(self, mu: Any, total: int | None = None) -> Array:
+    def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> Array:
         """The probabilities of `support`, along a new leading axis, as polynomials of mu."""
         raise NotImplementedError
 
     def relaxed_sample(
-        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
+        self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
     ) -> Array:
         """Draws of a continuous relaxation, differentiable in lambda; `relaxable` families."""
         raise NotImplementedError
 
-    def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
+    def expected_log_base_measure(self, lam: NaturalParameters) -> Float[Array, ...]:
         """E_q[log h(theta)]; the constant itself unless h depends on theta."""
         if not self.constant_base_measure:
             raise NotImplementedError
@@ -116,20 +120,20 @@ class ExponentialFamily(Family):
 
     # What follows.
 
-    @property
+    @derived
     def elementwise(self) -> bool:
         """Whether lambda, mu and theta are arrays of one shape, so that `MeanField` can lift it."""
         events = (d.event_ndim for d in self.domains.values())
         return not (self.joint or self.event_ndim or any(events))
 
-    def inner(self, a: Any, b: Any) -> Float[Array, ...]:
+    def inner(self, a: PyTree, b: PyTree) -> Float[Array, ...]:
         """<a, b> over the learnt fields, one number per batch element."""
         return sum(
             jnp.sum(getattr(a, name) * getattr(b, name), axis=tuple(range(-d.event_ndim, 0)))
             for name, d in self.domains.items()
         )
 
-    def combine(self, *terms: tuple[Any, Any]) -> Any:
+    def combine(self, *terms: tuple[PyTree, PyTree]) -> NaturalParameters:
         """sum_k a_k lambda_k over the learnt fields; known fields are the first term's."""
         self.check_sizes(*(lam for _, lam in terms))
         total = jax.tree.map(
@@ -138,7 +142,7 @@ class ExponentialFamily(Family):
         )
         return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
 
-    def check_sizes(self, *lams: Any) -> None:
+    def check_sizes(self, *lams: NaturalParameters) -> None:
         """Raises ValueError where vectors or matrices would broadcast, as a sum of lambdas does."""
         events = {name: d.event_ndim for name, d in self.domains.items() if d.event_ndim}
         for name, ndim in events.items():
@@ -149,7 +153,7 @@ class ExponentialFamily(Family):
                     f"parameters `{name}` have shapes {', '.join(map(str, shapes))}."
                 )
 
-    def coordinates(self, like: Any) -> tuple[Any, Any]:
+    def coordinates(self, like: PyTree) -> tuple[PyTree, PyTree]:
         """Minimal coordinates of the learnt fields: (fields -> flat vector, and back)."""
         return coordinates(self, like)
 
@@ -166,22 +170,24 @@ class ExponentialFamily(Family):
 
         return kind(**{name: field(name) for name in self.Natural._fields})
 
-    def gradient_in_mu(self, gradient: Any) -> Any:
+    def gradient_in_mu(self, gradient: PyTree) -> NaturalParameters:
         """A gradient in mu as the natural gradient that it is, of the natural type."""
         return self._cotangent(self.Natural, gradient)
 
-    def gradient_in_lambda(self, lam: Any, gradient: Any) -> Any:
+    def gradient_in_lambda(self, lam: NaturalParameters, gradient: PyTree) -> NaturalParameters:
         """A gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
         return self.inverse_fisher_product(lam, self._cotangent(self.Expectation, gradient))
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         """mu = grad A(lambda) over the learnt fields; known ones pass through."""
         plain = getattr(type(self), "plain_log_partition", type(self).log_partition)
         learnt = {name: getattr(lam, name) for name in self.domains}
         gradient = jax.grad(lambda x: jnp.sum(plain(self, lam._replace(**x))))(learnt)
         return self.Expectation(**gradient, **{name: getattr(lam, name) for name in self.known})
 
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: ExpectationParameters, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
 
         Args:
@@ -194,23 +200,23 @@ class ExponentialFamily(Family):
         lam, converged = solve_natural(self, mu)
         return (lam, converged) if with_status else lam
 
-    def log_prob(self, lam: Any, theta: Array) -> Float[Array, ...]:
+    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
         exponent = self.inner(lam, self.sufficient_statistics(theta, lam))
         return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
 
-    def entropy(self, lam: Any) -> Float[Array, ...]:
+    def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:
         """H(q) = A(lambda) - <lambda, mu> - E_q[log h]."""
         exponent = self.inner(lam, self.expectation(lam))
         return self.log_partition(lam) - exponent - self.expected_log_base_measure(lam)
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Float[Array, ...]:
         """KL(p || q) = A(lambda_q) - A(lambda_p) - <lambda_q - lambda_p, mu_p>."""
         move = self.combine((1.0, lam_q), (-1.0, lam_p))
         gap = self.log_partition(lam_q) - self.log_partition(lam_p)
         return gap - self.inner(move, self.expectation(lam_p))
 
-    def fisher_product(self, lam: Any, v: Any) -> Any:
+    def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         """F(lambda) v, the change of mu along v (matrix fields: v symmetric); zero where known."""
         learnt, along = ({n: getattr(x, n) for n in self.domains} for x in (lam, v))
 
@@ -222,7 +228,7 @@ class ExponentialFamily(Family):
         zero = {name: jnp.zeros_like(getattr(lam, name)) for name in self.known}
         return self.Expectation(**change, **zero)
 
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+    def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         """F(lambda)^{-1} v: a gradient in lambda as the natural gradient, which is one in mu.
 
         Args:
@@ -234,7 +240,7 @@ class ExponentialFamily(Family):
         """
         return solve_fisher(self, lam, v)
 
-    def fisher(self, lam: Any) -> Float[Array, "... p p"]:
+    def fisher(self, lam: NaturalParameters) -> Float[Array, "... p p"]:
         """F(lambda) over the flattened learnt fields, in their order; batches through vmap.
 
         A matrix field enters entry by entry and F maps the antisymmetric part to zero.
@@ -257,12 +263,12 @@ class ExponentialFamily(Family):
 
         return jax.vmap(column, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
 
-    def in_domain(self, lam: Any) -> Bool[Array, ...]:
+    def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Whether lambda is a proper member, per batch element."""
         checks = [d.contains(getattr(lam, name)) for name, d in self.domains.items()]
         return functools.reduce(jnp.logical_and, checks)
 
-    def retract(self, lam: Any, step: Any) -> Any:
+    def retract(self, lam: NaturalParameters, step: PyTree) -> NaturalParameters:
         """lambda + step to first order, inside the domain for any finite step."""
         return lam._replace(
             **{
@@ -271,7 +277,7 @@ class ExponentialFamily(Family):
             }
         )
 
-    def safe_step(self, lam: Any, step: Any) -> tuple[Any, Array]:
+    def safe_step(self, lam: NaturalParameters, step: PyTree) -> tuple[PyTree, Array]:
         """The plain step where it stays in the domain, `retract` where it would not.
 
         Returns:
@@ -289,7 +295,7 @@ class ExponentialFamily(Family):
         chosen = plain._replace(**{name: choose(name) for name in self.domains})
         return chosen, jnp.sum(~inside, dtype=jnp.int32)
 
-    def base_measure_gradient(self, lam: Any) -> Any:
+    def base_measure_gradient(self, lam: NaturalParameters) -> NaturalParameters:
         """grad_mu E_q[log h], in the natural type; zero when h is constant."""
         if self.constant_base_measure:
             return jax.tree.map(jnp.zeros_like, lam)

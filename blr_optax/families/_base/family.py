@@ -8,12 +8,20 @@ one, `exponential` and `conditional`; a family of this base alone is only read.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+
+
+def derived(value: Callable[[Any], Any]) -> Any:
+    """Make a function of a family one of its class attributes, which differs between members."""
+    return property(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Family:
     Attributes:
         Natural: NamedTuple type of the parameters.
         event_ndim: number of trailing axes of theta that are one event.
+        elementwise: whether lambda, mu and theta are arrays of one shape, as `MeanField` needs.
         location: whether `natural_at` can centre a member at a point.
         exponential: whether lambda has arithmetic and a map to mu, see `exponential`.
         conditional: whether it is learnt block by block, see `conditional`.
@@ -35,6 +44,7 @@ class Family:
 
     Natural: ClassVar[type]
     event_ndim: ClassVar[int] = 0
+    elementwise: ClassVar[bool] = False
     location: ClassVar[bool] = False
     exponential: ClassVar[bool] = False
     conditional: ClassVar[bool] = False
@@ -53,52 +63,54 @@ class Family:
                 "q.mean and q.variance."
             )
 
-    def natural(self, **standard: Any) -> Any:
+    def natural(self, *parts: PyTree, **standard: PyTree) -> NaturalParameters:
         """Return lambda, from standard parameters (keywords)."""
         raise NotImplementedError
 
-    def standard(self, lam: Any) -> dict[str, Any]:
+    def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         """Return the standard parameters of lambda; `natural(**standard(lam))` is lambda."""
         raise NotImplementedError
 
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`."""
         raise NotImplementedError
 
-    def log_prob(self, lam: Any, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """Evaluate log q(theta)."""
         raise NotImplementedError
 
-    def mean(self, lam: Any) -> Any:
+    def mean(self, lam: NaturalParameters) -> PyTree:
         """Return E_q[theta]."""
         raise NotImplementedError
 
-    def variance(self, lam: Any) -> Any:
+    def variance(self, lam: NaturalParameters) -> PyTree:
         """Return the marginal variance of every coordinate of theta."""
         raise NotImplementedError
 
-    def in_domain(self, lam: Any) -> Bool[Array, ...]:
+    def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether lambda is a proper member, per batch element."""
         raise NotImplementedError
 
-    def natural_at(self, location: Any, like: Any = None) -> Any:
+    def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         """Return a lambda centred at `location`, with the scale of `like` (else one)."""
         raise ValueError(f"{type(self).__name__} has no location: pass init=.")
 
-    def entropy(self, lam: Any) -> Float[Array, ...]:
+    def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:
         """Return H(q) in nats, where it is known."""
         raise ValueError(
             f"{type(self).__name__} has no entropy in closed form: average -log_prob over samples."
         )
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Float[Array, ...]:
         """Return KL(p || q) in nats, where it is known."""
         raise ValueError(
             f"{type(self).__name__} has no KL divergence in closed form: average the difference of "
             "log_prob over samples of p."
         )
 
-    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
+    def join(
+        self, lam: NaturalParameters, other: Family, other_lam: NaturalParameters
+    ) -> tuple[Family, PyTree] | None:
         """Return one member over the leaves of two, or None where no family holds both.
 
         Args:
@@ -108,17 +120,17 @@ class Family:
         """
         return None
 
-    def combine(self, *terms: tuple[Any, Any]) -> Any:
+    def combine(self, *terms: tuple[PyTree, PyTree]) -> NaturalParameters:
         """Refuse: only exponential families have arithmetic."""
         raise ValueError(
             f"{type(self).__name__} is no exponential family: a product of two of its densities "
             "is not one of them, so natural parameters have no arithmetic."
         )
 
-    def check_sizes(self, *lams: Any) -> None:
+    def check_sizes(self, *lams: NaturalParameters) -> None:
         """Raise ValueError where members have different sizes, as a sum of lambdas does."""
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         """Refuse: only exponential families have expectation parameters."""
         raise ValueError(
             f"{type(self).__name__} is no exponential family: it has no expectation parameters. "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from blr_optax.families._base.family import Family
+
+if TYPE_CHECKING:
+    pass
 
 REGISTRY: dict[str, Callable[..., Family]] = {}
 
@@ -35,7 +38,7 @@ def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Famil
     return add
 
 
-def get(name: str | Family, **static: Any) -> Family:
+def get(name: str | Family, **static: object) -> Family:
     """The family registered under `name`, with its static choices; a family passes through.
 
     Raises:

@@ -14,7 +14,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,10 @@ from blr_optax.families._base import domain
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
 
-T = TypeVar("T", bound=Callable)
+    from blr_optax._typing import DTypeLike, PyTree
+
+P = ParamSpec("P")
+Lambda = TypeVar("Lambda")
 
 
 # What a parameter may be.
@@ -93,7 +96,7 @@ def name_of(family: Any) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(family).__name__).lower()
 
 
-def check_keywords(who: str, natural: Callable, given: Mapping[str, Any]) -> None:
+def check_keywords(who: str, natural: Callable, given: Mapping[str, PyTree]) -> None:
     """Raises ValueError for a keyword that is unknown or missing, listing what there is.
 
     What a (bound) `natural` takes is in its signature: defaults of None mark alternatives.
@@ -120,13 +123,13 @@ def check_keywords(who: str, natural: Callable, given: Mapping[str, Any]) -> Non
         raise ValueError(f"{who}: give exactly one of {either}; got {got}.")
 
 
-def as_array(value: Any, dtype: Any = None) -> Array:
+def as_array(value: Any, dtype: DTypeLike | None = None) -> Array:
     """A value as an array; constants stay concrete inside a trace, see `holds`."""
     with jax.ensure_compile_time_eval() if concrete(value) else contextlib.nullcontext():
         return jnp.asarray(value, dtype)
 
 
-def as_number(who: str, name: str, value: Any) -> Any:
+def as_number(who: str, name: str, value: Any) -> PyTree:
     """A value that jax can make a real array of; Python numbers stay, so that they follow others.
 
     Raises:
@@ -175,7 +178,9 @@ def _check_shapes(
         raise ValueError(f"{who}: these batch shapes do not broadcast: {found}.") from error
 
 
-def checked(**parameters: Parameter | Callable[[Any], Parameter]) -> Callable[[T], T]:
+def checked(
+    **parameters: Parameter | Callable[[PyTree], Parameter],
+) -> Callable[[Callable[P, Lambda]], Callable[P, Lambda]]:
     """Decorator of a family's `natural`: checks the call, and hands over arrays that fit.
 
     Args:
@@ -186,7 +191,7 @@ def checked(**parameters: Parameter | Callable[[Any], Parameter]) -> Callable[[T
         values that are wrong; alternatives that were not given are not handed over.
     """
 
-    def decorate(natural: T) -> T:
+    def decorate(natural: Callable[P, Lambda]) -> Callable[P, Lambda]:
         @functools.wraps(natural)
         def checked_natural(self: Any, *positional: Any, **given: Any) -> Any:
             who = f"{name_of(self)}.natural"

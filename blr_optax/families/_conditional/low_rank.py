@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,9 @@ from blr_optax.families._continuous.gaussian import matvec
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool
+    from jaxtyping import Array, ArrayLike, Bool
+
+    from blr_optax._typing import Scalar
 
 
 @parameters
@@ -104,9 +106,9 @@ class GaussianLowRank(ConditionalFamily):
     at_means: ClassVar[bool] = True
 
     @checked(mean=REAL.over("d"), diagonal=POSITIVE.over("d"), factor=REAL.over("d r"))
-    def natural(self, *, mean: Array, diagonal: Array, factor: Array) -> LowRankNatural:
+    def natural(self, *, mean: ArrayLike, diagonal: ArrayLike, factor: ArrayLike) -> LowRankNatural:
         """The parameters, checked and broadcast."""
-        return LowRankNatural(mean, diagonal, factor)
+        return LowRankNatural(*map(jnp.asarray, (mean, diagonal, factor)))
 
     def standard(self, lam: LowRankNatural) -> dict[str, Array]:
         return dict(lam._asdict())
@@ -253,7 +255,7 @@ class GaussianLowRank(ConditionalFamily):
         self,
         lam: LowRankNatural,
         gradient: LowRankGradient,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
     ) -> LowRankNatural:
         check_step(step)

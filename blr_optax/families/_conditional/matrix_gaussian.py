@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,9 @@ from blr_optax.families._base.standard_parameters import DEFINITE, REAL, checked
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
+
+    from blr_optax._typing import PyTree, Scalar
 
 POSITIVE = domain.positive_definite()
 
@@ -132,12 +134,12 @@ class MatrixGaussian(ConditionalFamily):
         column_precision=DEFINITE.over("p p"),
     )
     def natural(
-        self, *, mean: Array, row_precision: Array, column_precision: Array
+        self, *, mean: ArrayLike, row_precision: ArrayLike, column_precision: ArrayLike
     ) -> MatrixGaussianNatural:
         """The parameters, checked and broadcast."""
-        return MatrixGaussianNatural(mean, row_precision, column_precision)
+        return MatrixGaussianNatural(*map(jnp.asarray, (mean, row_precision, column_precision)))
 
-    def natural_at(self, location: Array, like: Any = None) -> MatrixGaussianNatural:
+    def natural_at(self, location: Array, like: PyTree = None) -> MatrixGaussianNatural:
         """The member centred at a matrix, with the precisions of `like` (else one)."""
         if like is not None:
             return like._replace(mean=location)
@@ -241,7 +243,7 @@ class MatrixGaussian(ConditionalFamily):
         self,
         lam: MatrixGaussianNatural,
         gradient: MatrixGaussianNatural,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
     ) -> MatrixGaussianNatural:
         d = jax.tree.map(lambda g: -learning_rate * g, gradient)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,9 @@ from blr_optax.families._continuous.gaussian import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
+
+    from blr_optax._typing import Scalar
 
 GAUSSIAN = Gaussian()
 
@@ -132,11 +134,11 @@ class Mixture(ConditionalFamily):
     def natural(
         self,
         *,
-        weights: Array,
-        mean: Array,
-        variance: Array | None = None,
-        covariance: Array | None = None,
-        precision: Array | None = None,
+        weights: ArrayLike,
+        mean: ArrayLike,
+        variance: ArrayLike | None = None,
+        covariance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> MixtureNatural:
         """lambda from weights (positive, of sum one), means, and covariances or precisions."""
         spread = {"variance": variance} if self._diagonal else {"covariance": covariance}
@@ -265,10 +267,10 @@ class Mixture(ConditionalFamily):
         self,
         lam: MixtureNatural,
         gradient: MixtureNatural,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
         *,
-        weight_learning_rate: Any = None,
+        weight_learning_rate: Scalar | None = None,
     ) -> MixtureNatural:
         """lambda - rho * gradient to first order; see `ConditionalFamily.move`.
 

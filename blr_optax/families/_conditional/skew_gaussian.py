@@ -39,7 +39,9 @@ from blr_optax.families._continuous.gaussian import Gaussian, GaussianNatural, m
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
+
+    from blr_optax._typing import Scalar
 
 GAUSSIAN = Gaussian()
 SHIFT = float(np.sqrt(2.0 / np.pi))  # c
@@ -128,14 +130,14 @@ class SkewGaussian(ConditionalFamily):
     def natural(
         self,
         *,
-        mean: Array,
-        skew: Array,
-        covariance: Array | None = None,
-        precision: Array | None = None,
+        mean: ArrayLike,
+        skew: ArrayLike,
+        covariance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> SkewGaussianNatural:
         """lambda from the Gaussian part and the direction of the skew."""
         inner = GAUSSIAN.natural(mean=mean, covariance=covariance, precision=precision)
-        linear = matvec(GAUSSIAN.precision(inner), skew)
+        linear = matvec(GAUSSIAN.precision(inner), jnp.asarray(skew))
         return SkewGaussianNatural(inner.linear, linear, inner.quadratic)
 
     def _inner(self, lam: SkewGaussianNatural) -> GaussianNatural:
@@ -148,7 +150,7 @@ class SkewGaussian(ConditionalFamily):
 
     def standard(self, lam: SkewGaussianNatural) -> dict[str, Array]:
         m, a, _ = self._parts(lam)
-        return {"mean": m, "skew": a, "covariance": GAUSSIAN.covariance(lam)}
+        return {"mean": m, "skew": a, "covariance": GAUSSIAN.covariance(self._inner(lam))}
 
     def log_prob(self, lam: SkewGaussianNatural, theta: Array) -> Array:
         m, a, _ = self._parts(lam)
@@ -179,7 +181,7 @@ class SkewGaussian(ConditionalFamily):
         hidden, draw = jax.random.split(key)
         shift = jnp.abs(jax.random.normal(hidden, shape + m.shape[:-1], m.dtype))
         z = jax.random.normal(draw, shape + m.shape, m.dtype)
-        return m + shift[..., None] * a + GAUSSIAN.displace(lam, z)
+        return m + shift[..., None] * a + GAUSSIAN.displace(self._inner(lam), z)
 
     def noise(
         self, key: Array, lam: SkewGaussianNatural, samples: int, antithetic: bool = False
@@ -199,7 +201,7 @@ class SkewGaussian(ConditionalFamily):
         curvature: str = "exact",
     ) -> tuple[Array, SkewGaussianNatural]:
         m, a, s = self._parts(lam)
-        away = GAUSSIAN.displace(lam, noise.normal)
+        away = GAUSSIAN.displace(self._inner(lam), noise.normal)
         theta = m + noise.shift[:, None] * a + away
         value, slope = jax.vmap(jax.value_and_grad(loss))(theta)
         if curvature == "exact":
@@ -220,7 +222,7 @@ class SkewGaussian(ConditionalFamily):
         self,
         lam: SkewGaussianNatural,
         gradient: SkewGaussianNatural,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
     ) -> SkewGaussianNatural:
         d = jax.tree.map(lambda g: -learning_rate * g, gradient)

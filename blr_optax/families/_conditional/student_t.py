@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
+
+    from blr_optax._typing import Scalar
 
 GAUSSIAN = Gaussian()
 
@@ -105,13 +107,14 @@ class StudentT(ConditionalFamily):
     def natural(
         self,
         *,
-        mean: Array,
-        degrees: Array,
-        scale: Array | None = None,
-        covariance: Array | None = None,
+        mean: ArrayLike,
+        degrees: ArrayLike,
+        scale: ArrayLike | None = None,
+        covariance: ArrayLike | None = None,
     ) -> StudentTNatural:
         """lambda from the centre, the degrees of freedom, and the scale matrix or covariance."""
-        if scale is None:
+        degrees = jnp.asarray(degrees)
+        if covariance is not None:
             valid = "above 2 for a covariance"
             require("student_t.natural: degrees", degrees, valid, lambda x: x > 2)
             scale = (1.0 - 2.0 / degrees)[..., None, None] * covariance
@@ -125,7 +128,7 @@ class StudentT(ConditionalFamily):
         return {
             "mean": self.mean(lam),
             "degrees": 2.0 * lam.shape,
-            "scale": GAUSSIAN.covariance(lam),
+            "scale": GAUSSIAN.covariance(self._inner(lam)),
         }
 
     def log_prob(self, lam: StudentTNatural, theta: Array) -> Array:
@@ -145,7 +148,7 @@ class StudentT(ConditionalFamily):
         return scale + _entropy(lam.shape, size)
 
     def mean(self, lam: StudentTNatural) -> Array:
-        return GAUSSIAN.mean(lam)
+        return GAUSSIAN.mean(self._inner(lam))
 
     def variance(self, lam: StudentTNatural) -> Array:
         a = lam.shape[..., None]
@@ -162,7 +165,9 @@ class StudentT(ConditionalFamily):
             hidden, lam.shape, shape + lam.shape.shape, lam.shape.dtype
         )
         z = jax.random.normal(draw, shape + lam.linear.shape, lam.linear.dtype)
-        return self.mean(lam) + jnp.exp(0.5 * log_w)[..., None] * GAUSSIAN.displace(lam, z)
+        return self.mean(lam) + jnp.exp(0.5 * log_w)[..., None] * GAUSSIAN.displace(
+            self._inner(lam), z
+        )
 
     def noise(
         self, key: Array, lam: StudentTNatural, samples: int, antithetic: bool = False
@@ -186,7 +191,9 @@ class StudentT(ConditionalFamily):
         curvature: str = "exact",
     ) -> tuple[Array, StudentTNatural]:
         s, a = GAUSSIAN.precision(lam), lam.shape
-        away = jnp.exp(0.5 * noise.log_scale)[:, None] * GAUSSIAN.displace(lam, noise.normal)
+        away = jnp.exp(0.5 * noise.log_scale)[:, None] * GAUSSIAN.displace(
+            self._inner(lam), noise.normal
+        )
         theta = self.mean(lam) + away
         value, slope = jax.vmap(jax.value_and_grad(loss))(theta)
         if curvature == "exact":
@@ -204,7 +211,7 @@ class StudentT(ConditionalFamily):
         self,
         lam: StudentTNatural,
         gradient: StudentTNatural,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
     ) -> StudentTNatural:
         d = jax.tree.map(lambda g: -learning_rate * g, gradient)

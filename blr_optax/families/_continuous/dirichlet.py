@@ -42,7 +42,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import NaturalParameters
 
 MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
@@ -211,9 +213,9 @@ class Dirichlet(ExponentialFamily):
     event_ndim: ClassVar[int] = 1
 
     @checked(concentration=POSITIVE.over("K", least=2))
-    def natural(self, *, concentration: Array) -> DirichletNatural:
+    def natural(self, *, concentration: ArrayLike) -> DirichletNatural:
         """lambda from the concentrations (> 0)."""
-        return DirichletNatural(concentration - 1.0)
+        return DirichletNatural(jnp.subtract(concentration, 1.0))
 
     def standard(self, lam: DirichletNatural) -> dict[str, Array]:
         return {"concentration": 1.0 + lam.log}
@@ -231,7 +233,9 @@ class Dirichlet(ExponentialFamily):
         a = 1.0 + lam.log
         return jnp.sum(log_gamma(a), axis=-1) - log_gamma(jnp.sum(a, axis=-1))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> DirichletExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> DirichletExpectation:
         return DirichletExpectation(jnp.log(theta))
 
     def log_base_measure(self, lam: DirichletNatural, theta: Array) -> Array:
@@ -240,7 +244,9 @@ class Dirichlet(ExponentialFamily):
     def expectation(self, lam: DirichletNatural) -> DirichletExpectation:
         return DirichletExpectation(_log_means(1.0 + lam.log))
 
-    def natural_from_expectation(self, mu: DirichletExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: DirichletExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) from one scalar root; NaN, and status False, where sum exp(mu) >= 1."""
         reachable = jnp.all(jnp.isfinite(mu.log), axis=-1) & (_slack(mu.log) > 0)
         safe = jnp.where(reachable[..., None], mu.log, -1.0 - jnp.log(1.0 * mu.log.shape[-1]))
@@ -325,9 +331,9 @@ class Beta(ExponentialFamily):
     domains: ClassVar[dict] = {"log": domain.above(-1.0), "log1m": domain.above(-1.0)}
 
     @checked(alpha=POSITIVE, beta=POSITIVE)
-    def natural(self, *, alpha: Array, beta: Array) -> BetaNatural:
+    def natural(self, *, alpha: ArrayLike, beta: ArrayLike) -> BetaNatural:
         """lambda from both concentrations (> 0)."""
-        return BetaNatural(alpha - 1.0, beta - 1.0)
+        return BetaNatural(jnp.subtract(alpha, 1.0), jnp.subtract(beta, 1.0))
 
     def _pair(self, x: Any, kind: type = DirichletNatural) -> Any:
         """The Dirichlet parameters of (x, 1 - x)."""
@@ -354,7 +360,7 @@ class Beta(ExponentialFamily):
         a, b, s = self._sums(lam)
         return log_gamma(a) + log_gamma(b) - log_gamma(s)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> BetaExpectation:
+    def sufficient_statistics(self, theta: Array, lam: NaturalParameters = None) -> BetaExpectation:
         return BetaExpectation(jnp.log(theta), jnp.log1p(-theta))
 
     def log_base_measure(self, lam: BetaNatural, theta: Array) -> Array:
@@ -364,7 +370,9 @@ class Beta(ExponentialFamily):
         a, b, s = self._sums(lam)
         return BetaExpectation(_log_mean(a, s, b), _log_mean(b, s, a))
 
-    def natural_from_expectation(self, mu: BetaExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: BetaExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) as for the Dirichlet density; NaN where E[log x] and E[log(1 - x)] clash."""
         pair = self._pair(mu, DirichletExpectation)
         found, proper = Dirichlet().natural_from_expectation(pair, with_status=True)

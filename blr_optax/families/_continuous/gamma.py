@@ -37,7 +37,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import NaturalParameters
 
 NEGLIGIBLE = 1e-20  # a ratio below this is nothing beside one, and may underflow in float32
 
@@ -121,9 +123,9 @@ class Gamma(ExponentialFamily):
     domains: ClassVar[dict] = {"log": domain.above(-1.0), "linear": domain.negative()}
 
     @checked(concentration=POSITIVE, rate=POSITIVE)
-    def natural(self, *, concentration: Array, rate: Array) -> GammaNatural:
+    def natural(self, *, concentration: ArrayLike, rate: ArrayLike) -> GammaNatural:
         """lambda from the concentration and the rate (both > 0)."""
-        return GammaNatural(concentration - 1.0, -rate)
+        return GammaNatural(jnp.subtract(concentration, 1.0), jnp.negative(rate))
 
     def standard(self, lam: GammaNatural) -> dict[str, Array]:
         return {"concentration": 1.0 + lam.log, "rate": -lam.linear}
@@ -139,7 +141,9 @@ class Gamma(ExponentialFamily):
         a = 1.0 + lam.log
         return log_gamma(a) - a * jnp.log(-lam.linear)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> GammaExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> GammaExpectation:
         return GammaExpectation(jnp.log(theta), theta)
 
     def log_base_measure(self, lam: GammaNatural, theta: Array) -> Array:
@@ -149,7 +153,9 @@ class Gamma(ExponentialFamily):
         m = self.mean(lam)
         return GammaExpectation(jnp.log(m) - log_minus_digamma(1.0 + lam.log), m)
 
-    def natural_from_expectation(self, mu: GammaExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: GammaExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) from log a - psi(a) = log E[x] - E[log x]; NaN where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)
@@ -236,9 +242,9 @@ class InverseGamma(ExponentialFamily):
     }
 
     @checked(concentration=POSITIVE, scale=POSITIVE)
-    def natural(self, *, concentration: Array, scale: Array) -> InverseGammaNatural:
+    def natural(self, *, concentration: ArrayLike, scale: ArrayLike) -> InverseGammaNatural:
         """lambda from the concentration and the scale (both > 0)."""
-        return InverseGammaNatural(-concentration - 1.0, -scale)
+        return InverseGammaNatural(jnp.subtract(-1.0, concentration), jnp.negative(scale))
 
     def _gamma(self, lam: InverseGammaNatural) -> GammaNatural:
         """The density of 1 / x."""
@@ -263,7 +269,9 @@ class InverseGamma(ExponentialFamily):
         """A = log Gamma(a) - a log b."""
         return Gamma().log_partition(self._gamma(lam))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> InverseGammaExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> InverseGammaExpectation:
         return InverseGammaExpectation(jnp.log(theta), 1.0 / theta)
 
     def log_base_measure(self, lam: InverseGammaNatural, theta: Array) -> Array:
@@ -275,7 +283,7 @@ class InverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGammaExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu) as for the gamma density of 1 / x."""
         reciprocal = GammaExpectation(-mu.log, mu.reciprocal)
         gamma, proper = Gamma().natural_from_expectation(reciprocal, with_status=True)
@@ -349,9 +357,9 @@ class Exponential(RateFamily):
     domains: ClassVar[dict] = {"linear": domain.negative()}
 
     @checked(rate=POSITIVE)
-    def natural(self, *, rate: Array) -> ExponentialNatural:
+    def natural(self, *, rate: ArrayLike) -> ExponentialNatural:
         """lambda from the rate (> 0)."""
-        return ExponentialNatural(-rate)
+        return ExponentialNatural(jnp.negative(rate))
 
     def standard(self, lam: ExponentialNatural) -> dict[str, Array]:
         return {"rate": -lam.linear}
@@ -366,7 +374,9 @@ class Exponential(RateFamily):
         """A = -log b."""
         return -jnp.log(-lam.linear)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> ExponentialExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> ExponentialExpectation:
         return ExponentialExpectation(theta)
 
     def log_base_measure(self, lam: ExponentialNatural, theta: Array) -> Array:

@@ -32,7 +32,9 @@ from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REA
 from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, relative_excess
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import NaturalParameters, PyTree
 
 
 @parameters
@@ -60,19 +62,19 @@ class GaussianFamily(ExponentialFamily):
     curvature: ClassVar[str]
     location: ClassVar[bool] = True
 
-    def precision(self, lam: Any) -> Array:
+    def precision(self, lam: NaturalParameters) -> Array:
         """S, as a matrix or elementwise."""
         return -2.0 * lam.quadratic
 
-    def displace(self, lam: Any, z: Array) -> Array:
+    def displace(self, lam: NaturalParameters, z: Array) -> Array:
         """C z with C C^T = S^{-1}: a draw's displacement from the mean, for standard normal z."""
         raise NotImplementedError
 
-    def from_mean(self, mean: Array, precision: Array) -> Any:
+    def from_mean(self, mean: Array, precision: Array) -> NaturalParameters:
         """lambda = (S m, -S / 2)."""
         raise NotImplementedError
 
-    def gradient(self, lam: Any, g: Array, h: Any) -> Any:
+    def gradient(self, lam: NaturalParameters, g: Array, h: PyTree) -> NaturalParameters:
         """grad_mu E_q[l] = (g - H m, H / 2) from g = E[grad l] and H = E[hess l]."""
         raise NotImplementedError
 
@@ -116,18 +118,22 @@ class Normal(GaussianFamily):
 
     @checked(mean=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self, *, mean: Array, variance: Array | None = None, precision: Array | None = None
+        self,
+        *,
+        mean: ArrayLike,
+        variance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> GaussianNatural:
         """lambda from the mean and the variance or precision (> 0)."""
-        if precision is None:
-            return GaussianNatural(mean / variance, -0.5 / variance)
-        return self.from_mean(mean, precision)
+        if variance is not None:
+            return GaussianNatural(jnp.divide(mean, variance), jnp.divide(-0.5, variance))
+        return self.from_mean(jnp.asarray(mean), jnp.asarray(precision))
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         mean, precision = jnp.broadcast_arrays(mean, precision)
         return GaussianNatural(precision * mean, -0.5 * precision)
 
-    def natural_at(self, location: Array, like: Any = None) -> GaussianNatural:
+    def natural_at(self, location: Array, like: PyTree = None) -> GaussianNatural:
         precision = jnp.ones_like(location) if like is None else self.precision(like)
         return self.from_mean(location, precision)
 
@@ -144,7 +150,9 @@ class Normal(GaussianFamily):
         """A = S m^2 / 2 - log(S) / 2."""
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> GaussianExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> GaussianExpectation:
         return GaussianExpectation(theta, theta * theta)
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -154,7 +162,9 @@ class Normal(GaussianFamily):
         m = self.mean(lam)
         return GaussianExpectation(m, self.variance(lam) + m * m)
 
-    def natural_from_expectation(self, mu: GaussianExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: GaussianExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) in closed form; NaN, and status False, where mu has no variance."""
         variance = mu.quadratic - mu.linear * mu.linear
         proper = domain.positive().contains(variance)
@@ -249,17 +259,23 @@ class Gaussian(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self, *, mean: Array, covariance: Array | None = None, precision: Array | None = None
+        self,
+        *,
+        mean: ArrayLike,
+        covariance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> GaussianNatural:
         """lambda from the mean and the covariance or precision matrix (positive definite)."""
-        return self.from_mean(mean, _inverse(covariance) if precision is None else precision)
+        if covariance is not None:
+            return self.from_mean(jnp.asarray(mean), _inverse(jnp.asarray(covariance)))
+        return self.from_mean(jnp.asarray(mean), jnp.asarray(precision))
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         batch = jnp.broadcast_shapes(mean.shape[:-1], precision.shape[:-2])
         precision = jnp.broadcast_to(precision, (*batch, *precision.shape[-2:]))
         return GaussianNatural(matvec(precision, mean), -0.5 * precision)
 
-    def natural_at(self, location: Array, like: Any = None) -> GaussianNatural:
+    def natural_at(self, location: Array, like: PyTree = None) -> GaussianNatural:
         eye = jnp.eye(location.shape[-1], dtype=location.dtype)
         return self.from_mean(location, eye if like is None else self.precision(like))
 
@@ -280,7 +296,9 @@ class Gaussian(GaussianFamily):
         """A = m^T S m / 2 - log det(S) / 2."""
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> GaussianExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> GaussianExpectation:
         return GaussianExpectation(theta, theta[..., :, None] * theta[..., None, :])
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -290,7 +308,9 @@ class Gaussian(GaussianFamily):
         m = self.mean(lam)
         return GaussianExpectation(m, self.covariance(lam) + m[..., :, None] * m[..., None, :])
 
-    def natural_from_expectation(self, mu: GaussianExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: GaussianExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) in closed form; NaN, and status False, where no covariance is left."""
         covariance = mu.quadratic - mu.linear[..., :, None] * mu.linear[..., None, :]
         proper = domain.positive_definite().contains(covariance)
@@ -408,7 +428,11 @@ class GaussianFixed(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self, *, mean: Array, covariance: Array | None = None, precision: Array | None = None
+        self,
+        *,
+        mean: ArrayLike,
+        covariance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> FixedNatural:
         """lambda from the mean and the known covariance or precision matrix."""
         lam = Gaussian().natural(mean=mean, covariance=covariance, precision=precision)
@@ -418,7 +442,7 @@ class GaussianFixed(GaussianFamily):
         lam = Gaussian().from_mean(mean, precision)
         return FixedNatural(lam.linear, -2.0 * lam.quadratic)
 
-    def natural_at(self, location: Array, like: Any = None) -> FixedNatural:
+    def natural_at(self, location: Array, like: PyTree = None) -> FixedNatural:
         eye = jnp.eye(location.shape[-1], dtype=location.dtype)
         return self.from_mean(location, eye if like is None else like.precision)
 
@@ -442,7 +466,9 @@ class GaussianFixed(GaussianFamily):
         """A = m^T S m / 2."""
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> FixedExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> FixedExpectation:
         d = theta.shape[-1]
         return FixedExpectation(theta, jnp.zeros((*theta.shape[:-1], d, d), theta.dtype))
 
@@ -463,7 +489,9 @@ class GaussianFixed(GaussianFamily):
     def expectation(self, lam: FixedNatural) -> FixedExpectation:
         return FixedExpectation(self.mean(lam), lam.precision)
 
-    def natural_from_expectation(self, mu: FixedExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: FixedExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda = S m."""
         lam = self.from_mean(mu.linear, mu.precision)
         return (lam, self.in_domain(lam)) if with_status else lam

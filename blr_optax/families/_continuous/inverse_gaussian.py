@@ -27,7 +27,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import NaturalParameters
 
 FRACTION_FROM = 1.5  # where continued fractions take over
 
@@ -126,9 +128,10 @@ class InverseGaussian(ExponentialFamily):
     constant_base_measure: ClassVar[bool] = False
 
     @checked(mean=POSITIVE, shape=POSITIVE)
-    def natural(self, *, mean: Array, shape: Array) -> InverseGaussianNatural:
+    def natural(self, *, mean: ArrayLike, shape: ArrayLike) -> InverseGaussianNatural:
         """lambda from the mean and the shape (both > 0)."""
-        return InverseGaussianNatural(-0.5 * shape / mean / mean, -0.5 * shape)
+        half = jnp.multiply(-0.5, shape)
+        return InverseGaussianNatural(half / mean / mean, half)
 
     def standard(self, lam: InverseGaussianNatural) -> dict[str, Array]:
         return {"mean": self.mean(lam), "shape": -2.0 * lam.reciprocal}
@@ -146,7 +149,9 @@ class InverseGaussian(ExponentialFamily):
         m, s = self.standard(lam).values()
         return -s / m - 0.5 * jnp.log(s)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> InverseGaussianExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> InverseGaussianExpectation:
         return InverseGaussianExpectation(theta, 1.0 / theta)
 
     def log_base_measure(self, lam: InverseGaussianNatural, theta: Array) -> Array:
@@ -176,7 +181,7 @@ class InverseGaussian(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGaussianExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """s = 1 / (mu_2 - 1 / mu_1); NaN, and status False, where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)

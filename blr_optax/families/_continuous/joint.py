@@ -11,6 +11,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import NaturalParameters, PyTree
+
 
 MARGIN = 64  # roundings: compiled and plain code round differently
 
@@ -30,8 +32,11 @@ class MeanVariance(NamedTuple):
 
 
 def retract_shortened(
-    family: Any, lam: Any, step: Any, move: Callable[[Any, Any], tuple[Any, Array]]
-) -> Any:
+    family: Any,
+    lam: NaturalParameters,
+    step: PyTree,
+    move: Callable[[PyTree, PyTree], tuple[PyTree, Array]],
+) -> PyTree:
     """The new lambda of move(lam, step), with the step cut by powers of 16 until that is safe.
 
     Where the domain couples fields, a move that stays inside on paper may not in lambda: b is the

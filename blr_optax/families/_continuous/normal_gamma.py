@@ -10,7 +10,7 @@ tau; b is what is left of lambda, and loses digits where kappa m^2 is large besi
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ from blr_optax.families._continuous.joint import (
 from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool
+    from jaxtyping import Array, ArrayLike, Bool
+
+    from blr_optax._typing import NaturalParameters
 
 GAMMA, INVERSE_GAMMA = Gamma(), InverseGamma()
 
@@ -93,10 +95,10 @@ class NormalGamma(ExponentialFamily):
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, rate=POSITIVE)
     def natural(
-        self, *, mean: Array, kappa: Array, concentration: Array, rate: Array
+        self, *, mean: ArrayLike, kappa: ArrayLike, concentration: ArrayLike, rate: ArrayLike
     ) -> NormalGammaNatural:
         """lambda from the mean, and kappa, the concentration and the rate (all > 0)."""
-        m, a, b = mean, concentration, rate
+        m, kappa, a, b = map(jnp.asarray, (mean, kappa, concentration, rate))
         return NormalGammaNatural(kappa * m, -0.5 * kappa, a - 0.5, -(b + 0.5 * kappa * m * m))
 
     def normal(self, lam: NormalGammaNatural) -> tuple[Array, Array]:
@@ -129,7 +131,7 @@ class NormalGamma(ExponentialFamily):
         return GAMMA.log_partition(self.gamma(lam)) + 0.5 * (LOG_2PI - jnp.log(kappa))
 
     def sufficient_statistics(
-        self, theta: MeanPrecision, lam: Any = None
+        self, theta: MeanPrecision, lam: NaturalParameters = None
     ) -> NormalGammaExpectation:
         x, tau = theta
         return NormalGammaExpectation(tau * x, tau * x * x, jnp.log(tau), tau)
@@ -144,7 +146,7 @@ class NormalGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalGammaExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu): 1 / kappa = mu_quadratic - m mu_linear, and the gamma density's solve."""
         gamma, proper = GAMMA.natural_from_expectation(
             GammaExpectation(mu.log, mu.precision), with_status=True
@@ -276,10 +278,10 @@ class NormalInverseGamma(ExponentialFamily):
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, scale=POSITIVE)
     def natural(
-        self, *, mean: Array, kappa: Array, concentration: Array, scale: Array
+        self, *, mean: ArrayLike, kappa: ArrayLike, concentration: ArrayLike, scale: ArrayLike
     ) -> NormalInverseGammaNatural:
         """lambda from the mean, and kappa, the concentration and the scale (all > 0)."""
-        m, a, b = mean, concentration, scale
+        m, kappa, a, b = map(jnp.asarray, (mean, kappa, concentration, scale))
         reciprocal = -(b + 0.5 * kappa * m * m)
         return NormalInverseGammaNatural(kappa * m, -0.5 * kappa, -(a + 1.5), reciprocal)
 
@@ -312,7 +314,7 @@ class NormalInverseGamma(ExponentialFamily):
         return NORMAL_GAMMA.log_partition(self._precise(lam))
 
     def sufficient_statistics(
-        self, theta: MeanVariance, lam: Any = None
+        self, theta: MeanVariance, lam: NaturalParameters = None
     ) -> NormalInverseGammaExpectation:
         x, v = theta
         return NormalInverseGammaExpectation(x / v, x * x / v, jnp.log(v), 1.0 / v)
@@ -326,7 +328,7 @@ class NormalInverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalInverseGammaExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu) as for the normal-gamma density of (x, 1 / v)."""
         turned = NormalGammaExpectation(mu.linear, mu.quadratic, -mu.log, mu.reciprocal)
         precise, proper = NORMAL_GAMMA.natural_from_expectation(turned, with_status=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -13,6 +13,7 @@ from blr_optax.families._base.parameters import parameters
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
+    from blr_optax._typing import NaturalParameters, PyTree
     from blr_optax.families._base.domain import Domain
 
 
@@ -91,28 +92,32 @@ class Point(ExponentialFamily):
     def kl(self, lam_p: PointNatural, lam_q: PointNatural) -> Array:
         return self._zero(lam_p.value)
 
-    def inner(self, a: Any, b: Any) -> Array:
+    def inner(self, a: PyTree, b: PyTree) -> Array:
         return self._zero(a.value)
 
     def _zero(self, like: Array) -> Array:
         return jnp.zeros(jnp.shape(like))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> PointExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> PointExpectation:
         return PointExpectation(theta if lam is None else lam.value)
 
     def expectation(self, lam: PointNatural) -> PointExpectation:
         return PointExpectation(lam.value)
 
-    def natural_from_expectation(self, mu: PointExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: PointExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         lam = PointNatural(mu.value)
         return (lam, self.in_domain(lam)) if with_status else lam
 
-    def fisher_product(self, lam: PointNatural, v: Any) -> PointExpectation:
+    def fisher_product(self, lam: PointNatural, v: PyTree) -> PointExpectation:
         return PointExpectation(jnp.zeros_like(lam.value))
 
-    def inverse_fisher_product(self, lam: PointNatural, v: Any) -> PointNatural:
+    def inverse_fisher_product(self, lam: PointNatural, v: PyTree) -> PointNatural:
         return PointNatural(jnp.zeros_like(lam.value))
 
-    def coordinates(self, like: Any) -> tuple[Any, Any]:
+    def coordinates(self, like: PyTree) -> tuple[PyTree, PyTree]:
         """No coordinates: nothing is learnt."""
         return lambda x: jnp.zeros(0), lambda flat: PointNatural(like.value)

@@ -30,7 +30,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 
 @parameters
@@ -75,7 +77,11 @@ class LogNormal(ExponentialFamily):
 
     @checked(location=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self, *, location: Array, variance: Array | None = None, precision: Array | None = None
+        self,
+        *,
+        location: ArrayLike,
+        variance: ArrayLike | None = None,
+        precision: ArrayLike | None = None,
     ) -> LogNormalNatural:
         """lambda from the mean and the variance or precision (> 0) of log x."""
         of_log = Normal().natural(mean=location, variance=variance, precision=precision)
@@ -97,7 +103,9 @@ class LogNormal(ExponentialFamily):
         """A = S m^2 / 2 - log(S) / 2."""
         return Normal().log_partition(GaussianNatural(*lam))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> LogNormalExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> LogNormalExpectation:
         log_x = jnp.log(theta)
         return LogNormalExpectation(log_x, log_x * log_x)
 
@@ -115,7 +123,9 @@ class LogNormal(ExponentialFamily):
     def expectation(self, lam: LogNormalNatural) -> LogNormalExpectation:
         return LogNormalExpectation(*Normal().expectation(GaussianNatural(*lam)))
 
-    def natural_from_expectation(self, mu: LogNormalExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: LogNormalExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) in closed form; NaN, and status False, where log x has no variance."""
         found = Normal().natural_from_expectation(GaussianExpectation(*mu), with_status=True)
         lam = LogNormalNatural(*found[0])
@@ -152,7 +162,7 @@ class LogNormal(ExponentialFamily):
 class RateFamily(ExponentialFamily):
     """Families of one statistic T that is itself exponential: lambda = -b with E[T] = 1 / b."""
 
-    def rate(self, lam: Any) -> Array:
+    def rate(self, lam: NaturalParameters) -> Array:
         """b."""
         (name,) = self.domains
         return -getattr(lam, name)
@@ -163,31 +173,33 @@ class RateFamily(ExponentialFamily):
         known = {name: getattr(like, name) for name in self.known}
         return kind(**{name: value}, **(jax.tree.map(jnp.zeros_like, known) if still else known))
 
-    def _given(self, lam: Any) -> Any:
+    def _given(self, lam: NaturalParameters) -> Any:
         if lam is None:
             names = " and ".join(self.known)
             raise ValueError(f"{type(self).__name__}: T needs the known {names}: pass lam=.")
         return lam
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         return self._fields(self.Expectation, lam, 1.0 / self.rate(lam))
 
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: ExpectationParameters, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda = -1 / mu; NaN, and status False, unless mu is positive."""
         found = -self.rate(mu)
         proper = domain.positive().contains(found)
         lam = self._fields(self.Natural, mu, -1.0 / jnp.where(proper, found, jnp.nan))
         return (lam, proper) if with_status else lam
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
         return relative_excess(self.rate(lam_p), self.rate(lam_q))
 
-    def fisher_product(self, lam: Any, v: Any) -> Any:
+    def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         """F = 1 / b^2."""
         b = self.rate(lam)
         return self._fields(self.Expectation, lam, -self.rate(v) / b / b, still=True)
 
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+    def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         b = self.rate(lam)
         return self._fields(self.Natural, lam, -self.rate(v) * b * b, still=True)
 
@@ -232,9 +244,9 @@ class Laplace(RateFamily):
     known: ClassVar[tuple[str, ...]] = ("location",)
 
     @checked(scale=POSITIVE, location=REAL)
-    def natural(self, *, scale: Array, location: Array) -> LaplaceNatural:
+    def natural(self, *, scale: ArrayLike, location: ArrayLike) -> LaplaceNatural:
         """lambda from the scale (> 0) and the known location."""
-        return LaplaceNatural(-1.0 / scale, location)
+        return LaplaceNatural(jnp.divide(-1.0, scale), jnp.asarray(location))
 
     def standard(self, lam: LaplaceNatural) -> dict[str, Array]:
         return {"scale": -1.0 / lam.deviation, "location": lam.location}
@@ -249,7 +261,9 @@ class Laplace(RateFamily):
         """A = log(2 scale)."""
         return -jnp.log(-0.5 * lam.deviation)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> LaplaceExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> LaplaceExpectation:
         """T, which needs the known location of lambda."""
         location = self._given(lam).location
         return LaplaceExpectation(*jnp.broadcast_arrays(jnp.abs(theta - location), location))
@@ -317,9 +331,10 @@ class Weibull(RateFamily):
     constant_base_measure: ClassVar[bool] = False
 
     @checked(scale=POSITIVE, shape=POSITIVE)
-    def natural(self, *, scale: Array, shape: Array) -> WeibullNatural:
+    def natural(self, *, scale: ArrayLike, shape: ArrayLike) -> WeibullNatural:
         """lambda from the scale and the known shape (both > 0)."""
-        return WeibullNatural(-(scale**-shape), shape)
+        shape = jnp.asarray(shape)
+        return WeibullNatural(-jnp.power(scale, -shape), shape)
 
     def _log_scale(self, lam: WeibullNatural) -> Array:
         return -jnp.log(-lam.power) / lam.shape
@@ -347,7 +362,9 @@ class Weibull(RateFamily):
         """A = k log scale."""
         return -jnp.log(-lam.power)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> WeibullExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> WeibullExpectation:
         """T, which needs the known shape of lambda."""
         k = self._given(lam).shape
         return WeibullExpectation(*jnp.broadcast_arrays(theta**k, k))

@@ -27,7 +27,9 @@ from blr_optax.families._numerics.special import LOG_2PI
 from blr_optax.families._numerics.sphere_draws import attach, draw, polar
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import NaturalParameters
 
 NEWTON_STEPS = 8
 OFF_SPHERE = 1e-3  # how far |x|^2 may be from one
@@ -172,11 +174,11 @@ class VonMisesFisher(ExponentialFamily):
         direction=Parameter("finite and not zero", _is_direction, "d", least=2),
         concentration=Parameter("non-negative and finite", lambda k: (k >= 0) & jnp.isfinite(k)),
     )
-    def natural(self, *, direction: Array, concentration: Array) -> VonMisesFisherNatural:
+    def natural(self, *, direction: ArrayLike, concentration: ArrayLike) -> VonMisesFisherNatural:
         """lambda from a direction (not zero; its length is ignored) and a concentration (>= 0)."""
         u = direction / jnp.max(jnp.abs(direction), axis=-1, keepdims=True)
         u = u / jnp.linalg.norm(u, axis=-1, keepdims=True)
-        return VonMisesFisherNatural(concentration[..., None] * u)
+        return VonMisesFisherNatural(jnp.expand_dims(concentration, -1) * u)
 
     def standard(self, lam: VonMisesFisherNatural) -> dict[str, Array]:
         kappa, u = polar(lam.linear)
@@ -193,7 +195,9 @@ class VonMisesFisher(ExponentialFamily):
         """A = d / 2 log(2 pi) + log I_nu(kappa) - nu log kappa."""
         return _bessel_at(lam.linear).log + 0.5 * lam.linear.shape[-1] * LOG_2PI
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> VonMisesFisherExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> VonMisesFisherExpectation:
         return VonMisesFisherExpectation(theta)
 
     def log_base_measure(self, lam: VonMisesFisherNatural, theta: Array) -> Array:
@@ -204,7 +208,7 @@ class VonMisesFisher(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: VonMisesFisherExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu) by Newton in kappa; NaN, and status False, unless mu is inside the ball."""
         proper = domain.real(1).contains(mu.linear) & (_dot(mu.linear, mu.linear) < 1.0)
         inside = jnp.where(proper[..., None], mu.linear, 0.0)

@@ -23,7 +23,9 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 
 @jax.custom_jvp
@@ -75,9 +77,12 @@ def binary_kl(logit_p: Float[Array, ...], logit_q: Float[Array, ...]) -> Float[A
     return jnp.where(near, close, p * yes + not_p * no + flat)
 
 
-def logit_from(logit: Array | None, probability: Array | None) -> Float[Array, ...]:
+def logit_from(logit: ArrayLike | None, probability: ArrayLike | None) -> Float[Array, ...]:
     """The logit, from itself or from a probability."""
-    return logit if probability is None else jnp.log(probability) - jnp.log1p(-probability)
+    if logit is not None:
+        return jnp.asarray(logit)
+    p = jnp.asarray(probability)
+    return jnp.log(p) - jnp.log1p(-p)
 
 
 class Scalar(ExponentialFamily):
@@ -88,48 +93,50 @@ class Scalar(ExponentialFamily):
 
     reparameterized: ClassVar[bool] = False
 
-    def _inside(self, lam: Any, x: Array) -> Array:
+    def _inside(self, lam: NaturalParameters, x: Array) -> Array:
         return lf.is_count(x)
 
-    def _log_h(self, lam: Any, x: Array) -> Array:
+    def _log_h(self, lam: NaturalParameters, x: Array) -> Array:
         """log h at a theta of the support."""
         raise NotImplementedError
 
-    def _log_q(self, lam: Any, x: Array) -> Array:
+    def _log_q(self, lam: NaturalParameters, x: Array) -> Array:
         """log q at a theta of the support."""
         raise NotImplementedError
 
-    def _where_inside(self, f: Callable, lam: Any, theta: Array) -> Array:
+    def _where_inside(self, f: Callable, lam: NaturalParameters, theta: Array) -> Array:
         x = jnp.asarray(theta, lam.linear.dtype) + jnp.zeros_like(lam.linear)
         inside = self._inside(lam, x)
         return jnp.where(inside, f(lam, jnp.where(inside, x, 0.0)), -jnp.inf)
 
-    def log_prob(self, lam: Any, theta: Array) -> Array:
+    def log_prob(self, lam: NaturalParameters, theta: Array) -> Array:
         return self._where_inside(self._log_q, lam, theta)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> Any:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> ExpectationParameters:
         theta = jnp.asarray(theta)
         return self.Expectation(theta, **{name: jnp.zeros_like(theta) for name in self.known})
 
-    def log_base_measure(self, lam: Any, theta: Array) -> Array:
+    def log_base_measure(self, lam: NaturalParameters, theta: Array) -> Array:
         if self.constant_base_measure:
             batch = jnp.broadcast_shapes(jnp.shape(theta), lam.linear.shape)
             return jnp.zeros(batch, lam.linear.dtype)
         return self._where_inside(self._log_h, lam, theta)
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         return self.Expectation(self.mean(lam), *lam[1:])
 
-    def _checked(self, mu: Any, linear: Array, with_status: bool) -> Any:
+    def _checked(self, mu: ExpectationParameters, linear: Array, with_status: bool) -> Any:
         """lambda from its first field, NaN where that is no member, and whether it is one."""
         proper = self.domains["linear"].contains(linear)
         lam = self.Natural(jnp.where(proper, linear, jnp.nan), *mu[1:])
         return (lam, proper) if with_status else lam
 
-    def fisher_product(self, lam: Any, v: Any) -> Any:
+    def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         return self.Expectation(self.variance(lam) * v.linear, *map(jnp.zeros_like, lam[1:]))
 
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+    def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         return self.Natural(v.linear / self.variance(lam), *map(jnp.zeros_like, lam[1:]))
 
 
@@ -141,57 +148,59 @@ class Binary(Scalar):
     relaxable: ClassVar[bool] = True
     low: ClassVar[float]
 
-    def _logit(self, lam: Any) -> Array:
+    def _logit(self, lam: NaturalParameters) -> Array:
         return (1.0 - self.low) * lam.linear
 
     @checked(logit=REAL, probability=FRACTION)
-    def natural(self, *, logit: Array | None = None, probability: Array | None = None) -> Any:
+    def natural(
+        self, *, logit: ArrayLike | None = None, probability: ArrayLike | None = None
+    ) -> NaturalParameters:
         """lambda from the logit or the probability (in (0, 1)) of the value 1."""
         return self.Natural(logit_from(logit, probability) / (1.0 - self.low))
 
-    def standard(self, lam: Any) -> dict[str, Array]:
+    def standard(self, lam: NaturalParameters) -> dict[str, Array]:
         """The logit, which unlike the probability is never rounded to 1."""
         return {"logit": self._logit(lam)}
 
-    def variance(self, lam: Any) -> Array:
+    def variance(self, lam: NaturalParameters) -> Array:
         logit = self._logit(lam)
         return (1.0 - self.low) ** 2 * logistic(logit) * logistic(-logit)
 
-    def log_partition(self, lam: Any) -> Array:
+    def log_partition(self, lam: NaturalParameters) -> Array:
         """A = log(exp(lambda) + exp(low lambda))."""
         return softplus(self._logit(lam)) + self.low * lam.linear
 
-    def _inside(self, lam: Any, x: Array) -> Array:
+    def _inside(self, lam: NaturalParameters, x: Array) -> Array:
         return (x == 1.0) | (x == self.low)
 
-    def _log_q(self, lam: Any, x: Array) -> Array:
+    def _log_q(self, lam: NaturalParameters, x: Array) -> Array:
         logit = self._logit(lam)
         return -softplus(jnp.where(x == 1.0, -logit, logit))
 
-    def entropy(self, lam: Any) -> Array:
+    def entropy(self, lam: NaturalParameters) -> Array:
         return binary_entropy(self._logit(lam))
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
         return binary_kl(self._logit(lam_p), self._logit(lam_q))
 
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Array:
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> Array:
         logit = self._logit(lam)
         # The rarer outcome keeps its digits.
         threshold = lf.quanta(logistic(-jnp.abs(logit)))
         rare = jax.random.bits(key, (*shape, *logit.shape), threshold.dtype) < threshold
         return jnp.where(rare == (logit < 0), 1.0, self.low).astype(logit.dtype)
 
-    def support(self, lam: Any, total: None = None) -> Array:
+    def support(self, lam: NaturalParameters, total: int | None = None) -> Array:
         """Both values, along a new leading axis."""
         ones = jnp.ones_like(lam.linear)
         return jnp.stack([self.low * ones, ones])
 
-    def probabilities(self, mu: Any, total: None = None) -> Array:
+    def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> Array:
         """Those of `support`, linear in mu."""
         return jnp.stack([1.0 - mu.linear, mu.linear - self.low]) / (1.0 - self.low)
 
     def relaxed_sample(
-        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
+        self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
     ) -> Array:
         """The mean at (lambda + noise) / temperature, with logistic noise in the logit."""
         x = lam.linear
@@ -238,7 +247,9 @@ class Bernoulli(Binary):
     def mean(self, lam: BernoulliNatural) -> Array:
         return logistic(lam.linear)
 
-    def natural_from_expectation(self, mu: BernoulliExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: BernoulliExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """The logit of mu; NaN, and status False, unless 0 < mu < 1."""
         return self._checked(mu, jnp.log(mu.linear) - jnp.log1p(-mu.linear), with_status)
 
@@ -294,6 +305,8 @@ class Rademacher(Binary):
     def mean(self, lam: RademacherNatural) -> Array:
         return _tanh(lam.linear)
 
-    def natural_from_expectation(self, mu: RademacherExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: RademacherExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """artanh mu; NaN, and status False, unless -1 < mu < 1."""
         return self._checked(mu, jnp.arctanh(mu.linear), with_status)

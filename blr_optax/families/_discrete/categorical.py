@@ -10,7 +10,7 @@ of the others' probabilities: no logit is too large for entropies, divergences a
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from blr_optax.families._base.standard_parameters import DISTRIBUTION, REAL, che
 from blr_optax.families._numerics import log_factorial as lf
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 MANY = 4096  # categories beyond which the rounding of their probabilities would add up
 
@@ -107,9 +109,11 @@ def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
 LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
 
 
-def linear_from(logits: Array | None, probabilities: Array | None) -> Float[Array, "... K-1"]:
+def linear_from(
+    logits: ArrayLike | None, probabilities: ArrayLike | None
+) -> Float[Array, "... K-1"]:
     """lambda from K logits or K probabilities."""
-    x = logits if probabilities is None else jnp.log(probabilities)
+    x = jnp.asarray(logits) if probabilities is None else jnp.log(probabilities)
     return x[..., :-1] - x[..., -1:]
 
 
@@ -119,26 +123,28 @@ class Simplex(ExponentialFamily):
     domains: ClassVar[dict] = {"linear": domain.real(1)}
     reparameterized: ClassVar[bool] = False
 
-    def _total(self, lam: Any) -> Float[Array, "... 1"]:
+    def _total(self, lam: NaturalParameters) -> Float[Array, "... 1"]:
         return jnp.stack([lam.total if self.known else jnp.ones_like(lam.linear[..., 0])], -1)
 
-    def standard(self, lam: Any) -> dict[str, Array]:
+    def standard(self, lam: NaturalParameters) -> dict[str, Array]:
         """The logits whose last is 0, which unlike probabilities are never rounded to 1."""
         return {"logits": full_logits(lam.linear), **{n: getattr(lam, n) for n in self.known}}
 
-    def mean(self, lam: Any) -> Float[Array, "... K"]:
+    def mean(self, lam: NaturalParameters) -> Float[Array, "... K"]:
         return self._total(lam) * softmax(full_logits(lam.linear))
 
-    def variance(self, lam: Any) -> Float[Array, "... K"]:
+    def variance(self, lam: NaturalParameters) -> Float[Array, "... K"]:
         logits = full_logits(lam.linear)
         p = softmax(logits)
         others = jnp.where(likeliest(logits), rest(logits)[..., None], 1.0 - p)
         return self._total(lam) * p * others
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         return self.Expectation(self.mean(lam)[..., :-1], *lam[1:])
 
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: ExpectationParameters, with_status: bool = False
+    ) -> NaturalParameters:
         """log(mu_k / mu_K); NaN, and status False, unless all K means are positive."""
         first = mu.linear / self._total(mu)
         last = 1.0 - jnp.sum(first, -1, keepdims=True)
@@ -148,18 +154,18 @@ class Simplex(ExponentialFamily):
         lam = self.Natural(linear, *mu[1:])
         return (lam, self.in_domain(lam)) if with_status else lam
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
         """KL(p || q), for one and the same total."""
         one = choice_kl(full_logits(lam_p.linear), full_logits(lam_q.linear))
         return self._total(lam_p)[..., 0] * one
 
-    def fisher_product(self, lam: Any, v: Any) -> Any:
+    def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         """n p_k (v_k - sum_j p_j v_j), in O(K)."""
         logits = full_logits(lam.linear)
         change = self._total(lam) * softmax(logits) * _centred(logits, full_logits(v.linear))
         return self.Expectation(change[..., :-1], *map(jnp.zeros_like, lam[1:]))
 
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+    def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         """(v_k / p_k + sum_j v_j / p_K) / n, in O(K)."""
         m = self.mean(lam)
         change = v.linear / m[..., :-1] + jnp.sum(v.linear, -1, keepdims=True) / m[..., -1:]
@@ -208,7 +214,7 @@ class Categorical(Simplex):
 
     @checked(**LABEL)
     def natural(
-        self, *, logits: Array | None = None, probabilities: Array | None = None
+        self, *, logits: ArrayLike | None = None, probabilities: ArrayLike | None = None
     ) -> CategoricalNatural:
         """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
         return CategoricalNatural(linear_from(logits, probabilities))
@@ -262,13 +268,13 @@ class Categorical(Simplex):
         label = jnp.sum(bits[..., None] >= edges, -1)
         return jnp.where(bits < edges[..., -1], label, jnp.argmax(logits, -1)).astype(jnp.int32)
 
-    def support(self, lam: CategoricalNatural, total: None = None) -> Int[Array, "K ..."]:
+    def support(self, lam: CategoricalNatural, total: int | None = None) -> Int[Array, "K ..."]:
         """The labels 0 .. K-1, along a new leading axis."""
         *batch, k = lam.linear.shape
         return lf.spread(jnp.arange(k + 1, dtype=jnp.int32), batch)
 
     def probabilities(
-        self, mu: CategoricalExpectation, total: None = None
+        self, mu: CategoricalExpectation, total: int | None = None
     ) -> Float[Array, "K ..."]:
         """Those of `support`, linear in mu."""
         last = 1.0 - jnp.sum(mu.linear, -1, keepdims=True)

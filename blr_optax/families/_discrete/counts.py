@@ -10,7 +10,7 @@ never cancel; E log h, which has no closed form, comes from `_log_factorial`.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ from blr_optax.families._discrete.bernoulli import (
 from blr_optax.families._numerics import log_factorial as lf
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters
 
 
 @parameters
@@ -75,10 +77,14 @@ class Binomial(Scalar):
 
     @checked(total=COUNT, logit=REAL, probability=FRACTION)
     def natural(
-        self, *, total: Array, logit: Array | None = None, probability: Array | None = None
+        self,
+        *,
+        total: ArrayLike,
+        logit: ArrayLike | None = None,
+        probability: ArrayLike | None = None,
     ) -> BinomialNatural:
         """lambda from the logit or probability, and the known total (a positive integer)."""
-        return BinomialNatural(logit_from(logit, probability), total)
+        return BinomialNatural(logit_from(logit, probability), jnp.asarray(total))
 
     def standard(self, lam: BinomialNatural) -> dict[str, Array]:
         return {"logit": lam.linear, "total": lam.total}
@@ -117,7 +123,9 @@ class Binomial(Scalar):
         slope = lf.slope(lambda p: lf.log_coefficient(p, n), self._rare(lam)) / n
         return BinomialNatural(jnp.where(lam.linear > 0, -slope, slope), jnp.zeros_like(n))
 
-    def natural_from_expectation(self, mu: BinomialExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: BinomialExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """log(mu / (n - mu)); NaN, and status False, unless 0 < mu < n."""
         linear = jnp.log(mu.linear) - jnp.log(mu.total - mu.linear)
         return self._checked(mu, linear, with_status)
@@ -185,7 +193,7 @@ class Poisson(Scalar):
     constant_base_measure: ClassVar[bool] = False
 
     @checked(rate=POSITIVE)
-    def natural(self, *, rate: Array) -> PoissonNatural:
+    def natural(self, *, rate: ArrayLike) -> PoissonNatural:
         """lambda from the rate (> 0)."""
         return PoissonNatural(jnp.log(rate))
 
@@ -214,7 +222,9 @@ class Poisson(Scalar):
     def base_measure_gradient(self, lam: PoissonNatural) -> PoissonNatural:
         return PoissonNatural(-lf.slope(lf.poisson_log_factorial, self.mean(lam)))
 
-    def natural_from_expectation(self, mu: PoissonExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: PoissonExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """log(mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, jnp.log(mu.linear), with_status)
 
@@ -243,24 +253,26 @@ class Waiting(Scalar):
 
     domains: ClassVar[dict] = {"linear": domain.negative()}
 
-    def _total(self, lam: Any) -> Array:
+    def _total(self, lam: NaturalParameters) -> Array:
         return lam.total if self.known else jnp.ones_like(lam.linear)
 
-    def standard(self, lam: Any) -> dict[str, Array]:
+    def standard(self, lam: NaturalParameters) -> dict[str, Array]:
         known = {name: getattr(lam, name) for name in self.known}
         return {"probability": -jnp.expm1(lam.linear), **known}
 
-    def mean(self, lam: Any) -> Array:
+    def mean(self, lam: NaturalParameters) -> Array:
         return self._total(lam) * lf.failures(lam.linear)
 
-    def variance(self, lam: Any) -> Array:
+    def variance(self, lam: NaturalParameters) -> Array:
         return self.mean(lam) / -jnp.expm1(lam.linear)
 
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: ExpectationParameters, with_status: bool = False
+    ) -> NaturalParameters:
         """-log(1 + r / mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, -jnp.log1p(self._total(mu) / mu.linear), with_status)
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
         """KL(p || q), for one and the same total."""
         return self._total(lam_p) * lf.waiting_kl(lam_p.linear, lam_q.linear)
 
@@ -300,9 +312,9 @@ class Geometric(Waiting):
     Expectation: ClassVar[type] = GeometricExpectation
 
     @checked(probability=FRACTION)
-    def natural(self, *, probability: Array) -> GeometricNatural:
+    def natural(self, *, probability: ArrayLike) -> GeometricNatural:
         """lambda from the probability of success, in (0, 1)."""
-        return GeometricNatural(jnp.log1p(-probability))
+        return GeometricNatural(jnp.log1p(jnp.negative(probability)))
 
     def log_partition(self, lam: GeometricNatural) -> Array:
         """A = -log(1 - exp(lambda))."""
@@ -358,9 +370,9 @@ class NegativeBinomial(Waiting):
     constant_base_measure: ClassVar[bool] = False
 
     @checked(probability=FRACTION, total=POSITIVE)
-    def natural(self, *, probability: Array, total: Array) -> NegativeBinomialNatural:
+    def natural(self, *, probability: ArrayLike, total: ArrayLike) -> NegativeBinomialNatural:
         """lambda from the probability of success, in (0, 1), and the known total (> 0)."""
-        return NegativeBinomialNatural(jnp.log1p(-probability), total)
+        return NegativeBinomialNatural(jnp.log1p(jnp.negative(probability)), jnp.asarray(total))
 
     def log_partition(self, lam: NegativeBinomialNatural) -> Array:
         """A = -r log(1 - exp(lambda))."""

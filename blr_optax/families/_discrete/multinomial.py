@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
@@ -23,7 +23,9 @@ from blr_optax.families._discrete.categorical import (
 from blr_optax.families._numerics import log_factorial as lf
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
+
+    from blr_optax._typing import NaturalParameters
 
 
 @parameters
@@ -70,16 +72,22 @@ class Multinomial(Simplex):
 
     @checked(total=COUNT, **LABEL)
     def natural(
-        self, *, total: Array, logits: Array | None = None, probabilities: Array | None = None
+        self,
+        *,
+        total: ArrayLike,
+        logits: ArrayLike | None = None,
+        probabilities: ArrayLike | None = None,
     ) -> MultinomialNatural:
         """lambda from K logits or probabilities, and the known total (a positive integer)."""
-        return MultinomialNatural(linear_from(logits, probabilities), total)
+        return MultinomialNatural(linear_from(logits, probabilities), jnp.asarray(total))
 
     def log_partition(self, lam: MultinomialNatural) -> Array:
         """A = n log(1 + sum_k exp lambda_k)."""
         return -lam.total * log_softmax(full_logits(lam.linear))[..., -1]
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> MultinomialExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> MultinomialExpectation:
         return MultinomialExpectation(theta[..., :-1], jnp.zeros_like(theta[..., 0]))
 
     def log_base_measure(self, lam: MultinomialNatural, theta: Array) -> Array:

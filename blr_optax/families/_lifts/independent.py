@@ -10,7 +10,7 @@ is, parameters as lambda is. A lift says how its lambda, mu and theta are split 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import jax.scipy.linalg
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
     from blr_optax.families._base.family import Family
 
 
@@ -29,27 +30,28 @@ class Independent:
     types.
     """
 
-    Natural: type
+    Natural: ClassVar[type]
+    Expectation: ClassVar[type]
 
     # How a lift splits and joins.
 
-    def members(self, like: Any) -> Sequence[Family]:
+    def members(self, like: PyTree) -> Sequence[Family]:
         """Return the family of every member."""
         raise NotImplementedError
 
-    def split(self, x: Any, like: Any) -> Sequence[Any]:
+    def split(self, x: PyTree, like: PyTree) -> Sequence[PyTree]:
         """Return every member's own part of x."""
         raise NotImplementedError
 
-    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+    def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """Return what the parts make: of type `kind` (lambda or mu), or like theta for None."""
         raise NotImplementedError
 
-    def keys(self, key: Array, like: Any) -> Sequence[Array]:
+    def keys(self, key: Array, like: PyTree) -> Array | Sequence[Array]:
         """Return a key for every member."""
         return jax.random.split(key, len(self.members(like)))
 
-    def batch_ndim(self, member: Family, lam: Any) -> int:
+    def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
         """Return how many trailing axes of a member's log-density are a batch, to be summed."""
         return 0
 
@@ -74,7 +76,7 @@ class Independent:
     def _theta(self, method: str, *trees: Any, **fixed: Any) -> Any:
         return self.joined(None, self._each(method, *trees, **fixed), self._like(*trees))
 
-    def _sum(self, method: str, lam: Any, *trees: Any) -> Float[Array, ...]:
+    def _sum(self, method: str, lam: NaturalParameters, *trees: Any) -> Float[Array, ...]:
         """Sum over members and their batches; leading sample axes stay."""
         values = self._each(method, lam, *trees)
         pairs = zip(self.members(lam), self.split(lam, lam), strict=True)
@@ -82,83 +84,87 @@ class Independent:
         rows = zip(values, batches, strict=True)
         return sum((jnp.sum(x, axis=axes) for x, axes in rows), start=jnp.zeros(()))
 
-    def mean(self, lam: Any) -> Any:
+    def mean(self, lam: NaturalParameters) -> PyTree:
         return self._theta("mean", lam)
 
-    def variance(self, lam: Any) -> Any:
+    def variance(self, lam: NaturalParameters) -> PyTree:
         return self._theta("variance", lam)
 
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         """Draw every member's part, each with its own key."""
         rows = zip(self.members(lam), self.keys(key, lam), self.split(lam, lam), strict=True)
         return self.joined(None, [member.sample(k, own, shape) for member, k, own in rows], lam)
 
-    def log_prob(self, lam: Any, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         return self._sum("log_prob", lam, theta)
 
-    def entropy(self, lam: Any) -> Float[Array, ...]:
+    def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:
         return self._sum("entropy", lam)
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Float[Array, ...]:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Float[Array, ...]:
         return self._sum("kl", lam_p, lam_q)
 
-    def in_domain(self, lam: Any) -> Bool[Array, ""]:
+    def in_domain(self, lam: NaturalParameters) -> Bool[Array, ""]:
         return jnp.all(jnp.array([jnp.all(inside) for inside in self._each("in_domain", lam)]))
 
-    def natural_at(self, location: Any, like: Any = None) -> Any:
+    def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         return self._natural("natural_at", *((location,) if like is None else (location, like)))
 
     # Of exponential members.
 
-    def combine(self, *terms: tuple[Any, Any]) -> Any:
+    def combine(self, *terms: tuple[PyTree, PyTree]) -> NaturalParameters:
         like = terms[0][1]
         columns = [[(a, part) for part in self.split(lam, like)] for a, lam in terms]
         rows = zip(self.members(like), *columns, strict=True)
         return self.joined(self.Natural, [member.combine(*row) for member, *row in rows], like)
 
-    def check_sizes(self, *lams: Any) -> None:
+    def check_sizes(self, *lams: NaturalParameters) -> None:
         self._each("check_sizes", *lams)
 
-    def inner(self, a: Any, b: Any) -> Float[Array, ...]:
+    def inner(self, a: Any, b: PyTree) -> Float[Array, ...]:
         return self._sum("inner", a, b)
 
-    def log_partition(self, lam: Any) -> Float[Array, ...]:
+    def log_partition(self, lam: NaturalParameters) -> Float[Array, ...]:
         """A = sum_k A_k."""
         return self._sum("log_partition", lam)
 
-    def log_base_measure(self, lam: Any, theta: Any) -> Float[Array, ...]:
+    def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         return self._sum("log_base_measure", lam, theta)
 
-    def expected_log_base_measure(self, lam: Any) -> Float[Array, ...]:
+    def expected_log_base_measure(self, lam: NaturalParameters) -> Float[Array, ...]:
         return self._sum("expected_log_base_measure", lam)
 
-    def base_measure_gradient(self, lam: Any) -> Any:
+    def base_measure_gradient(self, lam: NaturalParameters) -> NaturalParameters:
         return self._natural("base_measure_gradient", lam)
 
-    def sufficient_statistics(self, theta: Any, lam: Any = None) -> Any:
+    def sufficient_statistics(
+        self, theta: PyTree, lam: NaturalParameters = None
+    ) -> ExpectationParameters:
         given = (theta,) if lam is None else (theta, lam)
         return self._expectation("sufficient_statistics", *given)
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         return self._expectation("expectation", lam)
 
-    def natural_from_expectation(self, mu: Any, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: ExpectationParameters, with_status: bool = False
+    ) -> NaturalParameters:
         lam = self._natural("natural_from_expectation", mu)
         return (lam, self.in_domain(lam)) if with_status else lam
 
-    def gradient_in_mu(self, gradient: Any) -> Any:
+    def gradient_in_mu(self, gradient: PyTree) -> NaturalParameters:
         return self._natural("gradient_in_mu", gradient)
 
-    def gradient_in_lambda(self, lam: Any, gradient: Any) -> Any:
+    def gradient_in_lambda(self, lam: NaturalParameters, gradient: PyTree) -> NaturalParameters:
         return self._natural("gradient_in_lambda", lam, gradient)
 
-    def fisher_product(self, lam: Any, v: Any) -> Any:
+    def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         return self._expectation("fisher_product", lam, v)
 
-    def inverse_fisher_product(self, lam: Any, v: Any) -> Any:
+    def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         return self._natural("inverse_fisher_product", lam, v)
 
-    def fisher(self, lam: Any) -> Float[Array, "p p"]:
+    def fisher(self, lam: NaturalParameters) -> Float[Array, "p p"]:
         """Blocks on the diagonal, member by member."""
         blocks = self._each("fisher", lam)
         if any(block.ndim > 2 for block in blocks):
@@ -167,7 +173,7 @@ class Independent:
             )
         return jax.scipy.linalg.block_diag(*blocks)
 
-    def coordinates(self, like: Any) -> tuple[Any, Any]:
+    def coordinates(self, like: PyTree) -> tuple[PyTree, PyTree]:
         """Minimal coordinates, member after member: (fields -> flat vector, and back)."""
         parts = self.split(like, like)
         maps = [m.coordinates(own) for m, own in zip(self.members(like), parts, strict=True)]
@@ -185,23 +191,23 @@ class Independent:
 
         return to_flat, to_fields
 
-    def retract(self, lam: Any, step: Any, **form: str) -> Any:
+    def retract(self, lam: NaturalParameters, step: PyTree, **form: str) -> NaturalParameters:
         return self._natural("retract", lam, step, **form)
 
-    def safe_step(self, lam: Any, step: Any) -> tuple[Any, Array]:
+    def safe_step(self, lam: NaturalParameters, step: PyTree) -> tuple[PyTree, Array]:
         steps = self._each("safe_step", lam, step)
         new = self.joined(self.Natural, [new for new, _ in steps], lam)
         return new, sum((count for _, count in steps), start=jnp.zeros((), jnp.int32))
 
-    def support(self, lam: Any, total: int | None = None) -> Any:
+    def support(self, lam: NaturalParameters, total: int | None = None) -> PyTree:
         return self._theta("support", lam, total=total)
 
-    def probabilities(self, mu: Any, total: int | None = None) -> Any:
+    def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> PyTree:
         return self._theta("probabilities", mu, total=total)
 
     def relaxed_sample(
-        self, key: Array, lam: Any, temperature: float, shape: tuple[int, ...] = ()
-    ) -> Any:
+        self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
+    ) -> PyTree:
         rows = zip(self.members(lam), self.keys(key, lam), self.split(lam, lam), strict=True)
         drawn = [member.relaxed_sample(k, own, temperature, shape) for member, k, own in rows]
         return self.joined(None, drawn, lam)

@@ -11,17 +11,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from blr_optax.families._base.conditional import ConditionalFamily
+from blr_optax.families._base.family import derived
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._typing import PyTree, Scalar, TreeDef
 
 
 @parameters
@@ -52,13 +55,13 @@ class Leafwise(Independent, ConditionalFamily):
     """
 
     family: ConditionalFamily
-    treedef: Any
+    treedef: TreeDef
     shapes: tuple[tuple[int, ...], ...]
 
     Natural: ClassVar[type] = LeafwiseNatural
 
     @classmethod
-    def like(cls, family: ConditionalFamily, theta: Any) -> Leafwise:
+    def like(cls, family: ConditionalFamily, theta: PyTree) -> Leafwise:
         """The family over trees shaped like theta.
 
         Raises:
@@ -72,11 +75,11 @@ class Leafwise(Independent, ConditionalFamily):
         leaves, treedef = jax.tree.flatten(theta)
         return cls(family, treedef, tuple(jnp.shape(leaf) for leaf in leaves))
 
-    location = property(lambda self: self.family.location)
-    curvatures = property(lambda self: self.family.curvatures)
-    at_means = property(lambda self: self.family.at_means)
+    location = derived(lambda self: self.family.location)
+    curvatures = derived(lambda self: self.family.curvatures)
+    at_means = derived(lambda self: self.family.at_means)
 
-    def matrices(self, theta: Any) -> list[Array]:
+    def matrices(self, theta: PyTree) -> list[Array]:
         """The leaves as matrices; leading sample axes stay."""
         found = []
         for leaf, shape in zip(self.treedef.flatten_up_to(theta), self.shapes, strict=True):
@@ -86,25 +89,25 @@ class Leafwise(Independent, ConditionalFamily):
             found.append(leaf.reshape(*batch, math.prod(shape) // max(columns, 1), columns))
         return found
 
-    def tree(self, matrices: list[Array]) -> Any:
+    def tree(self, matrices: list[Array]) -> PyTree:
         """The tree of its leaves as matrices; leading sample axes stay."""
         pairs = zip(matrices, self.shapes, strict=True)
         return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
 
-    def members(self, like: Any) -> list[ConditionalFamily]:
+    def members(self, like: PyTree) -> list[ConditionalFamily]:
         return [self.family] * len(self.shapes)
 
-    def split(self, x: Any, like: Any) -> Sequence[Any]:
+    def split(self, x: PyTree, like: PyTree) -> Sequence[PyTree]:
         return x.members if isinstance(x, LeafwiseNatural) else self.matrices(x)
 
-    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+    def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         return self.tree(list(parts)) if kind is None else kind(tuple(parts))
 
     def natural(self, *, members: tuple) -> LeafwiseNatural:
         """lambda from the members' own, in the order of the tree."""
         return LeafwiseNatural(tuple(members))
 
-    def standard(self, lam: LeafwiseNatural) -> dict[str, Any]:
+    def standard(self, lam: LeafwiseNatural) -> dict[str, PyTree]:
         return {"members": lam.members}
 
     def noise(
@@ -148,7 +151,7 @@ class Leafwise(Independent, ConditionalFamily):
         self,
         lam: LeafwiseNatural,
         gradient: LeafwiseNatural,
-        learning_rate: Any,
+        learning_rate: Scalar,
         step: str = "auto",
     ) -> LeafwiseNatural:
         pairs = zip(lam.members, gradient.members, strict=True)

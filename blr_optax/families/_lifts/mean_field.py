@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.families._base.exponential import ExponentialFamily
+from blr_optax.families._base.family import Family, derived
 from blr_optax.families._base.registry import get
 from blr_optax.families._base.standard_parameters import check_keywords, name_of
 from blr_optax.families._lifts.independent import Independent
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array
 
-    from blr_optax.families._base.family import Family
+    from blr_optax._typing import NaturalParameters, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,10 @@ class MeanField(Independent, ExponentialFamily):
 
     family: ExponentialFamily
 
+    if TYPE_CHECKING:
+
+        def __init__(self, family: Family | str) -> None: ...
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", get(self.family))
         if not getattr(self.family, "elementwise", False):
@@ -62,16 +67,16 @@ class MeanField(Independent, ExponentialFamily):
             )
 
     # What the lifted family says of itself; fields of lambda are trees, their names stay.
-    Natural = property(lambda self: self.family.Natural)
-    Expectation = property(lambda self: self.family.Expectation)
-    domains = property(lambda self: self.family.domains)
-    known = property(lambda self: self.family.known)
-    location = property(lambda self: self.family.location)
-    constant_base_measure = property(lambda self: self.family.constant_base_measure)
-    reparameterized = property(lambda self: self.family.reparameterized)
-    enumerable = property(lambda self: self.family.enumerable)
-    relaxable = property(lambda self: self.family.relaxable)
-    curvature = property(lambda self: getattr(self.family, "curvature", None))
+    Natural = derived(lambda self: self.family.Natural)
+    Expectation = derived(lambda self: self.family.Expectation)
+    domains = derived(lambda self: self.family.domains)
+    known = derived(lambda self: self.family.known)
+    location = derived(lambda self: self.family.location)
+    constant_base_measure = derived(lambda self: self.family.constant_base_measure)
+    reparameterized = derived(lambda self: self.family.reparameterized)
+    enumerable = derived(lambda self: self.family.enumerable)
+    relaxable = derived(lambda self: self.family.relaxable)
+    curvature = derived(lambda self: getattr(self.family, "curvature", None))
     elementwise = False  # it is the lift
 
     def _structure(self, x: Any) -> Any:
@@ -81,16 +86,16 @@ class MeanField(Independent, ExponentialFamily):
     def _has_fields(self, x: Any) -> bool:
         return isinstance(x, (self.Natural, self.Expectation))
 
-    def members(self, like: Any) -> list[ExponentialFamily]:
+    def members(self, like: PyTree) -> list[ExponentialFamily]:
         return [self.family] * self._structure(like).num_leaves
 
-    def split(self, x: Any, like: Any) -> list[Any]:
+    def split(self, x: PyTree, like: PyTree) -> list[PyTree]:
         treedef = self._structure(like)
         if not self._has_fields(x):
             return treedef.flatten_up_to(x)
         return [type(x)(*part) for part in zip(*map(treedef.flatten_up_to, x), strict=True)]
 
-    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+    def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """A tree; of lambda or mu every field is one."""
         treedef = self._structure(like)
         if kind is None:
@@ -98,22 +103,24 @@ class MeanField(Independent, ExponentialFamily):
         columns = range(len(kind._fields))
         return kind(*(treedef.unflatten([part[i] for part in parts]) for i in columns))
 
-    def keys(self, key: Array, like: Any) -> list[Array]:
+    def keys(self, key: Array, like: PyTree) -> list[Array]:
         """By the leaf's path, so that other leaves do not matter."""
         leaves = jax.tree_util.tree_leaves_with_path(like[0])
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path, _ in leaves]
 
-    def batch_ndim(self, member: ExponentialFamily, lam: Any) -> int:
+    def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
         """All axes of a leaf."""
         return jnp.ndim(lam[0])
 
-    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
+    def join(
+        self, lam: NaturalParameters, other: Family, other_lam: NaturalParameters
+    ) -> tuple[Family, PyTree] | None:
         """With another mean field of one family: over the leaves of both."""
         if other != self:
             return None
         return self, self.Natural(*map(_tree.fill, lam, other_lam))
 
-    def natural(self, **standard: Any) -> Any:
+    def natural(self, **standard: PyTree) -> NaturalParameters:
         """lambda from standard parameters: each a tree like the parameters, or a number."""
         who = f"mean field of {name_of(self.family)}.natural"
         check_keywords(who, self.family.natural, standard)
@@ -134,7 +141,7 @@ class MeanField(Independent, ExponentialFamily):
         leaves = [leaf(*row) for row in zip(paths, *spread, strict=True)]
         return self.joined(self.Natural, leaves, like)
 
-    def standard(self, lam: Any) -> dict[str, Any]:
+    def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         leaves = self._each("standard", lam)
         return {name: self.joined(None, [x[name] for x in leaves], lam) for name in leaves[0]}
 
@@ -143,14 +150,14 @@ class MeanField(Independent, ExponentialFamily):
 
     # Of Gaussian members.
 
-    def from_mean(self, mean: Any, precision: Any) -> Any:
+    def from_mean(self, mean: PyTree, precision: PyTree) -> NaturalParameters:
         return self._natural("from_mean", mean, precision)
 
-    def precision(self, lam: Any) -> Any:
+    def precision(self, lam: NaturalParameters) -> PyTree:
         return self._theta("precision", lam)
 
-    def displace(self, lam: Any, z: Any) -> Any:
+    def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:
         return self._theta("displace", lam, z)
 
-    def gradient(self, lam: Any, g: Any, h: Any) -> Any:
+    def gradient(self, lam: NaturalParameters, g: PyTree, h: PyTree) -> NaturalParameters:
         return self._natural("gradient", lam, g, h)

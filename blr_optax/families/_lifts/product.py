@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.families._base.exponential import ExponentialFamily
+from blr_optax.families._base.family import Family, derived
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.registry import get
 from blr_optax.families._lifts.independent import Independent
@@ -24,19 +25,21 @@ from blr_optax.families._lifts.independent import Independent
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import NaturalParameters, PyTree
+
 
 @parameters
 class ProductNatural(NamedTuple):
     """lambda of every factor, by name."""
 
-    parts: dict[str, Any]
+    parts: dict[str, PyTree]
 
 
 @parameters
 class ProductExpectation(NamedTuple):
     """mu of every factor, by name."""
 
-    parts: dict[str, Any]
+    parts: dict[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -84,39 +87,39 @@ class Product(Independent, ExponentialFamily):
             )
         object.__setattr__(self, "factors", tuple(sorted(families.items())))
 
-    domains = property(lambda self: {name: family.domains for name, family in self.factors})
+    domains = derived(lambda self: {name: family.domains for name, family in self.factors})
     # A property, so that A gets no derivative rule: the factors' own know their known fields.
-    known = property(lambda self: ())
-    location = property(lambda self: all(family.location for _, family in self.factors))
-    reparameterized = property(lambda self: all(f.reparameterized for _, f in self.factors))
-    enumerable = property(lambda self: all(f.enumerable for _, f in self.factors))
-    constant_base_measure = property(
+    known = derived(lambda self: ())
+    location = derived(lambda self: all(family.location for _, family in self.factors))
+    reparameterized = derived(lambda self: all(f.reparameterized for _, f in self.factors))
+    enumerable = derived(lambda self: all(f.enumerable for _, f in self.factors))
+    constant_base_measure = derived(
         lambda self: all(f.constant_base_measure for _, f in self.factors)
     )
     elementwise = False
 
-    def members(self, like: Any) -> list[ExponentialFamily]:
+    def members(self, like: PyTree) -> list[ExponentialFamily]:
         return [family for _, family in self.factors]
 
-    def split(self, x: Any, like: Any) -> list[Any]:
+    def split(self, x: PyTree, like: PyTree) -> list[PyTree]:
         parts = x.parts if isinstance(x, (ProductNatural, ProductExpectation)) else x
         return [parts[name] for name, _ in self.factors]
 
-    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+    def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """A dict by name, in lambda and mu as `parts`."""
         named = {name: part for (name, _), part in zip(self.factors, parts, strict=True)}
         return named if kind is None else kind(named)
 
-    def keys(self, key: Array, like: Any) -> list[Array]:
+    def keys(self, key: Array, like: PyTree) -> list[Array]:
         """By the factor's name, so that other factors do not matter."""
         paths = [(jax.tree_util.DictKey(name),) for name, _ in self.factors]
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path in paths]
 
-    def batch_ndim(self, member: ExponentialFamily, lam: Any) -> int:
+    def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
         """The batch axes of a factor."""
         return jnp.ndim(jax.eval_shape(member.log_partition, lam))
 
-    def natural(self, **standard: Any) -> ProductNatural:
+    def natural(self, **standard: PyTree) -> ProductNatural:
         """lambda from every factor's standard parameters (a dict), or its lambda."""
         names = [name for name, _ in self.factors]
         if sorted(standard) != names:
@@ -140,5 +143,5 @@ class Product(Independent, ExponentialFamily):
 
         return ProductNatural({name: part(name, family) for name, family in self.factors})
 
-    def standard(self, lam: ProductNatural) -> dict[str, Any]:
+    def standard(self, lam: ProductNatural) -> dict[str, PyTree]:
         return self._theta("standard", lam)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax.families._base.family import Family
+from blr_optax.families._base.family import Family, derived
 
 if TYPE_CHECKING:
     from jaxtyping import Array
+
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree, TreeDef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Raveled(Family):
     """
 
     family: Family
-    treedef: Any
+    treedef: TreeDef
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def like(cls, family: Family, theta: Any) -> Raveled:
+    def like(cls, family: Family, theta: PyTree) -> Raveled:
         """Return the family over trees shaped like theta.
 
         Raises:
@@ -63,14 +65,14 @@ class Raveled(Family):
             raise AttributeError(name)
         return getattr(self.family, name)
 
-    Natural = property(lambda self: self.family.Natural)
-    location = property(lambda self: self.family.location)
-    exponential = property(lambda self: self.family.exponential)
-    conditional = property(lambda self: self.family.conditional)
+    Natural = derived(lambda self: self.family.Natural)
+    location = derived(lambda self: self.family.location)
+    exponential = derived(lambda self: self.family.exponential)
+    conditional = derived(lambda self: self.family.conditional)
     event_ndim = 0  # an event is a tree
     elementwise = False
 
-    def ravel(self, theta: Any) -> Array:
+    def ravel(self, theta: PyTree) -> Array:
         """Return the flat vector of theta; leading sample axes stay."""
         flat = []
         for leaf, shape in zip(self.treedef.flatten_up_to(theta), self.shapes, strict=True):
@@ -78,7 +80,7 @@ class Raveled(Family):
             flat.append(leaf.reshape(*leaf.shape[: leaf.ndim - len(shape)], -1))
         return jnp.concatenate(flat, axis=-1)
 
-    def unravel(self, flat: Array) -> Any:
+    def unravel(self, flat: Array) -> PyTree:
         """Return the tree of a flat vector; leading sample axes stay."""
         leaves, start = [], 0
         for shape in self.shapes:
@@ -87,7 +89,7 @@ class Raveled(Family):
             start = end
         return self.treedef.unflatten(leaves)
 
-    def natural(self, **standard: Any) -> Any:
+    def natural(self, **standard: PyTree) -> NaturalParameters:
         """Return lambda, from the family's standard parameters; a mean may be a tree."""
         mean = standard.get("mean")
         is_tree = mean is not None and jax.tree.structure(mean) == self.treedef
@@ -95,54 +97,56 @@ class Raveled(Family):
             standard = {**standard, "mean": self.ravel(mean)}
         return self.family.natural(**standard)
 
-    def standard(self, lam: Any) -> dict[str, Any]:
+    def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         return self.family.standard(lam)
 
-    def natural_at(self, location: Any, like: Any = None) -> Any:
+    def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         return self.family.natural_at(self.ravel(location), like)
 
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         return self.unravel(self.family.sample(key, lam, shape))
 
-    def log_prob(self, lam: Any, theta: Any) -> Array:
+    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Array:
         return self.family.log_prob(lam, self.ravel(theta))
 
-    def mean(self, lam: Any) -> Any:
+    def mean(self, lam: NaturalParameters) -> PyTree:
         return self.unravel(self.family.mean(lam))
 
-    def variance(self, lam: Any) -> Any:
+    def variance(self, lam: NaturalParameters) -> PyTree:
         return self.unravel(self.family.variance(lam))
 
-    def in_domain(self, lam: Any) -> Array:
+    def in_domain(self, lam: NaturalParameters) -> Array:
         return self.family.in_domain(lam)
 
-    def entropy(self, lam: Any) -> Array:
+    def entropy(self, lam: NaturalParameters) -> Array:
         return self.family.entropy(lam)
 
-    def kl(self, lam_p: Any, lam_q: Any) -> Array:
+    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
         return self.family.kl(lam_p, lam_q)
 
-    def combine(self, *terms: tuple[Any, Any]) -> Any:
+    def combine(self, *terms: tuple[PyTree, PyTree]) -> NaturalParameters:
         return self.family.combine(*terms)
 
-    def check_sizes(self, *lams: Any) -> None:
+    def check_sizes(self, *lams: NaturalParameters) -> None:
         self.family.check_sizes(*lams)
 
-    def expectation(self, lam: Any) -> Any:
+    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         return self.family.expectation(lam)
 
     # Of exponential families.
 
-    def sufficient_statistics(self, theta: Any, lam: Any = None) -> Any:
+    def sufficient_statistics(
+        self, theta: PyTree, lam: NaturalParameters = None
+    ) -> ExpectationParameters:
         return self.family.sufficient_statistics(self.ravel(theta), lam)
 
-    def log_base_measure(self, lam: Any, theta: Any) -> Array:
+    def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
         return self.family.log_base_measure(lam, self.ravel(theta))
 
-    def displace(self, lam: Any, z: Any) -> Any:
+    def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:
         return self.unravel(self.family.displace(lam, self.ravel(z)))
 
-    def gradient(self, lam: Any, g: Any, h: Any) -> Any:
+    def gradient(self, lam: NaturalParameters, g: PyTree, h: PyTree) -> NaturalParameters:
         return self.family.gradient(lam, self.ravel(g), h)
 
     # Of conditional families.
@@ -151,13 +155,18 @@ class Raveled(Family):
         return lambda theta: loss(self.unravel(theta))
 
     def natural_gradient_at(
-        self, lam: Any, loss: Callable, noise: Any, weights: Array, curvature: str = "exact"
-    ) -> tuple[Array, Any]:
+        self,
+        lam: NaturalParameters,
+        loss: Callable,
+        noise: PyTree,
+        weights: Array,
+        curvature: str = "exact",
+    ) -> tuple[Array, PyTree]:
         return self.family.natural_gradient_at(lam, self._flat(loss), noise, weights, curvature)
 
     def natural_gradient_from(
-        self, lam: Any, loss: Callable, theta: Any, curvature: str = "exact"
-    ) -> tuple[Array, Any]:
+        self, lam: NaturalParameters, loss: Callable, theta: PyTree, curvature: str = "exact"
+    ) -> tuple[Array, PyTree]:
         """As a mixture's, from draws that are trees."""
         return self.family.natural_gradient_from(
             lam, self._flat(loss), self.ravel(theta), curvature

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 
 from blr_optax import _tree
 from blr_optax.families._base.exponential import ExponentialFamily
-from blr_optax.families._base.family import Family
+from blr_optax.families._base.family import Family, derived
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
+    from blr_optax._typing import PyTree
+
     pass
 
 
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
 class SideBySideNatural(NamedTuple):
     """lambda of every part, in order."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[PyTree, ...]
 
 
 @parameters
 class SideBySideExpectation(NamedTuple):
     """mu of every part, in order."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[PyTree, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +69,22 @@ class SideBySide(Independent, ExponentialFamily):
     Natural: ClassVar[type] = SideBySideNatural
     Expectation: ClassVar[type] = SideBySideExpectation
 
-    exponential = property(lambda self: all(f.exponential for f in self.families))
-    domains = property(lambda self: dict(enumerate(f.domains for f in self.families)))
+    exponential = derived(lambda self: all(f.exponential for f in self.families))
+    domains = derived(lambda self: dict(enumerate(f.domains for f in self.families)))
     # A property, so that A gets no derivative rule: the parts' own know their known fields.
-    known = property(lambda self: ())
-    reparameterized = property(lambda self: all(f.reparameterized for f in self.families))
-    enumerable = property(lambda self: all(f.enumerable for f in self.families))
-    relaxable = property(lambda self: all(f.relaxable for f in self.families))
-    constant_base_measure = property(
+    known = derived(lambda self: ())
+    reparameterized = derived(lambda self: all(f.reparameterized for f in self.families))
+    enumerable = derived(lambda self: all(f.enumerable for f in self.families))
+    relaxable = derived(lambda self: all(f.relaxable for f in self.families))
+    constant_base_measure = derived(
         lambda self: all(f.constant_base_measure for f in self.families)
     )
     elementwise = False
 
-    def members(self, like: Any) -> tuple[Family, ...]:
+    def members(self, like: PyTree) -> tuple[Family, ...]:
         return self.families
 
-    def split(self, x: Any, like: Any) -> Sequence[Any]:
+    def split(self, x: PyTree, like: PyTree) -> Sequence[PyTree]:
         """Of theta, the leaves that the part has in `like`."""
         if isinstance(x, (SideBySideNatural, SideBySideExpectation)):
             return x.parts
@@ -96,13 +98,13 @@ class SideBySide(Independent, ExponentialFamily):
         ]
         return [_tree.mask_to(x, _tree.paths(mean)) for mean in means]
 
-    def joined(self, kind: type | None, parts: Sequence[Any], like: Any) -> Any:
+    def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """One tree: at every leaf that of the part that has it."""
         return _tree.fill(*parts) if kind is None else kind(tuple(parts))
 
-    def natural(self, *parts: Any) -> SideBySideNatural:
+    def natural(self, *parts: PyTree) -> SideBySideNatural:
         """Return lambda, from every part's lambda, in order."""
         return SideBySideNatural(parts)
 
-    def standard(self, lam: SideBySideNatural) -> dict[str, Any]:
+    def standard(self, lam: SideBySideNatural) -> dict[str, PyTree]:
         return {"parts": tuple(self._each("standard", lam))}

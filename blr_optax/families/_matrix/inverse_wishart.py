@@ -6,7 +6,7 @@ All of it is the Wishart density of X^{-1}, with a = nu / 2 and M = Psi / 2, see
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ from blr_optax.families._matrix.wishart import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool
+    from jaxtyping import Array, ArrayLike, Bool
+
+    from blr_optax._typing import NaturalParameters
 
 
 @parameters
@@ -74,10 +76,11 @@ class InverseWishart(ExponentialFamily):
     event_ndim: ClassVar[int] = 2
 
     @checked(scale=DEFINITE, degrees=REAL)
-    def natural(self, *, scale: Array, degrees: Array) -> InverseWishartNatural:
+    def natural(self, *, scale: ArrayLike, degrees: ArrayLike) -> InverseWishartNatural:
         """lambda from the scale matrix (positive definite) and the degrees of freedom (> d - 1)."""
         check_degrees(self, scale, degrees)
-        return InverseWishartNatural(-0.5 * (degrees + scale.shape[-1] + 1.0), -0.5 * scale)
+        s, n = jnp.asarray(scale), jnp.asarray(degrees)
+        return InverseWishartNatural(-0.5 * (n + s.shape[-1] + 1.0), -0.5 * s)
 
     def _wishart(self, lam: InverseWishartNatural) -> WishartNatural:
         """The density of X^{-1}."""
@@ -109,7 +112,9 @@ class InverseWishart(ExponentialFamily):
         """A = log Gamma_d(nu / 2) - nu / 2 log|Psi / 2|."""
         return Wishart().log_partition(self._wishart(lam))
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> InverseWishartExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> InverseWishartExpectation:
         return InverseWishartExpectation(_log_det(theta), _inverse(theta))
 
     def log_base_measure(self, lam: InverseWishartNatural, theta: Array) -> Array:
@@ -121,7 +126,7 @@ class InverseWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseWishartExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu) as for the Wishart density of X^{-1}."""
         turned = WishartExpectation(-mu.log_det, mu.inverse)
         wishart, proper = Wishart().natural_from_expectation(turned, with_status=True)

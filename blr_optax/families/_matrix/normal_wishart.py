@@ -10,7 +10,7 @@ where kappa m m^T is large beside it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,9 @@ from blr_optax.families._matrix.wishart import (
 from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool
+    from jaxtyping import Array, ArrayLike, Bool
+
+    from blr_optax._typing import NaturalParameters
 
 WISHART = Wishart()
 
@@ -99,11 +101,12 @@ class NormalWishart(ExponentialFamily):
 
     @checked(mean=REAL.over("d"), kappa=POSITIVE, scale=DEFINITE, degrees=REAL)
     def natural(
-        self, *, mean: Array, kappa: Array, scale: Array, degrees: Array
+        self, *, mean: ArrayLike, kappa: ArrayLike, scale: ArrayLike, degrees: ArrayLike
     ) -> NormalWishartNatural:
         """lambda from the mean, kappa (> 0), the scale matrix and the degrees of freedom."""
         check_degrees(self, scale, degrees)
-        return self._joined(mean, kappa, WISHART.natural(scale=scale, degrees=degrees))
+        m, kappa = jnp.asarray(mean), jnp.asarray(kappa)
+        return self._joined(m, kappa, WISHART.natural(scale=scale, degrees=degrees))
 
     def _joined(self, m: Array, kappa: Array, wishart: WishartNatural) -> NormalWishartNatural:
         linear = kappa[..., None] * m
@@ -142,7 +145,7 @@ class NormalWishart(ExponentialFamily):
         return WISHART.log_partition(self.wishart(lam)) + 0.5 * d * (LOG_2PI - jnp.log(kappa))
 
     def sufficient_statistics(
-        self, theta: MeanPrecision, lam: Any = None
+        self, theta: MeanPrecision, lam: NaturalParameters = None
     ) -> NormalWishartExpectation:
         wishart = WISHART.sufficient_statistics(theta.precision)
         linear = matvec(theta.precision, theta.mean)
@@ -159,7 +162,7 @@ class NormalWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalWishartExpectation, with_status: bool = False
-    ) -> Any:
+    ) -> NaturalParameters:
         """lambda(mu): d / kappa = mu_quadratic - m^T mu_linear, and the Wishart density's solve."""
         wishart, proper = WISHART.natural_from_expectation(
             WishartExpectation(mu.log_det, mu.matrix), with_status=True

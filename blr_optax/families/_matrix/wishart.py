@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
+
+    from blr_optax._typing import DTypeLike, NaturalParameters
 
 NEWTON_STEPS = 10
 
@@ -62,7 +64,7 @@ def factor_log_det(root: Array) -> Float[Array, ...]:
     return 2.0 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
 
 
-def _steps(d: int, dtype: Any) -> Float[Array, " d"]:
+def _steps(d: int, dtype: DTypeLike) -> Float[Array, " d"]:
     """s_j = j / 2."""
     return 0.5 * jnp.arange(d, dtype=dtype)
 
@@ -163,10 +165,11 @@ class Wishart(ExponentialFamily):
     event_ndim: ClassVar[int] = 2
 
     @checked(scale=DEFINITE, degrees=REAL)
-    def natural(self, *, scale: Array, degrees: Array) -> WishartNatural:
+    def natural(self, *, scale: ArrayLike, degrees: ArrayLike) -> WishartNatural:
         """lambda from the scale matrix (positive definite) and the degrees of freedom (> d - 1)."""
         check_degrees(self, scale, degrees)
-        return WishartNatural(0.5 * (degrees - scale.shape[-1] - 1.0), -0.5 * _inverse(scale))
+        s, n = jnp.asarray(scale), jnp.asarray(degrees)
+        return WishartNatural(0.5 * (n - s.shape[-1] - 1.0), -0.5 * _inverse(s))
 
     def concentrations(self, lam: WishartNatural) -> tuple[Array, Array]:
         """a, and a_j along a new last axis."""
@@ -194,7 +197,9 @@ class Wishart(ExponentialFamily):
         log_gammas = jnp.sum(log_gamma(each), axis=-1) + _constant(each.shape[-1])
         return log_gammas - a * _log_det(-lam.matrix)
 
-    def sufficient_statistics(self, theta: Array, lam: Any = None) -> WishartExpectation:
+    def sufficient_statistics(
+        self, theta: Array, lam: NaturalParameters = None
+    ) -> WishartExpectation:
         return WishartExpectation(_log_det(theta), theta)
 
     def log_base_measure(self, lam: WishartNatural, theta: Array) -> Array:
@@ -205,7 +210,9 @@ class Wishart(ExponentialFamily):
         log_det = jnp.sum(jnp.log(each) - log_minus_digamma(each), axis=-1) - _log_det(-lam.matrix)
         return WishartExpectation(log_det, self.mean(lam))
 
-    def natural_from_expectation(self, mu: WishartExpectation, with_status: bool = False) -> Any:
+    def natural_from_expectation(
+        self, mu: WishartExpectation, with_status: bool = False
+    ) -> NaturalParameters:
         """lambda(mu) from sum_j [log a - psi(a_j)] = log|E X| - E log|X|; NaN unless positive."""
         d = mu.matrix.shape[-1]
         definite = domain.positive_definite().contains(mu.matrix)
@@ -305,8 +312,8 @@ class Wishart(ExponentialFamily):
         return _symmetric(half @ _transpose(half))
 
 
-def check_degrees(family: ExponentialFamily, scale: Array, degrees: Array) -> None:
+def check_degrees(family: ExponentialFamily, scale: ArrayLike, degrees: ArrayLike) -> None:
     """Raises ValueError when there are too few degrees of freedom for the scale matrix."""
-    least = scale.shape[-1] - 1
+    least = jnp.shape(scale)[-1] - 1
     name, valid = f"{name_of(family)}.natural: degrees", f"above d - 1 = {least}"
     require(name, degrees, valid, lambda n: n > least)

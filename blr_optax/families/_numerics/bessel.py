@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,10 @@ from blr_optax.families._numerics.special import LOG_2PI
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import DTypeLike
 
-def _reach(dtype: Any) -> tuple[float, int]:
+
+def _reach(dtype: DTypeLike) -> tuple[float, int]:
     """(LARGE, TERMS): from which p on how many terms of Debye's series are exact to rounding."""
     return (22.0, 20) if jnp.finfo(dtype).bits > 32 else (9.0, 8)
 

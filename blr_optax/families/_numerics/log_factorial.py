@@ -90,7 +90,7 @@ def log_factorial_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(x > 0, 0.5 * (LOG_2PI + jnp.log(positive)) + stirling(positive), 0.0)
 
 
-def log_poisson(x: Float[Array, ...], mean: Array, log_mean: Array) -> Float[Array, ...]:
+def log_poisson(x: Array, mean: Array | float, log_mean: Array | float) -> Float[Array, ...]:
     """log(m^x e^{-m} / x!)."""
     return -deviance(x, mean, log_mean) - log_factorial_excess(x)
 
@@ -342,7 +342,9 @@ def quanta(p: Float[Array, ...]) -> Array:
     return jnp.round(p.astype(dtype) * 2.0**bits).astype(kind)
 
 
-def _draw_many(key: Array, mean: Array, v: Array, skew: Array, tail: Array) -> Float[Array, ...]:
+def _draw_many(
+    key: Array, mean: Array, v: Array, skew: Array | float, tail: Array | float
+) -> Float[Array, ...]:
     """Rounded Cornish-Fisher draws; skew and tail are the third and fourth cumulant over v."""
     z = jax.random.normal(key, mean.shape, mean.dtype)
     bend = skew * (z * z - 1.0) / 6.0

@@ -16,6 +16,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+
 MAX_NEWTON_STEPS = 200
 MAX_HALVINGS = 60
 
@@ -31,7 +33,7 @@ def _symmetric_basis(d: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def coordinates(family: Any, like: Any) -> tuple[Any, Any]:
+def coordinates(family: Any, like: PyTree) -> tuple[PyTree, PyTree]:
     """Minimal coordinates of a lambda (or mu): flat vector <-> fields, symmetric where due.
 
     An orthonormal basis of the symmetric matrices keeps inner products. Batches are flattened.
@@ -65,7 +67,7 @@ def coordinates(family: Any, like: Any) -> tuple[Any, Any]:
     return to_flat, to_fields
 
 
-def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
+def _solve_one(family: Any, mu: ExpectationParameters) -> tuple[Any, Array]:
     to_flat, to_fields = coordinates(family, mu)
     target = to_flat(mu)
     eps = jnp.finfo(target.dtype).eps
@@ -116,7 +118,7 @@ def _solve_one(family: Any, mu: Any) -> tuple[Any, Array]:
     return to_fields(jnp.where(converged, x, jnp.nan)), converged
 
 
-def _fisher_solved(family: Any, lam: Any, v: Any) -> Any:
+def _fisher_solved(family: Any, lam: NaturalParameters, v: Any) -> Any:
     """F(lambda)^{-1} v of one lambda, of the natural type."""
     to_flat, to_fields = coordinates(family, lam)
     fisher = jax.jacfwd(lambda x: to_flat(family.expectation(to_fields(x))))(to_flat(lam))
@@ -131,7 +133,7 @@ def _batch_axes(family: Any, x: Any) -> int:
     return max(jnp.ndim(getattr(x, name)) - d.event_ndim for name, d in family.domains.items())
 
 
-def solve_fisher(family: Any, lam: Any, v: Any) -> Any:
+def solve_fisher(family: Any, lam: NaturalParameters, v: PyTree) -> PyTree:
     """F(lambda)^{-1} v, batched."""
     solve = lambda lam, v: _fisher_solved(family, lam, v)  # noqa: E731
     for _ in range(_batch_axes(family, lam)):
@@ -139,11 +141,11 @@ def solve_fisher(family: Any, lam: Any, v: Any) -> Any:
     return solve(lam, v)
 
 
-def solve_natural(family: Any, mu: Any) -> tuple[Any, Array]:
+def solve_natural(family: Any, mu: ExpectationParameters) -> tuple[PyTree, Array]:
     """(lambda, converged) with grad A(lambda) = mu, batched, differentiable in mu."""
 
     @jax.custom_jvp
-    def solve(mu: Any) -> tuple[Any, Array]:
+    def solve(mu: ExpectationParameters) -> tuple[Any, Array]:
         return _solve_one(family, mu)
 
     @solve.defjvp

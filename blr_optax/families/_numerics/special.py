@@ -20,6 +20,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import DTypeLike
+
 LOG_2PI = float(np.log(2.0 * np.pi))
 NEAR = 0.3  # relative changes below which differences are summed without cancellation
 # r(a) = sum_k c_k a^{-1 - 2 k} from a small a on: Stirling's c_k = B_2k / (2k (2k - 1)) of an
@@ -53,11 +55,11 @@ _STIRLING_DOUBLE = (
 _SINGLE, _DOUBLE = (2, _STIRLING_SINGLE, 4), (4, _STIRLING_DOUBLE, 7)
 
 
-def _single(dtype: Any) -> bool:
+def _single(dtype: DTypeLike) -> bool:
     return jnp.finfo(dtype).bits <= 32
 
 
-def _effort(dtype: Any) -> tuple[int, tuple[float, ...], int]:
+def _effort(dtype: DTypeLike) -> tuple[int, tuple[float, ...], int]:
     return _SINGLE if _single(dtype) else _DOUBLE
 
 

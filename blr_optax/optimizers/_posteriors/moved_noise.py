@@ -27,6 +27,8 @@ from blr_optax.families._base.parameters import parameters
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    from blr_optax._typing import NaturalParameters, PyTree
+
 LOG_NORMAL_SCALE = 0.5
 
 
@@ -144,16 +146,16 @@ def as_law(noise: str | Callable[[Array], Array], *, positive: bool = False) -> 
 class LocationScaleNatural(NamedTuple):
     """Location m and scale s, trees like theta."""
 
-    location: Any
-    scale: Any
+    location: PyTree
+    scale: PyTree
 
 
 @parameters
 class SignedScaleNatural(NamedTuple):
     """The gains g+ and g-, trees like theta."""
 
-    plus: Any
-    minus: Any
+    plus: PyTree
+    minus: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Moved(Family):
 
     law: Law
 
-    def sample(self, key: Array, lam: Any, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         """Draws of theta with leading `shape`."""
 
         def leaf(path: Any, *fields: Array) -> Array:
@@ -178,7 +180,9 @@ class Moved(Family):
 
         return jax.tree_util.tree_map_with_path(leaf, *lam)
 
-    def join(self, lam: Any, other: Family, other_lam: Any) -> tuple[Family, Any] | None:
+    def join(
+        self, lam: NaturalParameters, other: Family, other_lam: NaturalParameters
+    ) -> tuple[Family, PyTree] | None:
         """With one of the same law and group: over the leaves of both."""
         if other != self:
             return None
@@ -201,27 +205,27 @@ class LocationScale(Moved):
     Natural: ClassVar[type] = LocationScaleNatural
     draws: ClassVar[int] = 1
 
-    def natural(self, *, location: Any, scale: Any) -> LocationScaleNatural:
+    def natural(self, *, location: PyTree, scale: PyTree) -> LocationScaleNatural:
         """From trees like theta."""
         return LocationScaleNatural(location, scale)
 
-    def standard(self, lam: LocationScaleNatural) -> dict[str, Any]:
+    def standard(self, lam: LocationScaleNatural) -> dict[str, PyTree]:
         return {"location": lam.location, "scale": lam.scale}
 
     def moved(self, n: Array, m: Array, s: Array) -> Array:
         return m + s * n[0]
 
-    def mean(self, lam: LocationScaleNatural) -> Any:
+    def mean(self, lam: LocationScaleNatural) -> PyTree:
         return lam.location
 
-    def variance(self, lam: LocationScaleNatural) -> Any:
+    def variance(self, lam: LocationScaleNatural) -> PyTree:
         return jax.tree.map(lambda s: s * s * self.law.variance, lam.scale)
 
     def in_domain(self, lam: LocationScaleNatural) -> Bool[Array, ""]:
         finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(lam.location)]
         return self._positive(lam.scale) & jnp.all(jnp.array(finite))
 
-    def log_prob(self, lam: LocationScaleNatural, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, lam: LocationScaleNatural, theta: PyTree) -> Float[Array, ...]:
         """log q(theta), summed over the tree; theta may have leading axes."""
         if self.law.log_density is None:
             raise ValueError(f"noise={self.law.name}: its density is not known.")
@@ -245,26 +249,26 @@ class SignedScale(Moved):
     Natural: ClassVar[type] = SignedScaleNatural
     draws: ClassVar[int] = 2
 
-    def natural(self, *, plus: Any, minus: Any) -> SignedScaleNatural:
+    def natural(self, *, plus: PyTree, minus: PyTree) -> SignedScaleNatural:
         """From trees like theta."""
         return SignedScaleNatural(plus, minus)
 
-    def standard(self, lam: SignedScaleNatural) -> dict[str, Any]:
+    def standard(self, lam: SignedScaleNatural) -> dict[str, PyTree]:
         return {"plus": lam.plus, "minus": lam.minus}
 
     def moved(self, n: Array, plus: Array, minus: Array) -> Array:
         return plus * n[0] - minus * n[1]
 
-    def mean(self, lam: SignedScaleNatural) -> Any:
+    def mean(self, lam: SignedScaleNatural) -> PyTree:
         return jax.tree.map(lambda p, m: self.law.mean * (p - m), *lam)
 
-    def variance(self, lam: SignedScaleNatural) -> Any:
+    def variance(self, lam: SignedScaleNatural) -> PyTree:
         return jax.tree.map(lambda p, m: self.law.variance * (p * p + m * m), *lam)
 
     def in_domain(self, lam: SignedScaleNatural) -> Bool[Array, ""]:
         return self._positive(lam)
 
-    def log_prob(self, lam: SignedScaleNatural, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, lam: SignedScaleNatural, theta: PyTree) -> Float[Array, ...]:
         """Refused: the density of a difference is an integral."""
         raise ValueError(
             "SignedScale: the density of theta = g+ n+ - g- n- has no closed form; draw from it, "

@@ -30,6 +30,8 @@ from blr_optax.families._numerics.special import LOG_2PI
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import NaturalParameters, PyTree
+
 
 class Basis(NamedTuple):
     """Bases of a matrix's rows and columns, vectors in columns; None is the identity."""
@@ -83,7 +85,7 @@ def from_basis(x: Array, basis: Basis) -> Array:
     return _both_sides(x, basis.left, _transposed(basis.right))
 
 
-def over(turn: Callable[[Array, Basis], Array], tree: Any, bases: dict[str, Basis]) -> Any:
+def over(turn: Callable[[Array, Basis], Array], tree: PyTree, bases: dict[str, Basis]) -> PyTree:
     """A tree with `turn` applied to the leaves that have a basis."""
 
     def leaf(path: Any, x: Array) -> Array:
@@ -107,8 +109,8 @@ def overlap(a: dict[str, Basis], b: dict[str, Basis]) -> dict[str, Basis]:
 class RotatedNatural(NamedTuple):
     """Parameters: M in the weights' own coordinates, s in the basis, and the bases by path."""
 
-    mean: Any
-    precision: Any
+    mean: PyTree
+    precision: PyTree
     bases: dict[str, Basis]
 
 
@@ -137,17 +139,19 @@ class Rotated(Family):
 
     Natural: ClassVar[type] = RotatedNatural
 
-    def natural(self, *, mean: Any, precision: Any, bases: dict[str, Basis]) -> RotatedNatural:
+    def natural(
+        self, *, mean: PyTree, precision: PyTree, bases: dict[str, Basis]
+    ) -> RotatedNatural:
         """The parameters; `precision` is in the basis."""
         return RotatedNatural(mean, precision, bases)
 
-    def standard(self, lam: RotatedNatural) -> dict[str, Any]:
+    def standard(self, lam: RotatedNatural) -> dict[str, PyTree]:
         return dict(lam._asdict())
 
-    def mean(self, lam: RotatedNatural) -> Any:
+    def mean(self, lam: RotatedNatural) -> PyTree:
         return lam.mean
 
-    def variance(self, lam: RotatedNatural) -> Any:
+    def variance(self, lam: RotatedNatural) -> PyTree:
         variances = jax.tree.map(lambda s: 1.0 / s, lam.precision)
         return over(from_basis, variances, squared(lam.bases))
 
@@ -156,7 +160,9 @@ class Rotated(Family):
         checks += [jnp.all(jnp.isfinite(m)) for m in jax.tree.leaves(lam.mean)]
         return jnp.all(jnp.array(checks))
 
-    def join(self, lam: RotatedNatural, other: Family, other_lam: Any) -> tuple | None:
+    def join(
+        self, lam: RotatedNatural, other: Family, other_lam: NaturalParameters
+    ) -> tuple | None:
         """With rotated normals, or plain ones, which have no bases: over the leaves of both."""
         if other == MeanField(Normal()):
             mean, precision = other.mean(other_lam), other.precision(other_lam)
@@ -169,7 +175,7 @@ class Rotated(Family):
             bases=lam.bases | other_lam.bases,
         )
 
-    def sample(self, key: Array, lam: RotatedNatural, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: RotatedNatural, shape: tuple[int, ...] = ()) -> PyTree:
         """Draws of every leaf, each with its own key by path."""
 
         def leaf(path: Any, s: Array) -> Array:
@@ -186,7 +192,7 @@ class Rotated(Family):
         )
         return 0.5 * sum(jax.tree.leaves(rows), start=jnp.zeros(()))
 
-    def log_prob(self, lam: RotatedNatural, theta: Any) -> Array:
+    def log_prob(self, lam: RotatedNatural, theta: PyTree) -> Array:
         away = over(to_basis, jax.tree.map(jnp.subtract, theta, lam.mean), lam.bases)
         return self._total(lambda s, d: jnp.log(s) - s * d * d - LOG_2PI, lam, away)
 

@@ -23,6 +23,8 @@ from blr_optax.families._base.parameters import parameters
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
+    from blr_optax._typing import NaturalParameters, PyTree
+
 
 @parameters
 class UnitMixtureNatural(NamedTuple):
@@ -31,10 +33,10 @@ class UnitMixtureNatural(NamedTuple):
     Nothing learns in these coordinates: they are standard parameters.
     """
 
-    mean: Any
-    variance: Any
+    mean: PyTree
+    variance: PyTree
     keep: Any
-    dropped_variance: Any
+    dropped_variance: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class UnitMixture(Family):
         )
 
     def natural(
-        self, *, mean: Any, variance: Any = None, keep: Any, dropped_variance: Any = 0.0
+        self, *, mean: PyTree, variance: PyTree = None, keep: Any, dropped_variance: PyTree = 0.0
     ) -> UnitMixtureNatural:
         """From trees of means and variances (zero by default), and the rate at which units stay.
 
@@ -82,7 +84,7 @@ class UnitMixture(Family):
 
         return UnitMixtureNatural(mean, variance, everywhere(keep), everywhere(dropped_variance))
 
-    def standard(self, lam: UnitMixtureNatural) -> dict[str, Any]:
+    def standard(self, lam: UnitMixtureNatural) -> dict[str, PyTree]:
         return {name: getattr(lam, name) for name in lam._fields}
 
     def in_domain(self, lam: UnitMixtureNatural) -> Bool[Array, ""]:
@@ -92,23 +94,25 @@ class UnitMixture(Family):
         ]
         return jnp.all(jnp.array(inside))
 
-    def mean(self, lam: UnitMixtureNatural) -> Any:
+    def mean(self, lam: UnitMixtureNatural) -> PyTree:
         return self._map(lambda units, m, v, k, d: m if units is None else k * m, *lam)
 
-    def variance(self, lam: UnitMixtureNatural) -> Any:
+    def variance(self, lam: UnitMixtureNatural) -> PyTree:
         def leaf(units: Any, m: Array, v: Array, k: Array, d: Array) -> Array:
             return v if units is None else k * (v + (1 - k) * m * m) + (1 - k) * d
 
         return self._map(leaf, *lam)
 
-    def join(self, lam: UnitMixtureNatural, other: Family, other_lam: Any) -> tuple | None:
+    def join(
+        self, lam: UnitMixtureNatural, other: Family, other_lam: NaturalParameters
+    ) -> tuple | None:
         """With another mixture of units: over the leaves and units of both."""
         if not isinstance(other, UnitMixture):
             return None
         family = UnitMixture(tuple(sorted(self.units + other.units)))
         return family, UnitMixtureNatural(*map(_tree.fill, lam, other_lam))
 
-    def sample(self, key: Array, lam: UnitMixtureNatural, shape: tuple[int, ...] = ()) -> Any:
+    def sample(self, key: Array, lam: UnitMixtureNatural, shape: tuple[int, ...] = ()) -> PyTree:
         shapes = dict(self.units)
 
         def leaf(path: Any, m: Array, v: Array, k: Array, d: Array) -> Array:
@@ -121,7 +125,7 @@ class UnitMixture(Family):
 
         return jax.tree_util.tree_map_with_path(leaf, *lam)
 
-    def log_prob(self, lam: UnitMixtureNatural, theta: Any) -> Float[Array, ...]:
+    def log_prob(self, lam: UnitMixtureNatural, theta: PyTree) -> Float[Array, ...]:
         """log q(theta); the variances must be positive."""
 
         def leaf(units: Any, m: Array, v: Array, k: Array, d: Array, x: Array) -> Array:

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
+    from blr_optax._typing import PyTree
+
 FORMED_AT_ONCE = 2**25  # numbers of per-example gradients that are held at a time
 
 
@@ -61,9 +63,9 @@ class KroneckerFactors(NamedTuple):
         outputs: [k, k], sum over examples and positions of d d^T.
     """
 
-    inputs: Any
-    mean: Any
-    outputs: Any
+    inputs: PyTree
+    mean: PyTree
+    outputs: PyTree
 
 
 class Reduced(KroneckerFactors):
