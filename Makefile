@@ -36,9 +36,10 @@ coverage: $(VENV)/.stamp-test  ## lines and branches that all tests reach
 mutants: $(VENV)/.stamp-test  ## seeded faults that tests must notice (MUTANT_ARGS passes options on)
 	$(BIN)/python tests/mutants.py $(MUTANT_ARGS)
 
-lint: $(VENV)/.stamp-lint  ## ruff: rules and format
+lint: $(VENV)/.stamp-lint  ## ruff: rules and format; basedpyright: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --baselinemode $(if $(CI),discard,auto)
 
 format: $(VENV)/.stamp-lint  ## let ruff repair what it can
 	$(BIN)/ruff check --fix-only .

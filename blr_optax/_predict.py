@@ -10,7 +10,7 @@ and `chunk` changes the result by rounding only. Accumulators are float32 or wid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Float, Key, PyTree
 
-    from blr_optax._typing import KeyLike
+    from blr_optax._typing import AnyArray, KeyLike
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What a posterior must offer here: `blr_optax.Distribution`, an ensemble, an MCMC trace."""
 
@@ -39,26 +40,26 @@ class Predictive(NamedTuple):
     The entropies are those of `metrics.entropy_split`: ``total = aleatoric + epistemic``.
     """
 
-    probabilities: Float[Array, "*n k"]
-    total: Float[Array, "*n"]
-    aleatoric: Float[Array, "*n"]
-    epistemic: Float[Array, "*n"]
+    probabilities: Float[AnyArray, "*n k"]
+    total: Float[AnyArray, "*n"]
+    aleatoric: Float[AnyArray, "*n"]
+    epistemic: Float[AnyArray, "*n"]
 
 
 class RegressionPredictive(NamedTuple):
     """Mean of the predicted function, its variance over weights, and the variance of the noise."""
 
-    mean: Float[Array, "*n"]
-    epistemic: Float[Array, "*n"]
-    aleatoric: Float[Array, "*n"]
+    mean: Float[AnyArray, "*n"]
+    epistemic: Float[AnyArray, "*n"]
+    aleatoric: Float[AnyArray, "*n"]
 
     @property
-    def variance(self) -> Float[Array, "*n"]:
+    def variance(self) -> Float[AnyArray, "*n"]:
         """Variance of a new observation, ``epistemic + aleatoric``."""
         return self.epistemic + self.aleatoric
 
 
-def binary_link(logits: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
+def binary_link(logits: Float[AnyArray, "*n"]) -> Float[Array, "*n 2"]:
     """Link for one logit per example: the probabilities of classes 0 and 1, on a new last axis.
 
     >>> binary_link(jnp.log(jnp.array([1.0, 3.0]))).round(4).tolist()  # odds 1:1 and 3:1
@@ -68,7 +69,7 @@ def binary_link(logits: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
 
 
 def predict(
-    key: Key[Array, ""],
+    key: KeyLike,
     q: Sampler,
     apply: Callable[..., Float[Array, "*n k"]],
     *inputs: PyTree,
@@ -134,11 +135,11 @@ def predict(
 
 
 def predict_regression(
-    key: Key[Array, ""],
+    key: KeyLike,
     q: Sampler,
     apply: Callable[..., Float[Array, "*n"]],
     *inputs: PyTree,
-    noise_variance: Float[Array, "*#n"] | float = 0.0,
+    noise_variance: Float[AnyArray, "*#n"] | float = 0.0,
     samples: int = 64,
     chunk: int = 8,
 ) -> RegressionPredictive:
@@ -190,7 +191,7 @@ def predict_regression(
 
 
 def _mean_over_samples(
-    key: Array, q: Sampler, statistics: Callable[[PyTree], PyTree], samples: int, chunk: int
+    key: KeyLike, q: Sampler, statistics: Callable[[PyTree], PyTree], samples: int, chunk: int
 ) -> PyTree:
     """``mean_s statistics(theta_s)``, at most `chunk` samples at a time."""
     key = _one_key(key)

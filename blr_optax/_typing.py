@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
+    "AnyArray",
     "ArrayLike",
     "AxisName",
     "DTypeLike",
@@ -33,6 +35,7 @@ __all__ = [
     "transformation",
 ]
 
+AnyArray: TypeAlias = jax.Array | np.ndarray  # of jax or of numpy
 PyTree: TypeAlias = Any  # arrays in any containers that jax knows
 TreeDef: TypeAlias = Any  # the structure of one, from `jax.tree.structure`
 Params: TypeAlias = PyTree  # the parameters that are trained, or a tree of their structure

@@ -22,10 +22,12 @@ from blr_optax._validate import require
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-    Probs = Float[Array, "*n k"]  # probabilities of k classes; n: a batch, or a batch of pixels
-    Labels = Int[Array, "*n"]  # the class of each example
-    Reals = Float[Array, "*n"]  # one number per example
-    Truths = Bool[Array, "*n"]  # one truth per example
+    from blr_optax._typing import AnyArray
+
+    Probs = Float[AnyArray, "*n k"]  # probabilities of k classes; n: a batch, or a batch of pixels
+    Labels = Int[AnyArray, "*n"]  # the class of each example
+    Reals = Float[AnyArray, "*n"]  # one number per example
+    Truths = Bool[AnyArray, "*n"]  # one truth per example
     Scalar = Float[Array, ""]
 
 
@@ -98,12 +100,12 @@ class EntropySplit(NamedTuple):
     epistemic: Reals
 
 
-def entropy_split(sample_probs: Float[Array, "s *n k"], *, axis: int = 0) -> EntropySplit:
+def entropy_split(sample_probs: Float[AnyArray, "s *n k"], *, axis: int = 0) -> EntropySplit:
     """Split predictive entropy into noise in the data and disagreement between weight samples.
 
     ``total = H(mean_s p_s)``, ``aleatoric = mean_s H(p_s)`` and ``epistemic = total - aleatoric``,
     the mutual information of label and weights (BALD, never negative); the samples ``s`` lie along
-    `axis` (static). `blr_optax._predict` needs no stored samples. Houlsby et al., arXiv:1112.5745.
+    `axis` (static). `blr_optax.predict` needs no stored samples. Houlsby et al., arXiv:1112.5745.
 
     >>> split = entropy_split(jnp.array([[1.0, 0.0], [0.0, 1.0]]))  # certain, and opposed
     >>> [round(float(part), 4) for part in split]
@@ -202,7 +204,7 @@ def adaptive_calibration(probs: Probs, labels: Labels, *, bins: int = 15) -> Cal
     return _binned(confidence, outcome, np.repeat(np.arange(bins), sizes), confidence[starts])
 
 
-def _equal_width(confidence: Array, outcome: Array, bins: int, closed: str) -> Calibration:
+def _equal_width(confidence: AnyArray, outcome: AnyArray, bins: int, closed: str) -> Calibration:
     require("bins", bins, "at least 1", lambda n: n >= 1)
     if closed not in ("left", "right"):
         raise ValueError(f'closed={closed!r} is not a bin convention; use "left" or "right".')
@@ -211,7 +213,9 @@ def _equal_width(confidence: Array, outcome: Array, bins: int, closed: str) -> C
     return _binned(confidence, outcome, index, jnp.linspace(0, 1, bins + 1, dtype=confidence.dtype))
 
 
-def _binned(confidence: Array, outcome: Array, index: Array, edges: Array) -> Calibration:
+def _binned(
+    confidence: AnyArray, outcome: AnyArray, index: AnyArray, edges: AnyArray
+) -> Calibration:
     """The errors and the bin data when example ``i`` lies in bin ``index[i]``."""
     n, bins, dtype = len(confidence), len(edges) - 1, confidence.dtype
     count, hits, total = (
@@ -225,7 +229,7 @@ def _binned(confidence: Array, outcome: Array, index: Array, edges: Array) -> Ca
     return Calibration(ece, gap.max(), rms, edges, count, total / size, hits / size)
 
 
-def in_vs_out(inside: Reals, outside: Reals) -> tuple[Reals, Truths]:
+def in_vs_out(inside: Reals, outside: Float[AnyArray, "*m"]) -> tuple[Array, Array]:
     """Join the scores of two sets into the ``(scores, positive)`` of `auroc` and its neighbours.
 
     Correct against wrong needs no joining: ``auroc(probs.max(-1), correct(probs, labels))``.
@@ -294,7 +298,7 @@ def fpr_at_tpr(scores: Reals, positive: Truths, *, tpr: float = 0.95) -> Operati
     return OperatingPoint(jnp.where(n > 0, fpr, jnp.nan), threshold)
 
 
-def _ranks(scores: Array, member: Array) -> tuple[Array, Array]:
+def _ranks(scores: AnyArray, member: AnyArray) -> tuple[Array, Array]:
     """For each score, how many members lie strictly below it, and how many at or below it."""
     order = jnp.argsort(scores)
     ranked = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(member[order], dtype=int)])
@@ -379,7 +383,7 @@ def regression(
     )
 
 
-def _examples(probs: Array, labels: Array) -> tuple[Array, Array]:
+def _examples(probs: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     if labels.shape != probs.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         need = f"integer classes of shape {probs.shape[:-1]} (from one-hot: labels.argmax(-1))"
@@ -387,12 +391,12 @@ def _examples(probs: Array, labels: Array) -> tuple[Array, Array]:
     return probs, labels
 
 
-def _probabilities(probs: Array, labels: Array) -> tuple[Array, Array]:
+def _probabilities(probs: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
     require("probs", probs, "in [0, 1] (see softmax)", lambda p: (p >= 0) & (p < 1.001))
     return _examples(probs, labels)
 
 
-def _scored(scores: Array, positive: Array) -> tuple[Array, Array]:
+def _scored(scores: AnyArray, positive: AnyArray) -> tuple[Array, Array]:
     scores, positive = jnp.ravel(scores), jnp.ravel(positive).astype(bool)
     if scores.shape != positive.shape:
         raise ValueError(f"positive has {positive.size} entries, scores {scores.size}; pair them.")

@@ -47,6 +47,10 @@ import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from tools import load_golden  # noqa: E402
 
+# The shapes that signatures state are checked at every call (tests/test_shapes_long.py).
+if os.environ.get("BLR_SHAPES") == "1":
+    import shapes  # noqa: F401
+
 settings.register_profile(
     "blr_optax",
     deadline=None,  # the first example of a shape pays for its compilation

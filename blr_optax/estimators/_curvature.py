@@ -390,6 +390,7 @@ def from_gradient(curvature: str | Curvature) -> Curvature:
     if rule.needs_loss and not isinstance(rule, PerExampleSquares):
         raise ValueError(
             f"curvature={rule.name}() needs the loss, which this transformation never sees. Use "
-            "'reparameterized' or squared_gradient(...), or pass update(..., curvature=)."
+            "'reparameterized' or squared_gradient(...); another one's values can be given to "
+            "update(..., statistic=)."
         )
     return rule

@@ -91,9 +91,9 @@ class NodeRule(Estimator):
         mean, precision = family.mean(lam), family.precision(lam)
         if family.curvature == "matrix" and jnp.ndim(precision) > 2:
             raise ValueError(
-                f"{type(self).__name__} looks at one gaussian; got a batch of them, lambda with "
-                f"precisions {jnp.shape(precision)}. Use jax.vmap where their losses are apart, "
-                f"else {others(family)}."
+                f"{type(self).__name__} evaluates around one gaussian; got a batch of them, "
+                f"lambda with precisions {jnp.shape(precision)}. Use jax.vmap where their losses "
+                f"are apart, else {others(family)}."
             )
         node_key, curvature_key = (
             (None, None) if key is None else (key, jax.random.fold_in(key, 2**31))

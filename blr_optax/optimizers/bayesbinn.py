@@ -4,7 +4,7 @@
     mu      expectation parameters, tanh lambda;        l  mean loss,   N  ess
 
     e       =  log(u / (1 - u)) / 2,  u uniform         half a logistic number
-    w       =  tanh( (lambda + e) / tau )               relaxed signs, at which l is looked at
+    w       =  tanh( (lambda + e) / tau )               relaxed signs, at which l is evaluated
     s       =  (1 - w^2 + c) / ( tau (1 - mu^2 + c) )   dw / dmu
     v       <-  b v + (1 - b) ( N s grad l(w) + r (lambda - lambda_0) )
     lambda  <-  lambda - rho v / (1 - b^t)
@@ -101,7 +101,7 @@ class BinaryReader(Reader):
     Attributes:
         temperature: tau of the relaxation.
         floor: c, added to 1 - w^2 and 1 - mu^2.
-        generator: of the noise; None looks at the mean, w = tanh lambda.
+        generator: of the noise; None evaluates at the mean, w = tanh lambda.
     """
 
     temperature: float
@@ -223,7 +223,7 @@ def bayesbinn(
         floor: c, in both places. 1e-10 is the authors'; it bounds s where lambda is large.
         prior: a mean-field posterior of signs, of an earlier task; None is even odds, lambda_0 = 0.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "jax", of the weights' noise; None looks at the mean,
+        generator: "hash" (fast) or "jax", of the weights' noise; None evaluates at the mean,
             w = tanh lambda, with s = 1.
 
     Raises:
@@ -323,7 +323,7 @@ def bayesbinn(
 
 
 class SignReader(PointReader):
-    """The delta method for signs: the loss is looked at the most likely network."""
+    """The delta method for signs: the loss is evaluated at the most likely network."""
 
     who = "ste"
 

@@ -1,6 +1,6 @@
 """OGN and VOGN: online Gauss-Newton with per-example gradients, and its variational form.
 
-    theta  =  m + eps / sqrt( ess (s + d + gamma) )           VOGN; OGN looks at theta = m
+    theta  =  m + eps / sqrt( ess (s + d + gamma) )           VOGN; OGN evaluates at theta = m
     h      =  mean_i g_i^2,   g_i = grad l_i(theta)
     s      <-  b2 s + (1 - b2) h
     u      <-  b1 u + (1 - b1) ( mean_i g_i + d m )

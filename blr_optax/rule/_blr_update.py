@@ -140,7 +140,7 @@ def blr_update(
         ess: effective sample size: the number of examples the mean loss stands for. May be a
             schedule.
         prior: a posterior of the family (of any family for conditional ones); that of one number
-            holds for every parameter of a mean field. None is a flat density.
+            holds for every parameter of a mean field or a Gaussian. None is a flat density.
         init: the first posterior, or a function `params -> Distribution` of the first parameters;
             by default centred at params with the precision of the prior, else one, for families
             with a location, else the prior.

@@ -68,7 +68,7 @@ class WithPosteriorState(NamedTuple):
 
 
 class PointReader(Reader):
-    """A delta-method rule: the loss is looked at the parameters themselves."""
+    """A delta-method rule: the loss is evaluated at the parameters."""
 
     who = "with_posterior"  # the optimizer's name, in errors
 
@@ -89,20 +89,20 @@ class PointReader(Reader):
 def with_posterior(
     tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
+    """Wraps `tx` so that its state carries the posterior that `reader` reads off it.
 
     A step whose gradient is not finite is skipped: `tx` keeps its state.
 
     Args:
-        tx: any optax transformation that looks at its parameters.
-        rule: how the precision follows from its state.
+        tx: any optax transformation that evaluates the loss at its parameters.
+        reader: how the precision follows from its state.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
 
     Raises:
         ValueError: for integer parameters, or a `tx` that has weights of its own.
 
     Source: Khan and Rue (2023), Table 1. Special case of `blr_update` with `estimator=delta()`, in
-    the limit that the rule's docstring states.
+    the limit that the reader's docstring states.
 
     Example:
       >>> import jax.numpy as jnp, optax, blr_optax as blr
@@ -129,7 +129,7 @@ def with_posterior(
     ) -> tuple[Any, WithPosteriorState]:
         finite = all_finite(updates)
         out, inner = tx.update(updates, state.inner, params, **extra)
-        # Skipped steps do not count: `tx`, whose schedules and averages the rule reads, has none.
+        # Skipped steps do not count: `tx`, whose schedules and averages the reader reads, has none.
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         return zero_unless(finite, out), state._replace(
             count=count,

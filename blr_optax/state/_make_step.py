@@ -30,8 +30,10 @@ class StepInfo(NamedTuple):
     """What a step of `make_step` tells beside parameters and state.
 
     Attributes:
-        value: mean loss, at the samples where an optimizer draws any, before the step.
-        aux: auxiliary output of the loss; None without `has_aux`.
+        value: mean loss before the step, at the samples where an optimizer draws any.
+        aux: auxiliary output of the loss, None without `has_aux`. Over draws and micro-batches its
+            floating leaves are averaged, and others are those of the last evaluation: return means,
+            not counts or arrays of one entry per example.
         skipped: steps skipped so far because something was not finite (int32); 0 for optimizers
             that do not count them.
     """
@@ -123,13 +125,14 @@ def make_step(
                 f"make_step: {', '.join(asked)}: this optimizer evaluates the loss itself; give "
                 "its own estimator= the number of draws, and drop these arguments."
             )
+        before = _skipped(opt_state)
         updates, opt_state = tx.update(None, opt_state, params, batch=batch)
-        value = next(iter(find_posterior_states(opt_state))).expected_loss
-        return (
-            optax.apply_updates(params, updates),
-            opt_state,
-            StepInfo(value, None, _skipped(opt_state)),
+        info = StepInfo(
+            find_posterior_states(opt_state)[0].expected_loss, None, _skipped(opt_state)
         )
+        # The state keeps the last finite loss; what this step saw was not.
+        value = jnp.where(info.skipped > before, jnp.nan, info.value)
+        return optax.apply_updates(params, updates), opt_state, info._replace(value=value)
 
     def step(params: Params, opt_state: OptState, *batch: Any) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)

@@ -65,7 +65,7 @@ class Reader:
         return None
 
     def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
-        """The weights at which the loss is looked at."""
+        """The weights at which the loss is evaluated."""
         return params
 
     def curvature(self, state: OptState, params: Params, weights: PyTree, grads: Updates) -> PyTree:

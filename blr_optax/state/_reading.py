@@ -46,7 +46,7 @@ def covered(states: list[PyTree], params: Params, who: str) -> list[PyTree]:
 
 
 def draw(states: list[PyTree], parts: list[PyTree], params: Params, noises: list[PyTree]) -> PyTree:
-    """The weights at which the loss is looked at, given each state's noise (None: a point)."""
+    """The weights at which the loss is evaluated, given each state's noise (None: a point)."""
     drawn = [
         state.reader.weights(state, part, noise)
         for state, part, noise in zip(states, parts, noises, strict=True)
@@ -129,7 +129,9 @@ def posterior(opt_state: OptState, params: Params) -> Distribution:
     together = _together([one for one in found if one[0]] or found[:1])
     points = _tree.paths(params).difference(*(paths for paths, _ in found))
     if points:
-        together.append(Distribution(POINTS, PointNatural(_tree.mask_to(params, points))))
+        # Copies: params may be donated to the next step, the posterior is a value to keep.
+        known = jax.tree.map(jnp.array, _tree.mask_to(params, points))
+        together.append(Distribution(POINTS, PointNatural(known)))
     if len(together) == 1:
         return together[0]
     family = SideBySide(tuple(q.family for q in together))

@@ -135,6 +135,28 @@ def test_memory_is_reused_only_where_that_is_asked_for():
         assert all(leaf.is_deleted() == donate for leaf in jax.tree.leaves((params, state[0])))
 
 
+def test_a_posterior_outlives_the_step_that_reuses_its_memory():
+    """Points as well: the parameters that they are go to the next step."""
+    groups = {"w": blr.ivon(0.1, ess=9.0), "b": optax.sgd(0.1), "c": blr.bayesbinn(0.1, ess=9.0)}
+    tx, params = optax.partition(groups, {name: name for name in groups}), make_params()
+    state, step = tx.init(params), blr.make_step(tx, mean_loss)
+    q = blr.posterior(state, params)
+    mean = jax.tree.map(np.asarray, q.mean)
+    step(params, state, *make_batch())
+    assert_same(q.mean, mean)
+
+
+def test_a_loss_that_is_not_finite_is_told():
+    """By rows that evaluate the loss themselves too, whose state keeps the last finite one."""
+    (x, y), params = make_batch(), make_params()
+    tx = next(row for row in ROWS if row.name == "online_newton").tx()
+    step = blr.make_step(tx, mean_loss, donate=False)
+    params, state, first = step(params, tx.init(params), x, y)
+    _, state, info = step(params, state, x, y * np.nan)
+    assert np.isfinite(first.value) and np.isnan(info.value) and int(info.skipped) == 1
+    np.testing.assert_array_equal(state.expected_loss, first.value)
+
+
 def test_a_step_that_is_not_compiled_is_part_of_a_program():
     tx, params, batch = blr.ivon(0.1, ess=50.0), make_params(), make_batch()
     step = blr.make_step(tx, mean_loss, jit=False)

@@ -44,7 +44,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import AnyArray, NaturalParameters
 
 MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
@@ -84,7 +84,7 @@ def _kl_part(a_p: Array, s_p: Array, a_q: Array, s_q: Array) -> Float[Array, ...
     return a_q * relative_excess(a_q / s_q, a_p / s_p) + concentration_divergence(a_p, a_q)
 
 
-def _fisher(a: Float[Array, "... k"], v: Float[Array, "... k"]) -> Float[Array, "... k"]:
+def _fisher(a: Float[AnyArray, "... k"], v: Float[AnyArray, "... k"]) -> Float[Array, "... k"]:
     """F v with F = diag(psi'(a)) - psi'(s) 1 1^T."""
     s, rest = jnp.sum(a, axis=-1, keepdims=True), _rest(a)
     # psi'(a) - psi'(s), term by term of psi'(a) = 1 / a + 1 / (2 a^2) + r''(a)

@@ -34,7 +34,7 @@ from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, rel
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters, PyTree
+    from blr_optax._typing import AnyArray, NaturalParameters, PyTree
 
 
 @parameters
@@ -62,7 +62,7 @@ class GaussianFamily(ExponentialFamily):
     curvature: ClassVar[str]
     location: ClassVar[bool] = True
 
-    def precision(self, lam: NaturalParameters) -> Array:
+    def precision(self, lam: NaturalParameters) -> AnyArray:
         """S, as a matrix or elementwise."""
         return -2.0 * lam.quadratic
 
@@ -208,7 +208,7 @@ class Normal(GaussianFamily):
         return self.from_mean(m + (step.linear - d * m) / by, new)
 
 
-def solve(s: Array, b: Array) -> Array:
+def solve(s: AnyArray, b: AnyArray) -> Array:
     """S^{-1} b for a batch of vectors b."""
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(s), True), b[..., None])[..., 0]
 
@@ -446,7 +446,7 @@ class GaussianFixed(GaussianFamily):
         eye = jnp.eye(location.shape[-1], dtype=location.dtype)
         return self.from_mean(location, eye if like is None else like.precision)
 
-    def precision(self, lam: FixedNatural) -> Array:
+    def precision(self, lam: FixedNatural) -> AnyArray:
         return lam.precision
 
     def _free(self, lam: FixedNatural) -> GaussianNatural:
