@@ -247,7 +247,13 @@ class PrecisionReader(Reader):
             return of_move, None
         return of_move, second / ((1.0 - b2) * _tree.total(jnp.sum, before.precision))
 
-    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+    def relative_statistic(
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Hyperparameter,
+        weight_decay: Hyperparameter,
+    ) -> PyTree:
         """c / p = 1 + u / rho - d0 / p, and 0 where it drowns in the rounding of u."""
         if not isinstance(self.kind, Reparameterized):
             return None

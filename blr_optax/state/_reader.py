@@ -93,7 +93,13 @@ class Reader:
         """Shares of a second-order term in a step of the precision and in the precision itself."""
         return None, None
 
-    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+    def relative_statistic(
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Hyperparameter,
+        weight_decay: Hyperparameter,
+    ) -> PyTree:
         """Return c / p of a step, from the states around it; None unless c depends on the noise."""
         return None
 
@@ -144,7 +150,13 @@ class OuterReader(Reader):
         old, new = self.core(before), self.core(after)
         return new.reader.corrections(old, new, b2, statistic, weight_decay)
 
-    def relative_statistic(self, before: Any, after: Any, b2: Any, weight_decay: Any) -> Any:
+    def relative_statistic(
+        self,
+        before: OptState,
+        after: OptState,
+        b2: Hyperparameter,
+        weight_decay: Hyperparameter,
+    ) -> PyTree:
         old, new = self.core(before), self.core(after)
         return new.reader.relative_statistic(old, new, b2, weight_decay)
 

@@ -62,9 +62,9 @@ class GaussianFamily(ExponentialFamily):
     curvature: ClassVar[str]
     location: ClassVar[bool] = True
 
-    def precision(self, lam: NaturalParameters) -> AnyArray:
+    def precision(self, lam: NaturalParameters) -> Array:
         """S, as a matrix or elementwise."""
-        return -2.0 * lam.quadratic
+        return jnp.asarray(-2.0 * lam.quadratic)
 
     def displace(self, lam: NaturalParameters, z: Array) -> Array:
         """C z with C C^T = S^{-1}: a draw's displacement from the mean, for standard normal z."""
@@ -446,8 +446,8 @@ class GaussianFixed(GaussianFamily):
         eye = jnp.eye(location.shape[-1], dtype=location.dtype)
         return self.from_mean(location, eye if like is None else like.precision)
 
-    def precision(self, lam: FixedNatural) -> AnyArray:
-        return lam.precision
+    def precision(self, lam: FixedNatural) -> Array:
+        return jnp.asarray(lam.precision)
 
     def _free(self, lam: FixedNatural) -> GaussianNatural:
         """The same density as a member of `gaussian`."""
