@@ -14,6 +14,8 @@ natural gradient -S m cancels the decay (1 - rho) lambda.
 With g = E_q[grad l] and H = E_q[hess l], Bonnet and Price give the natural gradient
 
     grad_mu E_q[l] = (g - H m, H / 2)                          Khan and Rue (2023), Eqs. 10-11
+
+Above 500 lines: the three share their arithmetic and are read side by side.
 """
 
 from __future__ import annotations
