@@ -20,7 +20,7 @@ from blr_optax.families import Family, MeanField, get
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import ExpectationParameters, KeyLike, NaturalParameters, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -34,9 +34,8 @@ class Distribution:
 
     Example:
       >>> import blr_optax as blr
-      >>> normal = blr.families.get("normal")
-      >>> prior = blr.Distribution(normal, normal.natural(mean=0.0, precision=1.0))
-      >>> site = blr.Distribution(normal, normal.natural(mean=2.0, precision=3.0))
+      >>> prior = blr.distribution("normal", mean=0.0, precision=1.0)
+      >>> site = blr.distribution("normal", mean=2.0, precision=3.0)
       >>> q = prior * site
       >>> print(q.mean, q.variance, (q / site).mean)
       1.5 0.25 0.0
@@ -86,7 +85,7 @@ class Distribution:
         """mu = E_q[T(theta)]."""
         return self.family.expectation(self._proper("expectation"))
 
-    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> PyTree:
+    def sample(self, key: KeyLike, shape: int | tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
         shape = (shape,) if isinstance(shape, int) else shape
         return self.family.sample(canonical_key(key), self._proper("sample"), shape)
@@ -167,6 +166,6 @@ def distribution(family: str | Family, **standard: PyTree) -> Distribution:
     chosen = get(family)
     # Lists and tuples of numbers are arrays, as for jnp.asarray.
     given = [x for x in standard.values() if x is not None and type(x) not in (list, tuple)]
-    if getattr(chosen, "elementwise", False) and not jax.tree_util.all_leaves(given):
+    if chosen.elementwise and not jax.tree_util.all_leaves(given):
         chosen = MeanField(chosen)
     return Distribution(chosen, chosen.natural(**standard))

@@ -110,7 +110,7 @@ assert adamw_losses[-1] < 0.05 * adamw_losses[0]
 # width lives in the optimizer's state, where Adam keeps its second moments, in as much memory.
 # What the step does differently is to take the gradient at a sample of that Gaussian,
 # `blr.sample(opt_state, params)`, in place of its mean. A loop written by hand must do so too:
-# with the gradient at `params` the width is wrong, by factors of 3 to 13 in trials.
+# with the gradient at `params` the width is wrong, and far too large.
 # `blr.diagnostics` sees it: the score below is of size one then, and grows with the steps when
 # all is right.
 

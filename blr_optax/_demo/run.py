@@ -59,7 +59,7 @@ LABELS = {"sgd": "SGD", "adamw": "AdamW", "ivon": "IVON"}
 EPOCHS, BATCH, SAMPLES, SEEDS = 100, 32, 64, (0, 1, 2)
 MOMENTUM = 0.9  # of SGD and IVON, and AdamW's b1
 IVON_B2 = 0.9999
-SMALLEST_SCORE = 3.0  # of a run; about 15 when all is right
+SMALLEST_SCORE = 3.0  # of a run; of size one when the statistic knows nothing of the noise
 SPLIT_SEED = 0
 SHIFT = 2
 

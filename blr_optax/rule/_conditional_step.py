@@ -105,7 +105,7 @@ def prior_over(prior: Distribution | None, params: Params) -> Distribution | Non
         return prior
     if not isinstance(prior, Distribution):
         raise ValueError(f"prior must be a Distribution; got {type(prior).__name__}.")
-    if getattr(prior.family, "elementwise", False):
+    if prior.family.elementwise:
         prior = spread(prior, MeanField(prior.family), params)
     mean = jax.eval_shape(prior.family.mean, prior.natural)
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (mean, params))

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from blr_optax._typing import (
         AxisName,
         Loss,
-        NaturalParameters,
         OptState,
         Params,
         PyTree,
@@ -186,9 +185,7 @@ class Evaluation:
         ]
         return value, grad, statistics, jax.tree.map(jnp.asarray, aux)
 
-    def gradient(
-        self, weights: PyTree, examples: tuple
-    ) -> tuple[tuple, NaturalParameters, NaturalParameters]:
+    def gradient(self, weights: PyTree, examples: tuple) -> tuple[tuple, PyTree, PyTree]:
         """((value, aux), gradient, mean squared gradients of examples if a state needs them)."""
         if not any(state.reader.by_example for state in self.states):
             value, grad = jax.value_and_grad(self.loss, has_aux=self.has_aux)(weights, *examples)

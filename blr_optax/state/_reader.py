@@ -27,7 +27,7 @@ NO_POSTERIOR = (
 
 
 class Reader:
-    """Base of all readers; one without noise is of a point: it samples the parameters."""
+    """Base of all readers: as it is, of an optimizer that evaluates the loss at its parameters."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Readers ride in states as static pytree nodes."""

@@ -59,7 +59,7 @@ class MeanField(Independent, ExponentialFamily):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "family", get(self.family))
-        if not getattr(self.family, "elementwise", False):
+        if not self.family.elementwise:
             raise ValueError(
                 f"MeanField: {type(self.family).__name__} is not elementwise: its samples or its "
                 "parameters have axes of their own. Batches of it need no MeanField, different "

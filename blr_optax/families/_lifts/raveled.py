@@ -70,7 +70,6 @@ class Raveled(Family):
     exponential = derived(lambda self: self.family.exponential)
     conditional = derived(lambda self: self.family.conditional)
     event_ndim = 0  # an event is a tree
-    elementwise = False
 
     def ravel(self, theta: PyTree) -> Array:
         """Return the flat vector of theta; leading sample axes stay."""
