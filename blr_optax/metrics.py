@@ -20,7 +20,7 @@ from jax.scipy.special import erf, ndtri
 from blr_optax._validate import require
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
     Probs = Float[Array, "*n k"]  # probabilities of k classes; n: a batch, or a batch of pixels
     Labels = Int[Array, "*n"]  # the class of each example
@@ -211,7 +211,7 @@ def _equal_width(confidence: Array, outcome: Array, bins: int, closed: str) -> C
     return _binned(confidence, outcome, index, jnp.linspace(0, 1, bins + 1, dtype=confidence.dtype))
 
 
-def _binned(confidence: Array, outcome: Array, index: Array, edges: Array) -> Calibration:
+def _binned(confidence: Array, outcome: Array, index: ArrayLike, edges: Array) -> Calibration:
     """The errors and the bin data when example ``i`` lies in bin ``index[i]``."""
     n, bins, dtype = len(confidence), len(edges) - 1, confidence.dtype
     count, hits, total = (

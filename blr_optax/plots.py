@@ -138,9 +138,9 @@ def regression_band(
         ImportError: without matplotlib.
     """
     ax = _axes(ax)
-    x, mean, epistemic, aleatoric = np.broadcast_arrays(x, mean, epistemic, aleatoric)
-    order = np.argsort(x)
-    x, mean, epistemic, aleatoric = (v[order] for v in (x, mean, epistemic, aleatoric))
+    arrays = np.broadcast_arrays(x, mean, epistemic, aleatoric)
+    order = np.argsort(arrays[0])
+    x, mean, epistemic, aleatoric = (v[order] for v in arrays)
     bands = [("epistemic", epistemic, 0.45)]
     if np.any(aleatoric > 0):
         bands.insert(0, ("epistemic + aleatoric", epistemic + aleatoric, 0.18))

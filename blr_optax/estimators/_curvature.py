@@ -11,7 +11,6 @@ families evaluate the rule themselves, and know it by its name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -21,23 +20,24 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import PyTree, ScalarOrSchedule, Updates
+    from blr_optax._typing import PyTree, Updates
 
 
 class Sample(NamedTuple):
     """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`).
 
-    `mean_loss` and `batch` give `loss(theta) = mean_loss(theta, *batch)`.
+    `mean_loss` and `batch` give `loss(theta) = mean_loss(theta, *batch)`; None where a curvature
+    takes the gradient alone, as is a key that it does not need.
     """
 
-    loss: Callable[[Any], Array] | None
+    loss: Any
     theta: PyTree
     grad: Updates
     displacement: PyTree
     precision: PyTree
-    ess: ScalarOrSchedule
-    key: Array | None
-    mean_loss: Callable[..., Array] | None = None
+    ess: Array | None
+    key: Any
+    mean_loss: Any = None
     batch: tuple = ()
 
 

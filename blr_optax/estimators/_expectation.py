@@ -106,7 +106,7 @@ class NodeRule(Estimator):
             value, grad = jax.value_and_grad(loss)(theta, *batch)
             if family.curvature == "none":
                 return value, grad, None
-            probe = None if key is None else jax.random.fold_in(curvature_key, index)
+            probe = None if curvature_key is None else jax.random.fold_in(curvature_key, index)
             if family.curvature == "diagonal":
                 sample = Sample(
                     lambda x: loss(x, *batch), theta, grad, displacement, precision, None, probe,
@@ -203,7 +203,7 @@ class MonteCarlo(NoiseRule):
     def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         return family.noise(check_key("monte_carlo", key), lam, self.samples, self.antithetic)
 
-    def nodes(self, key: Array, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         key = check_key("monte_carlo", key)
         keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(self.samples))
         z = jax.vmap(lambda k: standard_normal(k, like, self.generator))(keys)

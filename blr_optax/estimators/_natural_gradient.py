@@ -104,22 +104,22 @@ def natural_gradient(
       >>> print(value.round(4), g.linear.round(4) + 0.0, g.quadratic.round(4)[0, 0])
       4.0 [0. 0.] 1.0
     """
-    family = get(family)
-    family.check_learnable("natural_gradient")
-    estimator = chosen(family, estimator)
-    if family.conditional:
-        return _block_gradient(family, loss, estimator)
+    over: Any = get(family)
+    over.check_learnable("natural_gradient")
+    estimator = chosen(over, estimator)
+    if over.conditional:
+        return _block_gradient(over, loss, estimator)
     parts = terms(loss)
     if any(not isinstance(part, Term) for part in parts):
-        estimator.check(family)
-    gaussian = getattr(family, "curvature", None) is not None
+        estimator.check(over)
+    gaussian = getattr(over, "curvature", None) is not None
     if any(isinstance(part, GLM) for part in parts) and not gaussian:
         raise ValueError(
-            f"glm: {type(family).__name__} is not Gaussian, so that x . theta is no "
+            f"glm: {type(over).__name__} is not Gaussian, so that x . theta is no "
             "one-dimensional Gaussian; write the loss as a plain function."
         )
     # An elementwise family: a loss couples its elements, so it is treated as one mean field.
-    lifted = MeanField(family) if family.elementwise else family
+    lifted = MeanField(over) if over.elementwise else over
 
     def gradient(
         key: Array | None, lam: NaturalParameters, *batch: Any, points: Any = None
@@ -131,13 +131,13 @@ def natural_gradient(
                 results.append(part.natural_gradient(lifted, lam, batch))
             else:
                 results.append(estimator.natural_gradient(lifted, part, key, lam, batch))
-        value = sum(value for value, _ in results)
+        value: Any = sum(value for value, _ in results)
         return value, lifted.combine(*((1.0, g) for _, g in results))
 
     return gradient
 
 
-def check_plain(loss: Loss, family: ConditionalFamily) -> None:
+def check_plain(loss: Loss | Term, family: ConditionalFamily) -> None:
     """Raises ValueError for a loss that is not one plain function."""
     if isinstance(loss, Term) or not callable(loss):
         raise ValueError(
@@ -146,7 +146,7 @@ def check_plain(loss: Loss, family: ConditionalFamily) -> None:
         )
 
 
-def _block_gradient(family: ConditionalFamily, loss: Loss, estimator: Estimator) -> Callable:
+def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) -> Callable:
     """`natural_gradient` of a conditional family."""
     check_plain(loss, family)
     estimator.check_conditional(family)

@@ -225,7 +225,8 @@ def from_torch_ivon(
             "they must be those of the optimizer, group by group."
         )
     for number, group in enumerate(groups):
-        names = [order[index] for index in group["params"]]
+        indices: list[int] = group["params"]
+        names = [order[index] for index in indices]
         sizes = [math.prod(known[name].shape) for name in names]
         for key, into, shift in (("hess", precision, True), ("momentum", momentum, False)):
             flat = _to_numpy(group[key])

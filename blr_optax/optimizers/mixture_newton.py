@@ -75,7 +75,7 @@ class MixtureStep(ConditionalStep):
 
 
 def _spread_out(
-    params: Params, components: int, scale: Any, covariance: str, key: KeyLike
+    params: Params, components: Any, scale: Any, covariance: str, key: KeyLike
 ) -> Distribution:
     """Equal components of variance scale^2, at random around params, their mean."""
     flat = jnp.concatenate(

@@ -150,7 +150,7 @@ def per_example(
     if {"kfac", "ggn_diagonal"} & {*statistics} and labels != "true":
         key = _check_model(outputs, likelihood, labels, key)
     model = Model(outputs, likelihood, labels)
-    asked = functools.partial(_statistics, loss, statistics, model, positions, microbatch)
+    asked: Any = functools.partial(_statistics, loss, statistics, model, positions, microbatch)
     mesh = _mesh.explicit_mesh((params, batch, weights))
     if mesh is not None:
         like, everywhere = _mesh.shardings(params, mesh), NamedSharding(mesh, PartitionSpec())
@@ -171,7 +171,7 @@ def _statistics(
     params: Params,
     batch: tuple,
     weights: Any,
-    key: KeyLike,
+    key: KeyLike | None,
 ) -> PerExample:
     """What was asked, the options being right."""
     found = checked("per_example", loss, params, batch)
@@ -257,7 +257,7 @@ def _check_statistics(statistics: tuple[str, ...], labels: str, positions: str) 
         )
 
 
-def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike) -> Any:
+def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike | None) -> Any:
     if outputs is None or likelihood is None:
         raise ValueError(
             "per_example: ggn_diagonal and kfac need the model's outputs and what they mean: pass "
@@ -276,8 +276,8 @@ def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike) -> An
 class Model(NamedTuple):
     """A model whose Gauss-Newton statistics are wanted."""
 
-    outputs: Callable[..., Array]
-    likelihood: str
+    outputs: Any
+    likelihood: Any
     labels: str
 
     def sums(
@@ -286,7 +286,7 @@ class Model(NamedTuple):
         params: Params,
         batch: tuple,
         weights: PyTree,
-        key: KeyLike,
+        key: Any,
         index: Array,
     ) -> Sums:
         """The sums of all passes over one batch; of the layers' inputs, of one pass."""

@@ -23,11 +23,9 @@ from blr_optax.rule._natural_step import check_step, spread
 from blr_optax.rule._start import check_like, check_params, first_natural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Array
 
-    from blr_optax._typing import NaturalParameters, Params, PyTree
+    from blr_optax._typing import LossOrTerm, NaturalParameters, Params, PyTree
     from blr_optax.estimators import Estimator
     from blr_optax.families import ConditionalFamily
 
@@ -42,7 +40,7 @@ class ConditionalStep:
     def __init__(
         self,
         family: ConditionalFamily,
-        loss: Callable[..., Array],
+        loss: LossOrTerm,
         estimator: Estimator | None,
         prior: Distribution | None,
         step: str,
@@ -95,7 +93,7 @@ class ConditionalStep:
         return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
-def prior_over(prior: Distribution | None, params: Params) -> Distribution | None:
+def prior_over(prior: Any, params: Params) -> Distribution | None:
     """A prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:

@@ -58,7 +58,7 @@ def own_part(prior: PyTree, family: Family) -> PyTree:
     return prior
 
 
-def spread(prior: PyTree, family: Any, like: PyTree) -> PyTree:
+def spread(prior: Any, family: Any, like: PyTree) -> Any:
     """A prior of one number as that of every number of a tree; other priors as they are.
 
     Args:
@@ -66,7 +66,7 @@ def spread(prior: PyTree, family: Any, like: PyTree) -> PyTree:
         family: the family.
         like: a tree of parameters; for a product, of every factor by name.
     """
-    lam = getattr(prior, "natural", None)
+    lam: Any = getattr(prior, "natural", None)
     if not family.exponential or not isinstance(lam, family.Natural):
         return prior
     if isinstance(family, Product):

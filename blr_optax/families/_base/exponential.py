@@ -187,7 +187,7 @@ class ExponentialFamily(Family):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
 
         Args:

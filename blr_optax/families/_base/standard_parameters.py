@@ -191,7 +191,7 @@ def checked(
         values that are wrong; alternatives that were not given are not handed over.
     """
 
-    def decorate(natural: Callable[P, Lambda]) -> Callable[P, Lambda]:
+    def decorate(natural: Any) -> Any:
         @functools.wraps(natural)
         def checked_natural(self: Any, *positional: Any, **given: Any) -> Any:
             who = f"{name_of(self)}.natural"

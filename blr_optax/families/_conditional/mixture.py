@@ -48,7 +48,7 @@ from blr_optax.families._continuous.gaussian import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import Scalar
+    from blr_optax._typing import Alternative, Scalar
 
 GAUSSIAN = Gaussian()
 
@@ -136,9 +136,9 @@ class Mixture(ConditionalFamily):
         *,
         weights: ArrayLike,
         mean: ArrayLike,
-        variance: ArrayLike | None = None,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        variance: Alternative = None,
+        covariance: Alternative = None,
+        precision: Alternative = None,
     ) -> MixtureNatural:
         """lambda from weights (positive, of sum one), means, and covariances or precisions."""
         spread = {"variance": variance} if self._diagonal else {"covariance": covariance}

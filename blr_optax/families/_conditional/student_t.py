@@ -46,7 +46,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import Scalar
+    from blr_optax._typing import Alternative, Scalar
 
 GAUSSIAN = Gaussian()
 
@@ -109,8 +109,8 @@ class StudentT(ConditionalFamily):
         *,
         mean: ArrayLike,
         degrees: ArrayLike,
-        scale: ArrayLike | None = None,
-        covariance: ArrayLike | None = None,
+        scale: Alternative = None,
+        covariance: Alternative = None,
     ) -> StudentTNatural:
         """lambda from the centre, the degrees of freedom, and the scale matrix or covariance."""
         degrees = jnp.asarray(degrees)

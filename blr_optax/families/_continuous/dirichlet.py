@@ -44,7 +44,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
@@ -246,7 +246,7 @@ class Dirichlet(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: DirichletExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) from one scalar root; NaN, and status False, where sum exp(mu) >= 1."""
         reachable = jnp.all(jnp.isfinite(mu.log), axis=-1) & (_slack(mu.log) > 0)
         safe = jnp.where(reachable[..., None], mu.log, -1.0 - jnp.log(1.0 * mu.log.shape[-1]))
@@ -370,9 +370,7 @@ class Beta(ExponentialFamily):
         a, b, s = self._sums(lam)
         return BetaExpectation(_log_mean(a, s, b), _log_mean(b, s, a))
 
-    def natural_from_expectation(
-        self, mu: BetaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: BetaExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) as for the Dirichlet density; NaN where E[log x] and E[log(1 - x)] clash."""
         pair = self._pair(mu, DirichletExpectation)
         found, proper = Dirichlet().natural_from_expectation(pair, with_status=True)

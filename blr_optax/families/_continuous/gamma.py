@@ -39,7 +39,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 NEGLIGIBLE = 1e-20  # a ratio below this is nothing beside one, and may underflow in float32
 
@@ -153,9 +153,7 @@ class Gamma(ExponentialFamily):
         m = self.mean(lam)
         return GammaExpectation(jnp.log(m) - log_minus_digamma(1.0 + lam.log), m)
 
-    def natural_from_expectation(
-        self, mu: GammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: GammaExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) from log a - psi(a) = log E[x] - E[log x]; NaN where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)
@@ -283,7 +281,7 @@ class InverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the gamma density of 1 / x."""
         reciprocal = GammaExpectation(-mu.log, mu.reciprocal)
         gamma, proper = Gamma().natural_from_expectation(reciprocal, with_status=True)

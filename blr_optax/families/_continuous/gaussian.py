@@ -34,7 +34,7 @@ from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, rel
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, NaturalParameters, PyTree
 
 
 @parameters
@@ -118,11 +118,7 @@ class Normal(GaussianFamily):
 
     @checked(mean=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        variance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, variance: Alternative = None, precision: Alternative = None
     ) -> GaussianNatural:
         """lambda from the mean and the variance or precision (> 0)."""
         if variance is not None:
@@ -150,9 +146,7 @@ class Normal(GaussianFamily):
         """A = S m^2 / 2 - log(S) / 2."""
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta * theta)
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -164,7 +158,7 @@ class Normal(GaussianFamily):
 
     def natural_from_expectation(
         self, mu: GaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where mu has no variance."""
         variance = mu.quadratic - mu.linear * mu.linear
         proper = domain.positive().contains(variance)
@@ -259,16 +253,11 @@ class Gaussian(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, covariance: Alternative = None, precision: Alternative = None
     ) -> GaussianNatural:
         """lambda from the mean and the covariance or precision matrix (positive definite)."""
-        if covariance is not None:
-            return self.from_mean(jnp.asarray(mean), _inverse(jnp.asarray(covariance)))
-        return self.from_mean(jnp.asarray(mean), jnp.asarray(precision))
+        s = jnp.asarray(precision) if covariance is None else _inverse(jnp.asarray(covariance))
+        return self.from_mean(jnp.asarray(mean), s)
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         batch = jnp.broadcast_shapes(mean.shape[:-1], precision.shape[:-2])
@@ -296,9 +285,7 @@ class Gaussian(GaussianFamily):
         """A = m^T S m / 2 - log det(S) / 2."""
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta[..., :, None] * theta[..., None, :])
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -310,7 +297,7 @@ class Gaussian(GaussianFamily):
 
     def natural_from_expectation(
         self, mu: GaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where no covariance is left."""
         covariance = mu.quadratic - mu.linear[..., :, None] * mu.linear[..., None, :]
         proper = domain.positive_definite().contains(covariance)
@@ -428,11 +415,7 @@ class GaussianFixed(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, covariance: Alternative = None, precision: Alternative = None
     ) -> FixedNatural:
         """lambda from the mean and the known covariance or precision matrix."""
         lam = Gaussian().natural(mean=mean, covariance=covariance, precision=precision)
@@ -466,9 +449,7 @@ class GaussianFixed(GaussianFamily):
         """A = m^T S m / 2."""
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> FixedExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> FixedExpectation:
         d = theta.shape[-1]
         return FixedExpectation(theta, jnp.zeros((*theta.shape[:-1], d, d), theta.dtype))
 
@@ -489,9 +470,7 @@ class GaussianFixed(GaussianFamily):
     def expectation(self, lam: FixedNatural) -> FixedExpectation:
         return FixedExpectation(self.mean(lam), lam.precision)
 
-    def natural_from_expectation(
-        self, mu: FixedExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: FixedExpectation, with_status: bool = False) -> PyTree:
         """lambda = S m."""
         lam = self.from_mean(mu.linear, mu.precision)
         return (lam, self.in_domain(lam)) if with_status else lam

@@ -29,7 +29,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import PyTree
 
 FRACTION_FROM = 1.5  # where continued fractions take over
 
@@ -149,9 +149,7 @@ class InverseGaussian(ExponentialFamily):
         m, s = self.standard(lam).values()
         return -s / m - 0.5 * jnp.log(s)
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> InverseGaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> InverseGaussianExpectation:
         return InverseGaussianExpectation(theta, 1.0 / theta)
 
     def log_base_measure(self, lam: InverseGaussianNatural, theta: Array) -> Array:
@@ -181,7 +179,7 @@ class InverseGaussian(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """s = 1 / (mu_2 - 1 / mu_1); NaN, and status False, where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)

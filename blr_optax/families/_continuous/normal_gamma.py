@@ -37,7 +37,7 @@ from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 GAMMA, INVERSE_GAMMA = Gamma(), InverseGamma()
 
@@ -146,7 +146,7 @@ class NormalGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu): 1 / kappa = mu_quadratic - m mu_linear, and the gamma density's solve."""
         gamma, proper = GAMMA.natural_from_expectation(
             GammaExpectation(mu.log, mu.precision), with_status=True
@@ -328,7 +328,7 @@ class NormalInverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalInverseGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the normal-gamma density of (x, 1 / v)."""
         turned = NormalGammaExpectation(mu.linear, mu.quadratic, -mu.log, mu.reciprocal)
         precise, proper = NORMAL_GAMMA.natural_from_expectation(turned, with_status=True)

@@ -32,7 +32,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @parameters
@@ -77,11 +77,7 @@ class LogNormal(ExponentialFamily):
 
     @checked(location=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self,
-        *,
-        location: ArrayLike,
-        variance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, location: ArrayLike, variance: Alternative = None, precision: Alternative = None
     ) -> LogNormalNatural:
         """lambda from the mean and the variance or precision (> 0) of log x."""
         of_log = Normal().natural(mean=location, variance=variance, precision=precision)
@@ -125,7 +121,7 @@ class LogNormal(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: LogNormalExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where log x has no variance."""
         found = Normal().natural_from_expectation(GaussianExpectation(*mu), with_status=True)
         lam = LogNormalNatural(*found[0])
@@ -184,7 +180,7 @@ class RateFamily(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda = -1 / mu; NaN, and status False, unless mu is positive."""
         found = -self.rate(mu)
         proper = domain.positive().contains(found)

@@ -29,7 +29,7 @@ from blr_optax.families._numerics.sphere_draws import attach, draw, polar
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 NEWTON_STEPS = 8
 OFF_SPHERE = 1e-3  # how far |x|^2 may be from one
@@ -208,7 +208,7 @@ class VonMisesFisher(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: VonMisesFisherExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) by Newton in kappa; NaN, and status False, unless mu is inside the ball."""
         proper = domain.real(1).contains(mu.linear) & (_dot(mu.linear, mu.linear) < 1.0)
         inside = jnp.where(proper[..., None], mu.linear, 0.0)

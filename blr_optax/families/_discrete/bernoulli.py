@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @jax.custom_jvp
@@ -153,7 +153,7 @@ class Binary(Scalar):
 
     @checked(logit=REAL, probability=FRACTION)
     def natural(
-        self, *, logit: ArrayLike | None = None, probability: ArrayLike | None = None
+        self, *, logit: Alternative = None, probability: Alternative = None
     ) -> NaturalParameters:
         """lambda from the logit or the probability (in (0, 1)) of the value 1."""
         return self.Natural(logit_from(logit, probability) / (1.0 - self.low))
@@ -249,7 +249,7 @@ class Bernoulli(Binary):
 
     def natural_from_expectation(
         self, mu: BernoulliExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """The logit of mu; NaN, and status False, unless 0 < mu < 1."""
         return self._checked(mu, jnp.log(mu.linear) - jnp.log1p(-mu.linear), with_status)
 
@@ -307,6 +307,6 @@ class Rademacher(Binary):
 
     def natural_from_expectation(
         self, mu: RademacherExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """artanh mu; NaN, and status False, unless -1 < mu < 1."""
         return self._checked(mu, jnp.arctanh(mu.linear), with_status)

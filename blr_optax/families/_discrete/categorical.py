@@ -24,7 +24,7 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 MANY = 4096  # categories beyond which the rounding of their probabilities would add up
 
@@ -144,7 +144,7 @@ class Simplex(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """log(mu_k / mu_K); NaN, and status False, unless all K means are positive."""
         first = mu.linear / self._total(mu)
         last = 1.0 - jnp.sum(first, -1, keepdims=True)
@@ -214,7 +214,7 @@ class Categorical(Simplex):
 
     @checked(**LABEL)
     def natural(
-        self, *, logits: ArrayLike | None = None, probabilities: ArrayLike | None = None
+        self, *, logits: Alternative = None, probabilities: Alternative = None
     ) -> CategoricalNatural:
         """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
         return CategoricalNatural(linear_from(logits, probabilities))

@@ -31,7 +31,7 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @parameters
@@ -77,11 +77,7 @@ class Binomial(Scalar):
 
     @checked(total=COUNT, logit=REAL, probability=FRACTION)
     def natural(
-        self,
-        *,
-        total: ArrayLike,
-        logit: ArrayLike | None = None,
-        probability: ArrayLike | None = None,
+        self, *, total: ArrayLike, logit: Alternative = None, probability: Alternative = None
     ) -> BinomialNatural:
         """lambda from the logit or probability, and the known total (a positive integer)."""
         return BinomialNatural(logit_from(logit, probability), jnp.asarray(total))
@@ -125,7 +121,7 @@ class Binomial(Scalar):
 
     def natural_from_expectation(
         self, mu: BinomialExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """log(mu / (n - mu)); NaN, and status False, unless 0 < mu < n."""
         linear = jnp.log(mu.linear) - jnp.log(mu.total - mu.linear)
         return self._checked(mu, linear, with_status)
@@ -222,9 +218,7 @@ class Poisson(Scalar):
     def base_measure_gradient(self, lam: PoissonNatural) -> PoissonNatural:
         return PoissonNatural(-lf.slope(lf.poisson_log_factorial, self.mean(lam)))
 
-    def natural_from_expectation(
-        self, mu: PoissonExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: PoissonExpectation, with_status: bool = False) -> PyTree:
         """log(mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, jnp.log(mu.linear), with_status)
 
@@ -268,7 +262,7 @@ class Waiting(Scalar):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """-log(1 + r / mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, -jnp.log1p(self._total(mu) / mu.linear), with_status)
 

@@ -148,7 +148,7 @@ class Independent:
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         lam = self._natural("natural_from_expectation", mu)
         return (lam, self.in_domain(lam)) if with_status else lam
 

@@ -28,7 +28,7 @@ from blr_optax.families._matrix.wishart import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 
 @parameters
@@ -126,7 +126,7 @@ class InverseWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseWishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the Wishart density of X^{-1}."""
         turned = WishartExpectation(-mu.log_det, mu.inverse)
         wishart, proper = Wishart().natural_from_expectation(turned, with_status=True)

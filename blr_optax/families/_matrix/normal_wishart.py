@@ -33,7 +33,7 @@ from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 WISHART = Wishart()
 
@@ -162,7 +162,7 @@ class NormalWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalWishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu): d / kappa = mu_quadratic - m^T mu_linear, and the Wishart density's solve."""
         wishart, proper = WISHART.natural_from_expectation(
             WishartExpectation(mu.log_det, mu.matrix), with_status=True

@@ -46,7 +46,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import DTypeLike, NaturalParameters
+    from blr_optax._typing import DTypeLike, NaturalParameters, PyTree
 
 NEWTON_STEPS = 10
 
@@ -210,9 +210,7 @@ class Wishart(ExponentialFamily):
         log_det = jnp.sum(jnp.log(each) - log_minus_digamma(each), axis=-1) - _log_det(-lam.matrix)
         return WishartExpectation(log_det, self.mean(lam))
 
-    def natural_from_expectation(
-        self, mu: WishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: WishartExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) from sum_j [log a - psi(a_j)] = log|E X| - E log|X|; NaN unless positive."""
         d = mu.matrix.shape[-1]
         definite = domain.positive_definite().contains(mu.matrix)

@@ -77,7 +77,7 @@ def exp_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(near, exp_excess_near(jnp.where(near, x, 0.0)), jnp.expm1(x) - x)
 
 
-def deviance(x: Float[Array, ...], mean: Array, log_mean: Array) -> Float[Array, ...]:
+def deviance(x: Array, mean: Array | float, log_mean: Array | float) -> Float[Array, ...]:
     """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit."""
     positive = jnp.where(x > 0, x, 1.0)
     excess = relative_excess(positive, mean, log_mean - jnp.log(positive))
@@ -249,11 +249,11 @@ def _(kernel: Callable, primals: tuple, tangents: tuple) -> tuple:
 
 def _integrate(kernel: Callable, scale: Array, decay: Array, *args: Array) -> Array:
     """The integral of a kernel that is straight for t << 1 / scale and decays like e^(-decay t)."""
-    *args, scale, decay = jnp.broadcast_arrays(*args, scale, decay)
+    *rest, scale, decay = jnp.broadcast_arrays(*args, scale, decay)
     eps = float(jnp.finfo(scale.dtype).eps)
     low = jax.lax.stop_gradient(eps**0.5 / scale)
     high = jax.lax.stop_gradient((4.0 - jnp.log(eps)) / decay).astype(low.dtype)
-    return _integral(kernel, low, high, *args)
+    return _integral(kernel, low, high, *rest)
 
 
 def _poisson(t: Array, m: Array) -> Array:

@@ -149,13 +149,13 @@ def solve_natural(family: Any, mu: ExpectationParameters) -> tuple[PyTree, Array
         return _solve_one(family, mu)
 
     @solve.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
+    def derivative(primals: Any, tangents: Any) -> Any:
         (mu,), (dmu,) = primals, tangents
         lam, converged = solve(mu)
         still = np.zeros(jnp.shape(converged), jax.dtypes.float0)
         return (lam, converged), (_fisher_solved(family, lam, dmu), still)
 
-    batched = solve
+    batched: Any = solve
     for _ in range(_batch_axes(family, mu)):
         batched = jax.vmap(batched)
     return batched(mu)

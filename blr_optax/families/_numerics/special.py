@@ -78,7 +78,9 @@ def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
     return y * (x - _atanh_excess(y))
 
 
-def relative_excess(a: Array, b: Array, log_ratio: Array | None = None) -> Float[Array, ...]:
+def relative_excess(
+    a: Array, b: Array | float, log_ratio: Array | float | None = None
+) -> Float[Array, ...]:
     """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit."""
     # As above with x = b / a - 1.
     d = b - a

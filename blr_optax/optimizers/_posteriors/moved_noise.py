@@ -190,7 +190,7 @@ class Moved(Family):
 
     draws: ClassVar[int]
 
-    def moved(self, n: Array, *fields: Array) -> Array:
+    def moved(self, n: Array, *fields: Any) -> Array:
         """theta of noise with a leading axis of `draws`."""
         raise NotImplementedError
 

@@ -203,7 +203,8 @@ class Follower(NamedTuple):
 
     def _power(self, eqn: Any, kinds: list[Kind]) -> float | None:
         """Of the batch size in what an equation makes of numbers that were multiplied by it."""
-        name, powers = eqn.primitive.name, [k.power for k in kinds]
+        name = eqn.primitive.name
+        powers: list[Any] = [k.power for k in kinds]
         if None in powers:
             return None
         total = sum(powers)

@@ -96,7 +96,8 @@ class Runner(NamedTuple):
 
     def _meet(self, name: str, eqn: Any, values: list[Value]) -> Batch:
         side = next(i for i, v in enumerate(values) if isinstance(v, Tapped))
-        view, other = values[side], self.copied(values[1 - side])
+        view: Any = values[side]
+        other = self.copied(values[1 - side])
         make = {
             "dense": lambda: _places.dense(eqn, side),
             "conv": lambda: _places.convolution(eqn),
@@ -159,7 +160,7 @@ def plain(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [Batch(x) for x in jax.vmap(lambda *xs: _jaxpr.bind(eqn, *xs), axes)(*operands)]
 
 
-def moved(eqn: Any, values: Sequence[Value]) -> list[Tapped]:
+def moved(eqn: Any, values: Sequence[Value]) -> list[Value]:
     """A part or another shape of views; their shadows move with them, casts apart."""
 
     def at(operand: Callable[[Value], Any]) -> list[Any]:
@@ -170,7 +171,8 @@ def moved(eqn: Any, values: Sequence[Value]) -> list[Tapped]:
             return [None] * len(found)
         return at(lambda v: getattr(v.shadow, name) if isinstance(v, Tapped) else v.x)
 
-    found, first = at(lambda v: v.x), values[0].shadow
+    view: Any = values[0]
+    found, first = at(lambda v: v.x), view.shadow
     if eqn.primitive.name in CASTS:
         return [Tapped(found[0], first)]
     parts = zip(found, shadow("total"), shadow("squares"), strict=True)
@@ -181,7 +183,8 @@ def scaled(eqn: Any, values: Sequence[Value]) -> Tapped:
     """A number c times a view (c^2 times its squares), or a constant added to it."""
     (found,) = _jaxpr.bind(eqn, *(v.x for v in values))
     side = next(i for i, v in enumerate(values) if isinstance(v, Tapped))
-    name, shadow = eqn.primitive.name, values[side].shadow
+    view: Any = values[side]
+    name, shadow = eqn.primitive.name, view.shadow
     if name == "add" or (name == "sub" and side == 0):
         return Tapped(found, shadow)
     c = jnp.asarray(-1 if name in ("neg", "sub") else values[1 - side].x, shadow.dtype)

@@ -58,12 +58,12 @@ class Wanted(NamedTuple):
 class Sums(NamedTuple):
     """Sums over the examples of a batch; lists over the parameters' leaves; None: not wanted."""
 
-    value: Array
-    total: list[Any]
-    squares: list[Any] | None
-    norms: Array | None
-    factors: list[Any] | None = None
-    ggn: list[Any] | None = None
+    value: Any
+    total: Any
+    squares: Any
+    norms: Any
+    factors: Any = None
+    ggn: Any = None
 
 
 def one_example(batch: Any) -> Any:
@@ -145,7 +145,7 @@ def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Arra
         [empty_factors(w, x, wanted.factors) for w, x in zip(found.ways, leaves, strict=True)],
     )
     chunks = [i for i, way in enumerate(found.ways) if way.kind == CHUNKS]
-    in_chunks = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
+    in_chunks: Any = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
     if chunks and all(way.kind in (CHUNKS, UNUSED) for way in found.ways):
         sums = dummies._replace(value=in_chunks.value)
     else:
