@@ -20,7 +20,7 @@ from blr_optax.families import Family, MeanField, get
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import ExpectationParameters, KeyLike, NaturalParameters, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +86,7 @@ class Distribution:
         """mu = E_q[T(theta)]."""
         return self.family.expectation(self._proper("expectation"))
 
-    def sample(self, key: Array, shape: tuple[int, ...] = ()) -> PyTree:
+    def sample(self, key: KeyLike, shape: int | tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
         shape = (shape,) if isinstance(shape, int) else shape
         return self.family.sample(canonical_key(key), self._proper("sample"), shape)

@@ -10,7 +10,7 @@ and `chunk` changes the result by rounding only. Accumulators are float32 or wid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ from blr_optax._random import canonical_key
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Array, Float, Key, PyTree
+    from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
     from blr_optax._typing import KeyLike
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What a posterior must offer here: `blr_optax.Distribution`, an ensemble, an MCMC trace."""
 
@@ -58,17 +59,17 @@ class RegressionPredictive(NamedTuple):
         return self.epistemic + self.aleatoric
 
 
-def binary_link(logits: Float[Array, "*n"]) -> Float[Array, "*n 2"]:
+def binary_link(logits: Float[ArrayLike, "*n"]) -> Float[Array, "*n 2"]:
     """Link for one logit per example: the probabilities of classes 0 and 1, on a new last axis.
 
     >>> binary_link(jnp.log(jnp.array([1.0, 3.0]))).round(4).tolist()  # odds 1:1 and 3:1
     [[0.5, 0.5], [0.25, 0.75]]
     """
-    return jnp.stack([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
+    return jnp.stack([jax.nn.sigmoid(jnp.negative(logits)), jax.nn.sigmoid(logits)], axis=-1)
 
 
 def predict(
-    key: Key[Array, ""],
+    key: KeyLike,
     q: Sampler,
     apply: Callable[..., Float[Array, "*n k"]],
     *inputs: PyTree,
@@ -134,11 +135,11 @@ def predict(
 
 
 def predict_regression(
-    key: Key[Array, ""],
+    key: KeyLike,
     q: Sampler,
     apply: Callable[..., Float[Array, "*n"]],
     *inputs: PyTree,
-    noise_variance: Float[Array, "*#n"] | float = 0.0,
+    noise_variance: Float[ArrayLike, ...] = 0.0,
     samples: int = 64,
     chunk: int = 8,
 ) -> RegressionPredictive:
@@ -190,7 +191,7 @@ def predict_regression(
 
 
 def _mean_over_samples(
-    key: Array, q: Sampler, statistics: Callable[[PyTree], PyTree], samples: int, chunk: int
+    key: KeyLike, q: Sampler, statistics: Callable[[PyTree], PyTree], samples: int, chunk: int
 ) -> PyTree:
     """``mean_s statistics(theta_s)``, at most `chunk` samples at a time."""
     key = _one_key(key)

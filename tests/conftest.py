@@ -45,6 +45,12 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+if os.environ.get("BLR_SHAPES") == "1":
+    import checked_shapes
+
+    checked_shapes.install()
+
 from tools import load_golden  # noqa: E402
 
 settings.register_profile(

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._typing import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule import scale_by_precision
@@ -59,7 +58,7 @@ def _rescale(
         updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
-    return transformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def steps_after(

@@ -251,7 +251,7 @@ class ExponentialFamily(Family):
             return jax.vmap(self.fisher)(inner)
         flat, unravel = jax.flatten_util.ravel_pytree([getattr(lam, name) for name in self.domains])
 
-        def symmetric(name: str, v: Array) -> Array:
+        def symmetric(name: str, v: Any) -> Any:
             return 0.5 * (v + v.T) if self.domains[name].event_ndim == 2 else v
 
         def column(e: Array) -> Array:

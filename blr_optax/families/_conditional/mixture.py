@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
     from blr_optax._typing import Alternative, Scalar
+    from blr_optax.families._base.family import Family
 
 GAUSSIAN = Gaussian()
 
@@ -102,8 +103,9 @@ class Mixture(ConditionalFamily):
     at_means: ClassVar[bool] = True
     shares_draws: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "family", get(self.family))
+    def __init__(self, family: Family | str = GAUSSIAN) -> None:
+        """Looks a name up."""
+        object.__setattr__(self, "family", get(family))
         if not isinstance(self.family, Gaussian | Normal):
             raise ValueError(
                 f"Mixture: family={self.family!r} must be Gaussian() or Normal() (diagonal)."

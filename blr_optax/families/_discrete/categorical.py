@@ -101,7 +101,7 @@ def choice_kl(logits_p: Float[Array, "... K"], logits_q: Float[Array, "... K"]) 
     return jnp.where(distant, top[..., 0] + jnp.log(jnp.sum(q, -1)), close)
 
 
-def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
+def full_logits(linear: Float[Array, "... k"]) -> Float[Array, "... k+1"]:
     """lambda with the zero of the last category."""
     return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
 
@@ -109,9 +109,7 @@ def full_logits(linear: Float[Array, "... K-1"]) -> Float[Array, "... K"]:
 LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
 
 
-def linear_from(
-    logits: ArrayLike | None, probabilities: ArrayLike | None
-) -> Float[Array, "... K-1"]:
+def linear_from(logits: ArrayLike | None, probabilities: ArrayLike | None) -> Float[Array, "... k"]:
     """lambda from K logits or K probabilities."""
     x = jnp.asarray(logits) if probabilities is None else jnp.log(probabilities)
     return x[..., :-1] - x[..., -1:]

@@ -53,12 +53,9 @@ class MeanField(Independent, ExponentialFamily):
 
     family: ExponentialFamily
 
-    if TYPE_CHECKING:
-
-        def __init__(self, family: Family | str) -> None: ...
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "family", get(self.family))
+    def __init__(self, family: Family | str) -> None:
+        """Looks a name up."""
+        object.__setattr__(self, "family", get(family))
         if not getattr(self.family, "elementwise", False):
             raise ValueError(
                 f"MeanField: {type(self.family).__name__} is not elementwise: its samples or its "

@@ -211,7 +211,7 @@ def _trapezes(kernel: Callable, low: Array, high: Array, *args: Array) -> Array:
     """The integral of kernel(t, *args) over log t; kernel goes to zero like t, and after high."""
     step = (jnp.log(high) - jnp.log(low)) / (NODES - 1)
 
-    def add(k: int, total: Array) -> Array:
+    def add(k: Array, total: Array) -> Array:
         t = low * jnp.exp(k * step)
         return total + kernel(t, *args)
 
