@@ -146,7 +146,7 @@ class Calibration(NamedTuple):
 def calibration(
     probs: Probs, labels: Labels, *, bins: int = 15, closed: Literal["left", "right"] = "left"
 ) -> Calibration:
-    """Expected, maximum and RMS calibration error of the most probable class, equal-width bins.
+    """Return the calibration errors of the most probable class, in bins of equal width.
 
     Args:
         probs: Probabilities.
@@ -217,7 +217,7 @@ def _equal_width(confidence: Array, outcome: Array, bins: int, closed: str) -> C
 
 
 def _binned(confidence: Array, outcome: Array, index: ArrayLike, edges: Array) -> Calibration:
-    """The errors and the bin data when example ``i`` lies in bin ``index[i]``."""
+    """Return the errors and the bin data when example ``i`` lies in bin ``index[i]``."""
     n, bins, dtype = len(confidence), len(edges) - 1, confidence.dtype
     count, hits, total = (
         jax.ops.segment_sum(x, jnp.asarray(index), bins)

@@ -193,7 +193,7 @@ def training_curves(
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (5.2, 3.6)) -> Axes:
-    """The given axes, or those of a new figure; both without the frame's top and right sides."""
+    """Return the given axes, or new ones, without the top and right sides of the frame."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -27,7 +27,7 @@ prior = blr.distribution("normal", mean=0.0, precision=1.0)
 q = prior * blr.Distribution(prior.family, prior.natural) / prior
 draws = (q**2.0).sample(jax.random.key(0), (10,))
 also_draws = q.sample(0)
-density = q.log_prob(0.5)
+density = q.log_prob(jnp.array(0.5))
 
 # Optimizers: numbers and schedules, seeds and keys.
 params = jnp.zeros(3)

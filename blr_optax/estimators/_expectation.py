@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_blocks(family: ConditionalFamily, curvature: Curvature) -> None:
-    """Raises ValueError for a curvature that a conditional family does not evaluate."""
+    """Raise ValueError for a curvature that a conditional family does not evaluate."""
     who, known = type(family).__name__, family.curvatures
     if curvature.name not in known:
         raise ValueError(f"curvature={curvature.name}(): {who} knows {', '.join(known)}.")
@@ -141,7 +141,7 @@ class NoiseRule(NodeRule):
     """Base of the rules that conditional families take too, turning their own noise into draws."""
 
     def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
-        """What `ConditionalFamily.natural_gradient_at` takes, with a leading axis of samples."""
+        """Return the noise for `natural_gradient_at`, with a leading axis of samples."""
         raise NotImplementedError
 
     def check_conditional(self, family: ConditionalFamily) -> None:
@@ -246,7 +246,7 @@ class SharedDraws(Estimator):
 
 
 def delta(curvature: str | Curvature = "exact") -> Delta:
-    """The delta method: E_q[f(theta)] ~ f(m); for a mixture at the mean of every component.
+    """Return the delta method: E_q[f(theta)] ~ f(m); for a mixture at the mean of every component.
 
     Args:
         curvature: a name or an object.

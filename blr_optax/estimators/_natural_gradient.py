@@ -38,7 +38,7 @@ KNOWN = (
 
 
 def chosen(family: Family, estimator: Estimator | None) -> Estimator:
-    """The estimator, or what a plain function gets when none is named.
+    """Return the estimator, or what a plain function gets when none is named.
 
     Ten antithetic pairs for Gaussians and conditional families, ten samples with gradients where
     the family has them, else the score function of a hundred.
@@ -63,7 +63,7 @@ def chosen(family: Family, estimator: Estimator | None) -> Estimator:
 def natural_gradient(
     family: str | Family, loss: Loss | Term, estimator: Estimator | None = None
 ) -> Callable:
-    """The natural gradient of an expected loss: (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]).
+    """Return the function (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]), the natural gradient.
 
     A conditional family (`mixture`, `student_t`, ...) has no common mu. Its loss is the *total*
     potential E(theta) = ess * mean loss - log prior, one plain function, and the result is (E_q[E],
@@ -138,7 +138,7 @@ def natural_gradient(
 
 
 def check_plain(loss: Loss | Term, family: ConditionalFamily) -> None:
-    """Raises ValueError for a loss that is not one plain function."""
+    """Raise ValueError for a loss that is not one plain function."""
     if isinstance(loss, Term) or not callable(loss):
         raise ValueError(
             f"{type(family).__name__} is no exponential family: its loss must be one plain "

@@ -4,7 +4,7 @@
     mu      expectation parameters, tanh lambda;        l  mean loss,   N  ess
 
     e       =  log(u / (1 - u)) / 2,  u uniform         half a logistic number
-    w       =  tanh( (lambda + e) / tau )               relaxed signs, at which l is looked at
+    w       =  tanh( (lambda + e) / tau )               relaxed signs, at which l is evaluated
     s       =  (1 - w^2 + c) / ( tau (1 - mu^2 + c) )   dw / dmu
     v       <-  b v + (1 - b) ( N s grad l(w) + r (lambda - lambda_0) )
     lambda  <-  lambda - rho v / (1 - b^t)
@@ -62,7 +62,7 @@ FAMILY = MeanField(Rademacher())
 
 
 def _wide(params: Params) -> Any:
-    """Copies in float32 or wider: a posterior outlives donated parameters."""
+    """Return copies in float32 or wider: a posterior outlives donated parameters."""
     return jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
 
 
@@ -101,7 +101,7 @@ class BinaryReader(Reader):
     Attributes:
         temperature: tau of the relaxation.
         floor: c, added to 1 - w^2 and 1 - mu^2.
-        generator: of the noise; None looks at the mean, w = tanh lambda.
+        generator: of the noise; None evaluates at the mean, w = tanh lambda.
     """
 
     temperature: float
@@ -109,7 +109,7 @@ class BinaryReader(Reader):
     generator: str | None
 
     def part(self, state: BayesBinnState, params: Params) -> PyTree:
-        """The leaves of params that the state was made for."""
+        """Return the leaves of params that the state was made for."""
         return _tree.matching_leaves(params, state.momentum.ema, "params")
 
     def noise(self, state: BayesBinnState, key: Array) -> PyTree:
@@ -223,7 +223,7 @@ def bayesbinn(
         floor: c, in both places. 1e-10 is the authors'; it bounds s where lambda is large.
         prior: a mean-field posterior of signs, of an earlier task; None is even odds, lambda_0 = 0.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "jax", of the weights' noise; None looks at the mean,
+        generator: "hash" (fast) or "jax", of the weights' noise; None evaluates at the mean,
             w = tanh lambda, with s = 1.
 
     Raises:
@@ -323,12 +323,12 @@ def bayesbinn(
 
 
 class SignReader(PointReader):
-    """The delta method for signs: the loss is looked at the most likely network."""
+    """The delta method for signs: the loss is evaluated at the most likely network."""
 
     who = "ste"
 
     def weights(self, state: WithPosteriorState, params: Params, noise: PyTree) -> PyTree:
-        """The sign of the latent weights, +1 at zero."""
+        """Return the sign of the latent weights, +1 at zero."""
         return jax.tree.map(lambda m: jnp.where(m < 0, -1, 1).astype(m.dtype), params)
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:

@@ -1,6 +1,6 @@
 """SAM and bSAM: the gradient at the worst point nearby, whose reach is the posterior's.
 
-    theta  =  m + eps / sqrt(ess p)                       bSAM; SAM looks at theta = m
+    theta  =  m + eps / sqrt(ess p)                       bSAM; SAM is at theta = m
     g      =  grad l(theta)
     m_a    =  m + r g / p,   in SAM  m + r g / |g|        the adversary, around the mean
     u      <-  b1 u + (1 - b1) ( grad l(m_a) + d m )
@@ -82,7 +82,7 @@ class SamReader(StepSizeReader):
 
 
 def _check_rho(rho: Any) -> None:
-    """Raises ValueError unless rho is a plain number, at least zero."""
+    """Raise ValueError unless rho is a plain number, at least zero."""
     if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
         raise ValueError(
             f"rho={rho!r} must be a plain finite number, at least zero; with inject_hyperparams "
@@ -203,7 +203,7 @@ def bsam(
         prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
         key: typed key or integer seed.
-        generator: "hash" (fast) or "jax", of the weights' noise; None looks at the mean.
+        generator: "hash" (fast) or "jax", of the weights' noise; None for the mean alone.
 
     Raises:
         ValueError: for arguments out of range, trees of another structure, integer parameters, or

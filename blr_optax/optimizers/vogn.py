@@ -1,6 +1,6 @@
 """OGN and VOGN: online Gauss-Newton with per-example gradients, and its variational form.
 
-    theta  =  m + eps / sqrt( ess (s + d + gamma) )           VOGN; OGN looks at theta = m
+    theta  =  m + eps / sqrt( ess (s + d + gamma) )           VOGN; OGN is at theta = m
     h      =  mean_i g_i^2,   g_i = grad l_i(theta)
     s      <-  b2 s + (1 - b2) h
     u      <-  b1 u + (1 - b1) ( mean_i g_i + d m )
@@ -57,7 +57,7 @@ def curvature_at_start(
 
 
 def check_one_start(who: str, init: PyTree, init_precision: Hyperparameter, prior: PyTree) -> None:
-    """Raises ValueError when the first precision would be given twice, or with a prior's inside."""
+    """Raise ValueError when the first precision would be given twice, or with a prior's inside."""
     if init is not None and init_precision is not None:
         raise ValueError(f"{who}: give init= or init_precision=, not both: init has a precision.")
     if prior is not None and init_precision is not None:

@@ -70,7 +70,7 @@ def _refuse_terms(who: str, loss: object) -> None:
 
 
 def explain(loss: Callable[..., Array], params: Params, *batch: PyTree) -> None:
-    """Prints how `per_example` treats every parameter, why, and what it adds; nothing is run.
+    """Print how `per_example` treats every parameter, why, and what it adds; nothing is run.
 
     The way is "places" (statistics where it meets activations; why names their kinds), "copy" (a
     small parameter is copied for every example), "chunks" (plain gradients of single examples, a

@@ -117,7 +117,7 @@ def per_example(
     Raises:
         ValueError: for an unknown statistic or likelihood, missing outputs, likelihood or key,
             integer parameters, a batch without a common leading axis, a microbatch that does not
-            divide it, weights of another shape, a loss that is no scalar or no mean, that couples
+            divide it, weights of another shape, a loss that is not a scalar or not a mean, that couples
             its examples, or that closes over its parameters.
 
     Source: Goodfellow (2015), arXiv:1510.01799; Dangel et al. (2020), BackPACK; Eschenhagen et al.
@@ -173,7 +173,7 @@ def _statistics(
     weights: Any,
     key: KeyLike | None,
 ) -> PerExample:
-    """What was asked, the options being right."""
+    """Compute the requested statistics; the arguments have been checked."""
     found = checked("per_example", loss, params, batch)
     leaves, tree = jax.tree.flatten(params)
     size = len(jax.tree.leaves(batch)[0])
@@ -214,7 +214,7 @@ def _of_glm(
     weights: Any,
     labels: str,
 ) -> PerExample:
-    """A term says all in closed form; its one layer is the flat vector of parameters."""
+    """Ask a term, which has all in closed form; its one layer is the flat parameter vector."""
     if labels == "sampled":
         raise ValueError(
             'per_example: labels="sampled" needs a likelihood, and a glm term has a loss; use '
@@ -229,7 +229,7 @@ def _of_glm(
 
 
 def _named(params: Params, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
-    """The layers' factors by the names of their kernels; inputs become means."""
+    """Return the layers' factors by the names of their kernels; inputs become means."""
     names = [_tree.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return {
         name: KroneckerFactors(f.inputs / n, f.mean / n, f.outputs)
@@ -289,7 +289,7 @@ class Model(NamedTuple):
         key: Any,
         index: Array,
     ) -> Sums:
-        """The sums of all passes over one batch; of the layers' inputs, of one pass."""
+        """Return the sums of all passes over one batch; of the layers' inputs, of one pass."""
         f = self.outputs(params, *batch)
         if jnp.ndim(f) < 2 or not jnp.issubdtype(f.dtype, jnp.floating):
             raise ValueError(

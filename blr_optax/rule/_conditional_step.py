@@ -45,7 +45,7 @@ class ConditionalStep:
         prior: Distribution | None,
         step: str,
     ) -> None:
-        """Checks its arguments, and builds the natural gradient."""
+        """Check the arguments, and build the natural gradient."""
         self.family, self.prior, self.step = family, prior, check_step(step, family)
         self.estimator = chosen(family, estimator)
         check_plain(loss, family)
@@ -63,7 +63,7 @@ class ConditionalStep:
         self.gradient = natural_gradient(family, potential, self.estimator)
 
     def first(self, params: Params, init: Distribution | None) -> PyTree:
-        """The first lambda, after checks of everything that must fit the parameters."""
+        """Return the first lambda, after checks of everything that must fit the parameters."""
         family, given = self.family, getattr(init, "family", None)
         prior_over(self.prior, params)
         flat = family.family if isinstance(family, Raveled) else family
@@ -88,13 +88,13 @@ class ConditionalStep:
     def move(
         self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
     ) -> tuple[NaturalParameters, Array]:
-        """The new lambda, block by block; a member is retracted where need be, uncounted."""
+        """Return the new lambda, block by block; a member is retracted where need be, uncounted."""
         del count
         return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
 def prior_over(prior: Any, params: Params) -> Distribution | None:
-    """A prior for the loss of a conditional family; of one number, for every weight.
+    """Return a prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:
         ValueError: when it is not over a tree like params.

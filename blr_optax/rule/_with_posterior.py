@@ -68,7 +68,7 @@ class WithPosteriorState(NamedTuple):
 
 
 class PointReader(Reader):
-    """A delta-method rule: the loss is looked at the parameters themselves."""
+    """A delta-method rule: the loss is evaluated at the parameters themselves."""
 
     who = "with_posterior"  # the optimizer's name, in errors
 
@@ -89,12 +89,12 @@ class PointReader(Reader):
 def with_posterior(
     tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps `tx` so that its state carries the posterior that `rule` reads off it.
+    """Wrap `tx` so that its state carries the posterior that `rule` reads off it.
 
     A step whose gradient is not finite is skipped: `tx` keeps its state.
 
     Args:
-        tx: any optax transformation that looks at its parameters.
+        tx: any optax transformation whose gradient is taken at the parameters.
         rule: how the precision follows from its state.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
 

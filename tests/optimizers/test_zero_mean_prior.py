@@ -37,7 +37,7 @@ def test_the_total_precision_is_the_decay_of_all_examples(name):
     assert not np.allclose(total["w"], after_two_steps(make(**numbers, weight_decay=0.0))["w"])
     with pytest.raises(ValueError, match="one prior in two units"):
         make(**numbers, prior_precision=TOTAL, weight_decay=0.1)
-    with pytest.raises(ValueError, match="prior_precision=-1.0"):
+    with pytest.raises(ValueError, match=r"prior_precision=-1\.0"):
         make(**numbers, prior_precision=-1.0)
 
 

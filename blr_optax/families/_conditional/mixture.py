@@ -104,7 +104,7 @@ class Mixture(ConditionalFamily):
     shares_draws: ClassVar[bool] = True
 
     def __init__(self, family: Family | str = GAUSSIAN) -> None:
-        """Looks a name up."""
+        """Look a name up."""
         object.__setattr__(self, "family", get(family))
         if not isinstance(self.family, Gaussian | Normal):
             raise ValueError(
@@ -116,7 +116,7 @@ class Mixture(ConditionalFamily):
         return self.family.curvature == "diagonal"
 
     def _spread(self, name: str) -> Parameter:
-        """What the variances, covariances or precisions of the components must be."""
+        """Return what the variances, covariances or precisions of the components must be."""
         if name == ("covariance" if self._diagonal else "variance"):
             kind, other = ("diagonal", "variance") if self._diagonal else ("full", "covariance")
             way = "" if self._diagonal else ", or get('mixture', family='normal')"

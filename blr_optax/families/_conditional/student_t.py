@@ -69,7 +69,7 @@ class StudentTNoise(NamedTuple):
 
 
 def _entropy(a: Float[Array, ...], size: int) -> Float[Array, ...]:
-    """The entropy for S = I: log Gamma and psi in what remains of them beside their logarithms."""
+    """Return the entropy for S = I: what log Gamma and psi have beside their logarithms."""
     half = 0.5 * size
     b = a + half
     logs = 0.5 * jnp.log1p(half / a) + half * (1.0 + LOG_2PI)

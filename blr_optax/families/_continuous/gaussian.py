@@ -143,7 +143,7 @@ class Normal(GaussianFamily):
         return 1.0 / self.precision(lam)
 
     def log_partition(self, lam: GaussianNatural) -> Array:
-        """A = S m^2 / 2 - log(S) / 2."""
+        """Return A = S m^2 / 2 - log(S) / 2."""
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
@@ -282,7 +282,7 @@ class Gaussian(GaussianFamily):
         return jnp.diagonal(self.covariance(lam), axis1=-2, axis2=-1)
 
     def log_partition(self, lam: GaussianNatural) -> Array:
-        """A = m^T S m / 2 - log det(S) / 2."""
+        """Return A = m^T S m / 2 - log det(S) / 2."""
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
@@ -342,7 +342,7 @@ class Gaussian(GaussianFamily):
     def retract(
         self, lam: GaussianNatural, step: GaussianNatural, form: str = "improved"
     ) -> GaussianNatural:
-        """A step that keeps S positive definite; D = -2 step.quadratic is the step of S.
+        """Return a step that keeps S positive definite; D = -2 step.quadratic is the step of S.
 
         "improved": S' = S + D + D S^{-1} D / 2, m' = m + S'^{-1} (step.linear - D m).
 
@@ -433,7 +433,7 @@ class GaussianFixed(GaussianFamily):
         return lam.precision
 
     def _free(self, lam: FixedNatural) -> GaussianNatural:
-        """The same density as a member of `gaussian`."""
+        """Return the same density as a member of `gaussian`."""
         return GaussianNatural(lam.linear, -0.5 * lam.precision)
 
     def standard(self, lam: FixedNatural) -> dict[str, Array]:
@@ -446,7 +446,7 @@ class GaussianFixed(GaussianFamily):
         return Gaussian().variance(self._free(lam))
 
     def log_partition(self, lam: FixedNatural) -> Array:
-        """A = m^T S m / 2."""
+        """Return A = m^T S m / 2."""
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> FixedExpectation:

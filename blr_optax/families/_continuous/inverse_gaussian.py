@@ -145,7 +145,7 @@ class InverseGaussian(ExponentialFamily):
         return m * m * (m / s)
 
     def log_partition(self, lam: InverseGaussianNatural) -> Array:
-        """A = -s / m - log(s) / 2."""
+        """Return A = -s / m - log(s) / 2."""
         m, s = self.standard(lam).values()
         return -s / m - 0.5 * jnp.log(s)
 
@@ -222,7 +222,7 @@ class InverseGaussian(ExponentialFamily):
         return InverseGaussianNatural((reciprocal + s * v.linear / m) / m / m, reciprocal)
 
     def sample(self, key: Array, lam: InverseGaussianNatural, shape: tuple[int, ...] = ()) -> Array:
-        """The smaller or the larger root of a quadratic (Michael, Schucany and Haas 1976)."""
+        """Choose one root of a quadratic (Michael, Schucany and Haas 1976)."""
         m, s = jnp.broadcast_arrays(*self.standard(lam).values())
         key, key_side = jax.random.split(key)
         z = jax.random.normal(key, shape + m.shape, m.dtype)

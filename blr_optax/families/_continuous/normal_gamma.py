@@ -107,7 +107,7 @@ class NormalGamma(ExponentialFamily):
         return lam.linear / kappa, kappa
 
     def gamma(self, lam: NormalGammaNatural) -> GammaNatural:
-        """The gamma density of tau."""
+        """Return the gamma density of tau."""
         m, _ = self.normal(lam)
         return GammaNatural(lam.log - 0.5, lam.precision + 0.5 * m * lam.linear)
 
@@ -126,7 +126,7 @@ class NormalGamma(ExponentialFamily):
         return MeanPrecision(jnp.where(finite, of_mean, jnp.inf), GAMMA.variance(gamma))
 
     def log_partition(self, lam: NormalGammaNatural) -> Array:
-        """A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
+        """Return A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
         _, kappa = self.normal(lam)
         return GAMMA.log_partition(self.gamma(lam)) + 0.5 * (LOG_2PI - jnp.log(kappa))
 
@@ -210,7 +210,7 @@ class NormalGamma(ExponentialFamily):
     def move(
         self, lam: NormalGammaNatural, step: NormalGammaNatural
     ) -> tuple[NormalGammaNatural, Array]:
-        """The step of `retract`, and whether b survives rounding."""
+        """Return the step of `retract`, and whether b survives rounding."""
         (m, kappa), dkappa = self.normal(lam), -2.0 * step.quadratic
         rate = step.precision + m * step.linear - 0.5 * m * m * dkappa
         new = GAMMA.retract(self.gamma(lam), GammaNatural(step.log, rate))
@@ -286,7 +286,7 @@ class NormalInverseGamma(ExponentialFamily):
         return NormalInverseGammaNatural(kappa * m, -0.5 * kappa, -(a + 1.5), reciprocal)
 
     def _precise(self, lam: NormalInverseGammaNatural) -> NormalGammaNatural:
-        """The density of (x, 1 / v)."""
+        """Return the density of (x, 1 / v)."""
         return NormalGammaNatural(lam.linear, lam.quadratic, -lam.log - 2.0, lam.reciprocal)
 
     def _varied(self, lam: NormalGammaNatural) -> NormalInverseGammaNatural:
@@ -310,7 +310,7 @@ class NormalInverseGamma(ExponentialFamily):
         return MeanVariance(NORMAL_GAMMA.variance(precise).mean, inverse)
 
     def log_partition(self, lam: NormalInverseGammaNatural) -> Array:
-        """A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
+        """Return A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
         return NORMAL_GAMMA.log_partition(self._precise(lam))
 
     def sufficient_statistics(
@@ -384,6 +384,6 @@ class NormalInverseGamma(ExponentialFamily):
 
 
 def _inverse_gamma(lam: NormalGammaNatural) -> InverseGammaNatural:
-    """The inverse gamma density of 1 / tau."""
+    """Return the inverse gamma density of 1 / tau."""
     gamma = NORMAL_GAMMA.gamma(lam)
     return InverseGammaNatural(-gamma.log - 2.0, gamma.linear)

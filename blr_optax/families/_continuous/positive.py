@@ -96,7 +96,7 @@ class LogNormal(ExponentialFamily):
         return jnp.expm1(v) * jnp.exp(2.0 * m + v)
 
     def log_partition(self, lam: LogNormalNatural) -> Array:
-        """A = S m^2 / 2 - log(S) / 2."""
+        """Return A = S m^2 / 2 - log(S) / 2."""
         return Normal().log_partition(GaussianNatural(*lam))
 
     def sufficient_statistics(
@@ -164,7 +164,7 @@ class RateFamily(ExponentialFamily):
         return -getattr(lam, name)
 
     def _fields(self, kind: type, like: Any, value: Array, still: bool = False) -> Any:
-        """A value for the field of T; known fields as in `like`, or zero for a derivative."""
+        """Fill the field of T with a value; known fields as in `like`, or zero for a derivative."""
         (name,) = self.domains
         known = {name: getattr(like, name) for name in self.known}
         return kind(**{name: value}, **(jax.tree.map(jnp.zeros_like, known) if still else known))
@@ -254,7 +254,7 @@ class Laplace(RateFamily):
         return 2.0 * jnp.square(1.0 / lam.deviation)
 
     def log_partition(self, lam: LaplaceNatural) -> Array:
-        """A = log(2 scale)."""
+        """Return A = log(2 scale)."""
         return -jnp.log(-0.5 * lam.deviation)
 
     def sufficient_statistics(
@@ -355,7 +355,7 @@ class Weibull(RateFamily):
         return jnp.square(self.mean(lam)) * jnp.expm1(bend * jnp.square(step / near))
 
     def log_partition(self, lam: WeibullNatural) -> Array:
-        """A = k log scale."""
+        """Return A = k log scale."""
         return -jnp.log(-lam.power)
 
     def sufficient_statistics(

@@ -92,7 +92,7 @@ class Binomial(Scalar):
         return lam.total * logistic(lam.linear) * logistic(-lam.linear)
 
     def log_partition(self, lam: BinomialNatural) -> Array:
-        """A = n log(1 + exp(logit))."""
+        """Return A = n log(1 + exp(logit))."""
         return lam.total * softplus(lam.linear)
 
     def _inside(self, lam: BinomialNatural, x: Array) -> Array:
@@ -108,7 +108,7 @@ class Binomial(Scalar):
         )
 
     def _rare(self, lam: BinomialNatural) -> Array:
-        """The probability of the rarer outcome."""
+        """Return the probability of the rarer outcome."""
         return logistic(jnp.where(lam.linear > 0, -lam.linear, lam.linear))
 
     def expected_log_base_measure(self, lam: BinomialNatural) -> Array:
@@ -203,7 +203,7 @@ class Poisson(Scalar):
         return jnp.exp(lam.linear)
 
     def log_partition(self, lam: PoissonNatural) -> Array:
-        """A = exp(lambda)."""
+        """Return A = exp(lambda)."""
         return jnp.exp(lam.linear)
 
     def _log_h(self, lam: PoissonNatural, x: Array) -> Array:
@@ -311,7 +311,7 @@ class Geometric(Waiting):
         return GeometricNatural(jnp.log1p(jnp.negative(probability)))
 
     def log_partition(self, lam: GeometricNatural) -> Array:
-        """A = -log(1 - exp(lambda))."""
+        """Return A = -log(1 - exp(lambda))."""
         return -lf.log_success(lam.linear)
 
     def _log_q(self, lam: GeometricNatural, x: Array) -> Array:
@@ -369,7 +369,7 @@ class NegativeBinomial(Waiting):
         return NegativeBinomialNatural(jnp.log1p(jnp.negative(probability)), jnp.asarray(total))
 
     def log_partition(self, lam: NegativeBinomialNatural) -> Array:
-        """A = -r log(1 - exp(lambda))."""
+        """Return A = -r log(1 - exp(lambda))."""
         return -lam.total * lf.log_success(lam.linear)
 
     # The last trial is a success: r of all r + x are, in r / (r + x) of their orders.
@@ -400,7 +400,7 @@ class NegativeBinomial(Waiting):
     def sample(
         self, key: Array, lam: NegativeBinomialNatural, shape: tuple[int, ...] = ()
     ) -> Array:
-        """A Poisson count whose rate is a draw from a gamma density."""
+        """Draw a Poisson count whose rate is a draw from a gamma density."""
         key_rate, key_count = jax.random.split(key)
         g = jax.random.gamma(key_rate, lam.total, (*shape, *lam.total.shape), lam.total.dtype)
         return lf.draw_poisson(key_count, g * lf.failures(lam.linear))

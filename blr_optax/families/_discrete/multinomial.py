@@ -78,7 +78,7 @@ class Multinomial(Simplex):
         return MultinomialNatural(linear_from(logits, probabilities), jnp.asarray(total))
 
     def log_partition(self, lam: MultinomialNatural) -> Array:
-        """A = n log(1 + sum_k exp lambda_k)."""
+        """Return A = n log(1 + sum_k exp lambda_k)."""
         return -lam.total * log_softmax(full_logits(lam.linear))[..., -1]
 
     def sufficient_statistics(

@@ -54,7 +54,7 @@ class MeanField(Independent, ExponentialFamily):
     family: ExponentialFamily
 
     def __init__(self, family: Family | str) -> None:
-        """Looks a name up."""
+        """Look a name up."""
         object.__setattr__(self, "family", get(family))
         if not getattr(self.family, "elementwise", False):
             raise ValueError(
@@ -77,7 +77,7 @@ class MeanField(Independent, ExponentialFamily):
     elementwise = False  # it is the lift
 
     def _structure(self, x: Any) -> Any:
-        """The tree of the parameters: of every field of lambda and mu, and of theta."""
+        """Return the tree of the parameters: of every field of lambda and mu, and of theta."""
         return jax.tree.structure(x[0] if self._has_fields(x) else x)
 
     def _has_fields(self, x: Any) -> bool:
@@ -93,7 +93,7 @@ class MeanField(Independent, ExponentialFamily):
         return [type(x)(*part) for part in zip(*map(treedef.flatten_up_to, x), strict=True)]
 
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
-        """A tree; of lambda or mu every field is one."""
+        """Return a tree; of lambda or mu every field is one."""
         treedef = self._structure(like)
         if kind is None:
             return treedef.unflatten(parts)

@@ -83,7 +83,7 @@ class InverseWishart(ExponentialFamily):
         return InverseWishartNatural(-0.5 * (n + s.shape[-1] + 1.0), -0.5 * s)
 
     def _wishart(self, lam: InverseWishartNatural) -> WishartNatural:
-        """The density of X^{-1}."""
+        """Return the density of X^{-1}."""
         return WishartNatural(-lam.log_det - (lam.inverse.shape[-1] + 1.0), lam.inverse)
 
     def standard(self, lam: InverseWishartNatural) -> dict[str, Array]:
@@ -109,7 +109,7 @@ class InverseWishart(ExponentialFamily):
         return jnp.where(enough, found, jnp.inf)
 
     def log_partition(self, lam: InverseWishartNatural) -> Array:
-        """A = log Gamma_d(nu / 2) - nu / 2 log|Psi / 2|."""
+        """Return A = log Gamma_d(nu / 2) - nu / 2 log|Psi / 2|."""
         return Wishart().log_partition(self._wishart(lam))
 
     def sufficient_statistics(

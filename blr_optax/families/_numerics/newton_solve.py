@@ -23,7 +23,7 @@ MAX_HALVINGS = 60
 
 
 def _symmetric_basis(d: int) -> np.ndarray:
-    """An orthonormal basis of the symmetric d x d matrices, one flattened matrix per row."""
+    """Return an orthonormal basis of the symmetric d x d matrices, one flattened matrix per row."""
     rows = []
     for i in range(d):
         for j in range(i + 1):

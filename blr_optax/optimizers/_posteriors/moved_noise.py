@@ -112,7 +112,7 @@ def _moments(of_normal: Callable[[Array], Array]) -> tuple[float, float, float]:
 
 
 def as_law(noise: str | Callable[[Array], Array], *, positive: bool = False) -> Law:
-    """The law of a name or of a function of standard normals.
+    """Return the law of a name or of a function of standard normals.
 
     Raises:
         ValueError: for an unknown name, or a function whose law is not of mean zero (positive).

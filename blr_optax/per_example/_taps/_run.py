@@ -54,7 +54,7 @@ class Runner(NamedTuple):
     weights: Any
 
     def run(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
-        """The outputs of a jaxpr."""
+        """Return the outputs of a jaxpr."""
         env: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Plain, consts), strict=True))
         env |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -133,26 +133,26 @@ class Runner(NamedTuple):
 
 
 def scanned_over(value: Value) -> Value:
-    """An operand of a loop with its steps leading, and back; norms belong to no step."""
+    """Return an operand of a loop with its steps leading, and back; norms belong to no step."""
     if isinstance(value, Batch):
         return Batch(jnp.swapaxes(value.x, 0, 1))
     return with_norms(value, None)
 
 
 def norms_of(value: Value) -> Any:
-    """The norms of a view."""
+    """Return the norms of a view."""
     return value.shadow.norms if isinstance(value, Tapped) else None
 
 
 def with_norms(value: Value, norms: Any) -> Value:
-    """A view with other norms."""
+    """Return a view with other norms."""
     if not isinstance(value, Tapped):
         return value
     return Tapped(value.x, value.shadow._replace(norms=norms))
 
 
 def plain(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """An equation without views, under `vmap`."""
+    """Return an equation without views, under `vmap`."""
     axes = [0 if isinstance(v, Batch) else None for v in values]
     operands = [v.x for v in values]
     if 0 not in axes:
@@ -161,7 +161,7 @@ def plain(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def moved(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """A part or another shape of views; their shadows move with them, casts apart."""
+    """Return a part or another shape of views; their shadows move with them, casts apart."""
 
     def at(operand: Callable[[Value], Any]) -> list[Any]:
         return _jaxpr.bind(eqn, *map(operand, values))
@@ -180,7 +180,7 @@ def moved(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def scaled(eqn: Any, values: Sequence[Value]) -> Tapped:
-    """A number c times a view (c^2 times its squares), or a constant added to it."""
+    """Return a number c times a view (c^2 times its squares), or a constant added to it."""
     (found,) = _jaxpr.bind(eqn, *(v.x for v in values))
     side = next(i for i, v in enumerate(values) if isinstance(v, Tapped))
     view: Any = values[side]
