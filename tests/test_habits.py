@@ -40,7 +40,8 @@ def test_the_oldest_versions_that_are_tested_are_the_floors():
 
 
 def test_the_hooks_have_the_version_of_the_lint():
-    low, high = re.findall(r"\d+\.\d+", *PROJECT["optional-dependencies"]["lint"])
+    (bounds,) = (x for x in PROJECT["optional-dependencies"]["lint"] if x.startswith("ruff"))
+    low, high = re.findall(r"\d+\.\d+", bounds)
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     (ruff,) = (repo for repo in repos if "ruff" in repo["repo"])
     numbers = [tuple(map(int, v.split("."))) for v in (low, ruff["rev"].lstrip("v"), high)]

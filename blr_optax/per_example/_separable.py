@@ -43,8 +43,8 @@ def checked(who: str, loss: Callable[..., Array], params: Params, batch: tuple) 
     """Return the traced loss of one example.
 
     Raises:
-        ValueError: for integer parameters, a result that is not a scalar, parameters that are closed
-            over, or a loss that is not a mean over separate examples.
+        ValueError: for integer parameters, a result that is not a scalar, parameters that are
+            closed over, or a loss that is not a mean over separate examples.
     """
     _tree.check_float_leaves(params, who)
     found = traced(loss, params, batch)

@@ -117,8 +117,8 @@ def per_example(
     Raises:
         ValueError: for an unknown statistic or likelihood, missing outputs, likelihood or key,
             integer parameters, a batch without a common leading axis, a microbatch that does not
-            divide it, weights of another shape, a loss that is not a scalar or not a mean, that couples
-            its examples, or that closes over its parameters.
+            divide it, weights of another shape, a loss that is not a scalar or not a mean, that
+            couples its examples, or that closes over its parameters.
 
     Source: Goodfellow (2015), arXiv:1510.01799; Dangel et al. (2020), BackPACK; Eschenhagen et al.
     (2023) for expand and reduce. Special case of `blr_update` with
