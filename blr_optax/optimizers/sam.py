@@ -218,7 +218,14 @@ def bsam(
       >>> import jax.numpy as jnp, blr_optax as blr
       >>> params, loss = jnp.ones(1), lambda w: 2.0 * w @ w
       >>> tx = blr.bsam(
-      ...     0.5, 10.0, rho=0.1, b1=0.0, b2=0.5, damping=0.0, prior_precision=0.0, generator=None
+      ...     0.5,
+      ...     ess=10.0,
+      ...     rho=0.1,
+      ...     b1=0.0,
+      ...     b2=0.5,
+      ...     damping=0.0,
+      ...     prior_precision=0.0,
+      ...     generator=None,
       ... )
       >>> state = tx.init(params)
       >>> est = blr.estimate(loss, state, params)
