@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 .DELETE_ON_ERROR:
 # Two pips must never write into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow coverage mutants lint format bench docs clean
+.PHONY: help demo test slow coverage mutants lint types format bench docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10

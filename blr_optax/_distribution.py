@@ -78,7 +78,7 @@ class Distribution:
         return self.family.variance(self._proper("variance"))
 
     def standard(self) -> dict[str, PyTree]:
-        """Standard parameters, by name."""
+        """Return standard parameters, by name."""
         return self.family.standard(self._proper("standard"))
 
     def expectation(self) -> ExpectationParameters:
@@ -122,21 +122,21 @@ class Distribution:
         self.family.check_sizes(self.natural, other.natural)
 
     def __mul__(self, other: Distribution) -> Distribution:
-        """The (unnormalised) product of two densities: lambda1 + lambda2."""
+        """Return the (unnormalised) product of two densities: lambda1 + lambda2."""
         self._same_family(other, "*")
         return Distribution(
             self.family, self.family.combine((1.0, self.natural), (1.0, other.natural))
         )
 
     def __truediv__(self, other: Distribution) -> Distribution:
-        """The (unnormalised) quotient: lambda1 - lambda2."""
+        """Return the (unnormalised) quotient: lambda1 - lambda2."""
         self._same_family(other, "/")
         return Distribution(
             self.family, self.family.combine((1.0, self.natural), (-1.0, other.natural))
         )
 
     def __pow__(self, a: float) -> Distribution:
-        """The (unnormalised) power q^a: a lambda."""
+        """Return the (unnormalised) power q^a: a lambda."""
         return Distribution(self.family, self.family.combine((a, self.natural)))
 
 

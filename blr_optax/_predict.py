@@ -21,7 +21,7 @@ from blr_optax._random import canonical_key
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Array, Float, Key, PyTree
+    from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
     from blr_optax._typing import AnyArray, KeyLike
 
@@ -59,13 +59,13 @@ class RegressionPredictive(NamedTuple):
         return self.epistemic + self.aleatoric
 
 
-def binary_link(logits: Float[AnyArray, "*n"]) -> Float[Array, "*n 2"]:
+def binary_link(logits: Float[ArrayLike, "*n"]) -> Float[Array, "*n 2"]:
     """Link for one logit per example: the probabilities of classes 0 and 1, on a new last axis.
 
     >>> binary_link(jnp.log(jnp.array([1.0, 3.0]))).round(4).tolist()  # odds 1:1 and 3:1
     [[0.5, 0.5], [0.25, 0.75]]
     """
-    return jnp.stack([jax.nn.sigmoid(-logits), jax.nn.sigmoid(logits)], axis=-1)
+    return jnp.stack([jax.nn.sigmoid(jnp.negative(logits)), jax.nn.sigmoid(logits)], axis=-1)
 
 
 def predict(
@@ -139,7 +139,7 @@ def predict_regression(
     q: Sampler,
     apply: Callable[..., Float[Array, "*n"]],
     *inputs: PyTree,
-    noise_variance: Float[AnyArray, "*#n"] | float = 0.0,
+    noise_variance: Float[ArrayLike, "*#n"] = 0.0,
     samples: int = 64,
     chunk: int = 8,
 ) -> RegressionPredictive:

@@ -63,7 +63,7 @@ _LOG = (
 
 
 def check_generator(name: str) -> str:
-    """Raises ValueError for an unknown generator."""
+    """Raise ValueError for an unknown generator."""
     if name not in GENERATORS:
         raise ValueError(f"generator={name!r} is unknown; known: {', '.join(GENERATORS)}.")
     return name
@@ -107,7 +107,7 @@ def _hashed(
 
 
 def hash_normal(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
-    """Standard normals from two key words by the counter hash, float32."""
+    """Return standard normals from two key words by the counter hash, float32."""
     u, z = _hashed(words, shape)
     z = z * _C2
     z = z ^ (z >> 15)
@@ -116,14 +116,14 @@ def hash_normal(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array,
 
 
 def hash_logistic(words: UInt32[Array, 2], shape: tuple[int, ...]) -> Float[Array, ...]:
-    """Standard logistic numbers from two key words by the counter hash, float32."""
+    """Return standard logistic numbers from two key words by the counter hash, float32."""
     _, z = _hashed(words, shape)
     u = ((z >> 9).astype(jnp.float32) + 0.5) * np.float32(2.0**-23)  # never 1: exact in float32
     return _log(u / (1.0 - u))
 
 
 def standard_normal(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
-    """A tree of standard normals shaped like `like`, in its statistics dtype.
+    """Return a tree of standard normals shaped like `like`, in its statistics dtype.
 
     Args:
         key: typed key of this draw.
@@ -134,12 +134,12 @@ def standard_normal(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
 
 
 def standard_logistic(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
-    """A tree of standard logistic numbers, as `standard_normal`."""
+    """Return a tree of standard logistic numbers, as `standard_normal`."""
     return _standard(hash_logistic, jax.random.logistic, key, like, generator)
 
 
 def _standard(hashed: Callable, plain: Callable, key: Array, like: Any, generator: str) -> Any:
-    """A tree of noise by one of two generators."""
+    """Return a tree of noise by one of two generators."""
     if generator == "hash":
         words = jax.random.bits(key, (2,), jnp.uint32)
 
@@ -155,12 +155,12 @@ def _standard(hashed: Callable, plain: Callable, key: Array, like: Any, generato
 
 
 def step_key(key: Array, count: Array, sample: PyTree = 0) -> Array:
-    """The key of one draw: the state's key, folded with the step and the sample's index."""
+    """Return the key of one draw: the state's key, folded with the step and the sample's index."""
     return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
 def canonical_key(key: KeyLike) -> Array:
-    """A typed key from a typed key or an integer seed.
+    """Return a typed key from a typed key or an integer seed.
 
     Raises:
         ValueError: for a raw uint32 key.

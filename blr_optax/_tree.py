@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def leaf_name(path: Any) -> str:
-    """A leaf's path as text, without the `.value` of a box around the leaf.
+    """Return a leaf's path as text, without the `.value` of a box around the leaf.
 
     `nnx.Optimizer` gives `init` its variables boxed and `update` the bare arrays: one leaf, one
     name.
@@ -34,17 +34,17 @@ def leaf_name(path: Any) -> str:
 
 
 def path_hash(path: Any) -> int:
-    """A stable 32-bit number for a leaf's path, the same in every process and version."""
+    """Return a stable 32-bit number for a leaf's path, the same in every process and version."""
     return zlib.crc32(leaf_name(path).encode())
 
 
 def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which statistics of a weight of this dtype are kept: float32 or wider."""
+    """Return the dtype in which statistics of a weight of this dtype are kept: float32 or wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def check_float_leaves(params: Params, who: str) -> None:
-    """Raises ValueError when a parameter leaf is not a real floating-point array."""
+    """Raise ValueError when a parameter leaf is not a real floating-point array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -87,7 +87,7 @@ def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
 
 
 def _refuse_strays(entries: dict[str, Any], params: Params, name: str) -> None:
-    """Raises ValueError when entries match no leaf of params, unless params is a masked part."""
+    """Raise ValueError when entries match no leaf of params, unless params is a masked part."""
     known = paths(params)
     if not known or any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
         return
@@ -97,7 +97,7 @@ def _refuse_strays(entries: dict[str, Any], params: Params, name: str) -> None:
 
 
 def matching_leaves(tree: PyTree, params: Params, name: str, leading: int = 0) -> PyTree:
-    """Picks from `tree` the leaf that stands at the path of each leaf of params.
+    """Pick from `tree` the leaf that stands at the path of each leaf of params.
 
     Args:
         tree: a tree like the full params, of which params may be a masked part.
@@ -132,7 +132,7 @@ def matching_leaves(tree: PyTree, params: Params, name: str, leading: int = 0) -
 
 
 def merge_by_path(params: Params, *parts: PyTree) -> PyTree:
-    """A tree like params with every leaf replaced by the one that a part has at its path."""
+    """Return a tree like params with every leaf replaced by the one that a part has at its path."""
     entries = {
         leaf_name(path): leaf
         for part in parts
@@ -144,14 +144,14 @@ def merge_by_path(params: Params, *parts: PyTree) -> PyTree:
 
 
 def mask_to(tree: PyTree, keep: Set[str]) -> PyTree:
-    """A tree in which every leaf whose path is not in `keep` is a `MaskedNode`."""
+    """Return a tree in which every leaf whose path is not in `keep` is a `MaskedNode`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if leaf_name(path) in keep else optax.MaskedNode(), tree
     )
 
 
 def paths(tree: PyTree) -> set[str]:
-    """The paths of all leaves of a tree."""
+    """Return the paths of all leaves of a tree."""
     return {leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -184,5 +184,5 @@ def total(f: Any, *trees: PyTree) -> Array:
 
 
 def ratio(a: Array, b: Array) -> Array:
-    """a / b, and 0 where both are."""
+    """Return a / b, and 0 where both are."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)

@@ -15,6 +15,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 __all__ = [
+    "Alternative",
     "AnyArray",
     "ArrayLike",
     "AxisName",
@@ -42,6 +43,7 @@ Params: TypeAlias = PyTree  # the parameters that are trained, or a tree of thei
 Updates: TypeAlias = PyTree  # gradients or updates, a tree like the parameters
 OptState: TypeAlias = PyTree  # the state of any optax transformation
 
+Alternative: TypeAlias = ArrayLike | None  # a keyword of several, of which exactly one is given
 NaturalParameters: TypeAlias = PyTree  # lambda: the `Natural` type of some family
 ExpectationParameters: TypeAlias = PyTree  # mu: the `Expectation` type of some family
 

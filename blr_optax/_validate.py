@@ -34,20 +34,20 @@ def holds(test: Callable[[PyTree], PyTree], value: Any) -> bool:
 
 
 def require(name: str, value: Any, valid: str, test: Callable[[PyTree], PyTree]) -> None:
-    """Raises ValueError when a concrete standard parameter is outside its range."""
+    """Raise ValueError when a concrete standard parameter is outside its range."""
     if not holds(lambda x: test(jnp.asarray(x)), value):
         raise ValueError(f"{name} must be {valid}; got {value}.")
 
 
 def at(hyper: Hyperparameter, count: Any) -> PyTree:
-    """The value of a number, array, tree or schedule at a step."""
+    """Return the value of a number, array, tree or schedule at a step."""
     return hyper(count) if callable(hyper) else hyper
 
 
 def check_positive(
     name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
 ) -> None:
-    """Raises ValueError for concrete numbers out of range; schedules and traced ones pass.
+    """Raise ValueError for concrete numbers out of range; schedules and traced ones pass.
 
     With `scalar` also for whatever is not one number for all weights.
     """
@@ -71,7 +71,7 @@ def check_positive(
 
 
 def check_number(name: str, number: Any, *, zero: bool = False) -> None:
-    """Raises ValueError for what is not one number in range; schedules are none."""
+    """Raise ValueError for what is not one number in range, a schedule included."""
     if callable(number):
         raise ValueError(f"{name} must be one number, not a schedule.")
     check_positive(name, number, zero=zero, scalar=True)
@@ -83,7 +83,7 @@ def is_zero(hyper: Hyperparameter) -> bool:
 
 
 def check_unit_interval(name: str, number: Any) -> None:
-    """Raises ValueError for a plain number outside [0, 1), or what is no number."""
+    """Raise ValueError for a plain number outside [0, 1), or what is not a number."""
     if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
         raise ValueError(f"{name}={number!r} must be a number or a schedule.")
     if isinstance(number, (int, float)) and not 0.0 <= number < 1.0:
@@ -91,7 +91,7 @@ def check_unit_interval(name: str, number: Any) -> None:
 
 
 def check_count(name: str, number: Any, least: int = 1) -> None:
-    """Raises ValueError for what is not a whole number, or too small a one."""
+    """Raise ValueError for what is not a whole number, or too small a one."""
     try:
         if isinstance(number, bool):
             raise TypeError
@@ -135,7 +135,7 @@ def squares_finite(grads: Updates, curvature: PyTree = None) -> PyTree:
 
 
 def zero_unless(finite: Any, tree: PyTree) -> PyTree:
-    """The tree where all is finite, else zeros."""
+    """Return the tree where all is finite, else zeros."""
     return optax.tree.where(finite, tree, optax.tree.zeros_like(tree))
 
 

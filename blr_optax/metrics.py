@@ -20,18 +20,21 @@ from jax.scipy.special import erf, ndtri
 from blr_optax._validate import require
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-    from blr_optax._typing import AnyArray
+    # What is given: anything that jax makes an array of. n is a batch, or a batch of pixels.
+    Probs = Float[ArrayLike, "*n k"]  # probabilities of k classes
+    Labels = Int[ArrayLike, "*n"]  # the class of each example
+    Reals = Float[ArrayLike, "*n"]  # one number per example
+    Truths = Bool[ArrayLike, "*n"] | Int[ArrayLike, "*n"]  # one truth, or 0 or 1, per example
+    Numbers = Float[ArrayLike, "*#n"]  # one number per example, or one for all
 
-    Probs = Float[AnyArray, "*n k"]  # probabilities of k classes; n: a batch, or a batch of pixels
-    Labels = Int[AnyArray, "*n"]  # the class of each example
-    Reals = Float[AnyArray, "*n"]  # one number per example
-    Truths = Bool[AnyArray, "*n"]  # one truth per example
+    # What is returned.
+    Scores = Float[Array, "*n"]  # one number per example
     Scalar = Float[Array, ""]
 
 
-def correct(probs: Probs, labels: Labels) -> Truths:
+def correct(probs: Probs, labels: Labels) -> Bool[Array, "*n"]:
     """Whether the most probable class, the first one on ties, is the label; per example.
 
     >>> correct(jnp.array([[0.9, 0.1], [0.5, 0.5]]), jnp.array([0, 1])).tolist()
@@ -50,7 +53,7 @@ def accuracy(probs: Probs, labels: Labels) -> Scalar:
     return jnp.mean(correct(probs, labels), dtype=jnp.asarray(probs).dtype)
 
 
-def nll(probs: Probs, labels: Labels, *, log: bool = False) -> Reals:
+def nll(probs: Probs, labels: Labels, *, log: bool = False) -> Scores:
     """Negative log-likelihood ``-log p[label]`` in nats, per example.
 
     Args:
@@ -67,7 +70,7 @@ def nll(probs: Probs, labels: Labels, *, log: bool = False) -> Reals:
     return -p if log else -jnp.log(p)
 
 
-def brier(probs: Probs, labels: Labels) -> Reals:
+def brier(probs: Probs, labels: Labels) -> Scores:
     """Brier score ``sum_k (p_k - 1[k = label])^2``, between 0 and 2, per example.
 
     For two classes this is twice the binary score ``(p_1 - label)^2``.
@@ -80,7 +83,7 @@ def brier(probs: Probs, labels: Labels) -> Reals:
     return jnp.sum((probs - target) ** 2, axis=-1)
 
 
-def entropy(probs: Probs) -> Reals:
+def entropy(probs: Probs) -> Scores:
     """Entropy ``-sum_k p_k log p_k`` in nats with ``0 log 0 = 0``, per example.
 
     The gradient at ``p_k = 0`` is set to 0, its limit behind a softmax that underflowed.
@@ -95,12 +98,12 @@ def entropy(probs: Probs) -> Reals:
 class EntropySplit(NamedTuple):
     """Entropy of the averaged prediction and its two parts, in nats, per example."""
 
-    total: Reals
-    aleatoric: Reals
-    epistemic: Reals
+    total: Scores
+    aleatoric: Scores
+    epistemic: Scores
 
 
-def entropy_split(sample_probs: Float[AnyArray, "s *n k"], *, axis: int = 0) -> EntropySplit:
+def entropy_split(sample_probs: Float[ArrayLike, "s *n k"], *, axis: int = 0) -> EntropySplit:
     """Split predictive entropy into noise in the data and disagreement between weight samples.
 
     ``total = H(mean_s p_s)``, ``aleatoric = mean_s H(p_s)`` and ``epistemic = total - aleatoric``,
@@ -117,7 +120,7 @@ def entropy_split(sample_probs: Float[AnyArray, "s *n k"], *, axis: int = 0) -> 
     return split_means(sample_probs.mean(axis), entropy(sample_probs).mean(axis))
 
 
-def split_means(probs: Probs, aleatoric: Reals) -> EntropySplit:
+def split_means(probs: Probs, aleatoric: Scores) -> EntropySplit:
     """`entropy_split` given the sample means of the probabilities and of their entropies."""
     total = entropy(probs)
     # Jensen makes the difference non-negative; rounding can leave it an ulp below zero.
@@ -143,7 +146,7 @@ class Calibration(NamedTuple):
 def calibration(
     probs: Probs, labels: Labels, *, bins: int = 15, closed: Literal["left", "right"] = "left"
 ) -> Calibration:
-    """Expected, maximum and RMS calibration error of the most probable class, equal-width bins.
+    """Return the calibration errors of the most probable class, in bins of equal width.
 
     Args:
         probs: Probabilities.
@@ -213,10 +216,8 @@ def _equal_width(confidence: AnyArray, outcome: AnyArray, bins: int, closed: str
     return _binned(confidence, outcome, index, jnp.linspace(0, 1, bins + 1, dtype=confidence.dtype))
 
 
-def _binned(
-    confidence: AnyArray, outcome: AnyArray, index: AnyArray, edges: AnyArray
-) -> Calibration:
-    """The errors and the bin data when example ``i`` lies in bin ``index[i]``."""
+def _binned(confidence: Array, outcome: Array, index: ArrayLike, edges: Array) -> Calibration:
+    """Return the errors and the bin data when example ``i`` lies in bin ``index[i]``."""
     n, bins, dtype = len(confidence), len(edges) - 1, confidence.dtype
     count, hits, total = (
         jax.ops.segment_sum(x, jnp.asarray(index), bins)
@@ -229,7 +230,9 @@ def _binned(
     return Calibration(ece, gap.max(), rms, edges, count, total / size, hits / size)
 
 
-def in_vs_out(inside: Reals, outside: Float[AnyArray, "*m"]) -> tuple[Array, Array]:
+def in_vs_out(
+    inside: Float[ArrayLike, "*n"], outside: Float[ArrayLike, "*m"]
+) -> tuple[Float[Array, " s"], Bool[Array, " s"]]:
     """Join the scores of two sets into the ``(scores, positive)`` of `auroc` and its neighbours.
 
     Correct against wrong needs no joining: ``auroc(probs.max(-1), correct(probs, labels))``.
@@ -306,7 +309,7 @@ def _ranks(scores: AnyArray, member: AnyArray) -> tuple[Array, Array]:
     return ranked[below], ranked[upto]
 
 
-def gaussian_nll(mean: Reals, std: Reals, targets: Reals) -> Reals:
+def gaussian_nll(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array, "*#n"]:
     """Negative log-density ``log(2 pi std^2)/2 + (target - mean)^2/(2 std^2)``, per example.
 
     >>> round(float(gaussian_nll(0.0, 1.0, 0.0)), 4)  # log(2 pi) / 2
@@ -315,7 +318,7 @@ def gaussian_nll(mean: Reals, std: Reals, targets: Reals) -> Reals:
     return -stats.norm.logpdf(targets, mean, std)
 
 
-def gaussian_crps(mean: Reals, std: Reals, targets: Reals) -> Reals:
+def gaussian_crps(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array, "*#n"]:
     """Continuous ranked probability score ``int (F(t) - 1[t >= target])^2 dt``, per example.
 
     ``std (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi))`` with ``z = (target - mean) / std``, in the
@@ -328,7 +331,7 @@ def gaussian_crps(mean: Reals, std: Reals, targets: Reals) -> Reals:
     return std * (z * erf(z / np.sqrt(2)) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
 
 
-def gaussian_pit(mean: Reals, std: Reals, targets: Reals) -> Reals:
+def gaussian_pit(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array, "*#n"]:
     """Probability integral transform ``F(target)``, per example; uniform if the model is right.
 
     >>> float(gaussian_pit(0.0, 1.0, 0.0))
@@ -356,7 +359,11 @@ class Regression(NamedTuple):
 
 
 def regression(
-    mean: Reals, std: Reals, targets: Reals, *, levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
+    mean: Numbers,
+    std: Numbers,
+    targets: Numbers,
+    *,
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
 ) -> Regression:
     """Accuracy, likelihood, coverage and sharpness of Gaussian predictions (`std` with the noise).
 
@@ -383,7 +390,7 @@ def regression(
     )
 
 
-def _examples(probs: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
+def _examples(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     probs, labels = jnp.asarray(probs), jnp.asarray(labels)
     if labels.shape != probs.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         need = f"integer classes of shape {probs.shape[:-1]} (from one-hot: labels.argmax(-1))"
@@ -391,12 +398,12 @@ def _examples(probs: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
     return probs, labels
 
 
-def _probabilities(probs: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
+def _probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     require("probs", probs, "in [0, 1] (see softmax)", lambda p: (p >= 0) & (p < 1.001))
     return _examples(probs, labels)
 
 
-def _scored(scores: AnyArray, positive: AnyArray) -> tuple[Array, Array]:
+def _scored(scores: ArrayLike, positive: ArrayLike) -> tuple[Array, Array]:
     scores, positive = jnp.ravel(scores), jnp.ravel(positive).astype(bool)
     if scores.shape != positive.shape:
         raise ValueError(f"positive has {positive.size} entries, scores {scores.size}; pair them.")

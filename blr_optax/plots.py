@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from jaxtyping import Array, Float
+    from jaxtyping import ArrayLike, Float
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -74,8 +74,8 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
 
 
 def entropy_histogram(
-    inside: Float[Array, "*n"],
-    outside: Float[Array, "*m"],
+    inside: Float[ArrayLike, "*n"],
+    outside: Float[ArrayLike, "*m"],
     *,
     bins: int = 30,
     labels: tuple[str, str] = ("in distribution", "out of distribution"),
@@ -108,12 +108,12 @@ def entropy_histogram(
 
 
 def regression_band(
-    x: Float[Array, " n"],
-    mean: Float[Array, " n"],
-    epistemic: Float[Array, " n"],
-    aleatoric: Float[Array, " n"] | float = 0.0,
+    x: Float[ArrayLike, " n"],
+    mean: Float[ArrayLike, " n"],
+    epistemic: Float[ArrayLike, " n"],
+    aleatoric: Float[ArrayLike, " n"] | float = 0.0,
     *,
-    data: tuple[Float[Array, " m"], Float[Array, " m"]] | None = None,
+    data: tuple[Float[ArrayLike, " m"], Float[ArrayLike, " m"]] | None = None,
     deviations: float = 2.0,
     ax: Axes | None = None,
 ) -> Figure:
@@ -138,9 +138,9 @@ def regression_band(
         ImportError: without matplotlib.
     """
     ax = _axes(ax)
-    x, mean, epistemic, aleatoric = np.broadcast_arrays(x, mean, epistemic, aleatoric)
-    order = np.argsort(x)
-    x, mean, epistemic, aleatoric = (v[order] for v in (x, mean, epistemic, aleatoric))
+    arrays = np.broadcast_arrays(x, mean, epistemic, aleatoric)
+    order = np.argsort(arrays[0])
+    x, mean, epistemic, aleatoric = (v[order] for v in arrays)
     bands = [("epistemic", epistemic, 0.45)]
     if np.any(aleatoric > 0):
         bands.insert(0, ("epistemic + aleatoric", epistemic + aleatoric, 0.18))
@@ -158,9 +158,9 @@ def regression_band(
 
 
 def training_curves(
-    curves: Mapping[str, Float[Array, " t"]],
+    curves: Mapping[str, Float[ArrayLike, " t"]],
     *,
-    steps: Float[Array, " t"] | None = None,
+    steps: Float[ArrayLike, " t"] | None = None,
     xlabel: str = "step",
     ylabel: str = "loss",
     yscale: str = "linear",
@@ -193,7 +193,7 @@ def training_curves(
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (5.2, 3.6)) -> Axes:
-    """The given axes, or those of a new figure; both without the frame's top and right sides."""
+    """Return the given axes, or new ones, without the top and right sides of the frame."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

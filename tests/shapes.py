@@ -9,11 +9,9 @@ import typing
 
 import jaxtyping
 
-FAMILIES = ("_continuous", "_discrete", "_matrix", "_conditional", "_numerics")
+PARTS = ("_continuous", "_discrete", "_matrix", "_conditional", "_lifts", "_numerics")
 CHECKED = ["blr_optax.metrics", "blr_optax._predict"]
-CHECKED += [
-    f"blr_optax.families.{part}" for part in FAMILIES
-]  # their bases and lifts make classes of their own
+CHECKED += [f"blr_optax.families.{part}" for part in PARTS]  # their bases make classes of their own
 OTHERS = (
     "beartype.door", "chex", "equinox", "flax.linen", "flax.nnx", "hypothesis",
     "matplotlib.pyplot", "mpmath", "numpyro.distributions", "optax.contrib", "orbax.checkpoint",

@@ -11,7 +11,6 @@ families evaluate the rule themselves, and know it by its name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -21,23 +20,24 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import PyTree, ScalarOrSchedule, Updates
+    from blr_optax._typing import PyTree, Updates
 
 
 class Sample(NamedTuple):
     """Where and what the loss was at one sample (trees, or flat vectors for `gaussian`).
 
-    `mean_loss` and `batch` give `loss(theta) = mean_loss(theta, *batch)`.
+    `mean_loss` and `batch` give `loss(theta) = mean_loss(theta, *batch)`; None where a curvature
+    takes the gradient alone, as is a key that it does not need.
     """
 
-    loss: Callable[[Any], Array] | None
+    loss: Any
     theta: PyTree
     grad: Updates
     displacement: PyTree
     precision: PyTree
-    ess: ScalarOrSchedule
-    key: Array | None
-    mean_loss: Callable[..., Array] | None = None
+    ess: Array | None
+    key: Any
+    mean_loss: Any = None
     batch: tuple = ()
 
 
@@ -60,11 +60,11 @@ class Curvature:
         jax.tree_util.register_static(cls)
 
     def diagonal(self, at: Sample) -> PyTree:
-        """The diagonal at one sample, a tree like theta."""
+        """Return the diagonal at one sample, a tree like theta."""
         raise NotImplementedError
 
     def matrix(self, at: Sample) -> Array:
-        """The matrix at one sample."""
+        """Return the matrix at one sample."""
         raise NotImplementedError
 
 
@@ -76,7 +76,7 @@ class Exact(Curvature):
     needs_loss = True
 
     def matrix(self, at: Sample) -> Array:
-        """The Hessian of a loss of one vector."""
+        """Return the Hessian of a loss of one vector."""
         return jax.hessian(at.loss)(at.theta)
 
     def diagonal(self, at: Sample) -> PyTree:
@@ -202,7 +202,7 @@ class PerExampleSquares(Curvature):
 
 
 def exact() -> Exact:
-    """The Hessian itself: H = hess l(theta), its diagonal for elementwise families.
+    """Return the Hessian itself: H = hess l(theta), its diagonal for elementwise families.
 
     Right for twice differentiable losses, not for piecewise linear networks. The diagonal costs one
     Hessian-vector product per coordinate.
@@ -364,7 +364,7 @@ MAKERS = {
 
 
 def from_name(curvature: str | Curvature) -> Curvature:
-    """A curvature, by its name or as it is.
+    """Return a curvature, by its name or as it is.
 
     Raises:
         ValueError: for an unknown name, or one that says too little: 'squared_gradient' needs a
@@ -381,7 +381,7 @@ def from_name(curvature: str | Curvature) -> Curvature:
 
 
 def from_gradient(curvature: str | Curvature) -> Curvature:
-    """A curvature that the gradient alone gives, by name or as it is.
+    """Return a curvature that the gradient alone gives, by name or as it is.
 
     Raises:
         ValueError: for an unknown name, or a curvature that needs the loss.

@@ -76,7 +76,7 @@ class Enumeration(Estimator):
         columns = np.split(table, ends, axis=1)
 
         def pick(leaf: Array, column: np.ndarray, like: Any) -> Array:
-            """The value of every member in every combination."""
+            """Return the value of every member in every combination."""
             members = leaf.reshape(leaf.shape[0], column.shape[1], *leaf.shape[len(like.shape) :])
             found = members[column, np.arange(column.shape[1])]
             return found.reshape(len(column), *leaf.shape[1:])
@@ -164,7 +164,7 @@ def enumeration(total: int | None = None) -> Enumeration:
 
 
 def concrete(temperature: float = 0.5, samples: int = 1) -> Concrete:
-    """The concrete (Gumbel-softmax) relaxation of bernoulli, rademacher and categorical.
+    """Return the concrete (Gumbel-softmax) relaxation of bernoulli, rademacher and categorical.
 
     theta_s = sigmoid((lambda + logistic noise) / tau) or its +-1 and softmax forms;
     grad_mu ~ F^{-1} mean_s grad_lambda l(theta_s): needs the loss's gradient at relaxed values. For

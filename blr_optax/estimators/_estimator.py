@@ -37,7 +37,7 @@ class Estimator:
         jax.tree_util.register_static(cls)
 
     def check(self, family: ExponentialFamily) -> None:
-        """Raises ValueError when this estimator does not apply to the family."""
+        """Raise ValueError when this estimator does not apply to the family."""
 
     def natural_gradient(
         self,
@@ -51,7 +51,7 @@ class Estimator:
         raise NotImplementedError
 
     def check_conditional(self, family: ConditionalFamily) -> None:
-        """Raises ValueError when this estimator does not apply to the conditional family."""
+        """Raise ValueError when this estimator does not apply to the conditional family."""
         shared = ", shared_draws(...)" if family.shares_draws else ""
         raise ValueError(
             f"estimator={self!r}: {type(family).__name__} is a conditional family, which takes "
@@ -71,7 +71,7 @@ class Estimator:
 
 
 def others(family: ExponentialFamily, *refused: str) -> str:
-    """The estimators that a family that is not Gaussian takes, in words."""
+    """Return the estimators that a family that is not Gaussian takes, in words."""
     takes = {
         "closed_form()": True,
         "pathwise(...)": family.reparameterized,
@@ -85,14 +85,14 @@ def others(family: ExponentialFamily, *refused: str) -> str:
 
 
 def check_samples(who: str, samples: int) -> int:
-    """Raises ValueError for fewer than one sample."""
+    """Raise ValueError for fewer than one sample."""
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"{who}: samples={samples} must be an integer, at least 1.")
     return samples
 
 
 def check_points(estimator: Estimator, points: PyTree) -> None:
-    """Raises ValueError for recorded draws that the estimator does not take."""
+    """Raise ValueError for recorded draws that the estimator does not take."""
     if points is not None and not estimator.takes_points:
         raise ValueError(
             f"points= are draws for estimator=shared_draws(...) alone; got estimator={estimator!r}."
@@ -100,13 +100,13 @@ def check_points(estimator: Estimator, points: PyTree) -> None:
 
 
 def check_key(who: str, key: Array | None) -> Array:
-    """Raises ValueError when an estimator that draws has no key."""
+    """Raise ValueError when an estimator that draws has no key."""
     if key is None:
         raise ValueError(f"natural_gradient: {who} draws samples; pass a typed key, not None.")
     return key
 
 
 def mean_of(f: Callable[[Array], PyTree], key: Array, samples: int) -> PyTree:
-    """The mean of f(key) over independent keys, one at a time: the memory of one evaluation."""
+    """Average f(key) over independent keys, one at a time: the memory of one evaluation."""
     keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(samples))
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(f, keys))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_blocks(family: ConditionalFamily, curvature: Curvature) -> None:
-    """Raises ValueError for a curvature that a conditional family does not evaluate."""
+    """Raise ValueError for a curvature that a conditional family does not evaluate."""
     who, known = type(family).__name__, family.curvatures
     if curvature.name not in known:
         raise ValueError(f"curvature={curvature.name}(): {who} knows {', '.join(known)}.")
@@ -106,7 +106,7 @@ class NodeRule(Estimator):
             value, grad = jax.value_and_grad(loss)(theta, *batch)
             if family.curvature == "none":
                 return value, grad, None
-            probe = None if key is None else jax.random.fold_in(curvature_key, index)
+            probe = None if curvature_key is None else jax.random.fold_in(curvature_key, index)
             if family.curvature == "diagonal":
                 sample = Sample(
                     lambda x: loss(x, *batch), theta, grad, displacement, precision, None, probe,
@@ -141,7 +141,7 @@ class NoiseRule(NodeRule):
     """Base of the rules that conditional families take too, turning their own noise into draws."""
 
     def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
-        """What `ConditionalFamily.natural_gradient_at` takes, with a leading axis of samples."""
+        """Return the noise for `natural_gradient_at`, with a leading axis of samples."""
         raise NotImplementedError
 
     def check_conditional(self, family: ConditionalFamily) -> None:
@@ -203,7 +203,7 @@ class MonteCarlo(NoiseRule):
     def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         return family.noise(check_key("monte_carlo", key), lam, self.samples, self.antithetic)
 
-    def nodes(self, key: Array, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
+    def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         key = check_key("monte_carlo", key)
         keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(self.samples))
         z = jax.vmap(lambda k: standard_normal(k, like, self.generator))(keys)
@@ -246,7 +246,7 @@ class SharedDraws(Estimator):
 
 
 def delta(curvature: str | Curvature = "exact") -> Delta:
-    """The delta method: E_q[f(theta)] ~ f(m); for a mixture at the mean of every component.
+    """Return the delta method: E_q[f(theta)] ~ f(m); for a mixture at the mean of every component.
 
     Args:
         curvature: a name or an object.

@@ -36,7 +36,7 @@ def _draw(
     batch: tuple,
     samples: int,
 ) -> tuple[Any, Float[Array, " s"]]:
-    """Samples, and the values of the loss there."""
+    """Return samples, and the values of the loss there."""
     theta = family.sample(key, lam, (samples,))
     return theta, jax.vmap(lambda x: loss(x, *batch))(theta)
 
@@ -138,7 +138,7 @@ class LeastSquares(Estimator):
         lam: NaturalParameters,
         batch: tuple,
     ) -> tuple[Array, NaturalParameters]:
-        """The slope b of l_s ~ a + <b, T_s - mu>, the score of a sample being T_s - mu."""
+        """Return the slope b of l_s ~ a + <b, T_s - mu>, the score of a sample being T_s - mu."""
         key = check_key("least_squares", key)
         theta, values = _draw(family, loss, key, lam, batch, self.samples)
         to_flat, to_fields = family.coordinates(lam)
@@ -158,7 +158,7 @@ class LeastSquares(Estimator):
 
 
 def closed_form() -> ClosedForm:
-    """A loss that is known as a function of mu, `loss(mu, *batch) = E_q[l]`: its gradient there.
+    """Differentiate a loss that is known as a function of mu: `loss(mu, *batch) = E_q[l]`.
 
     For conjugate-exponential models that is variational message passing.
 
@@ -204,7 +204,7 @@ def pathwise(samples: int = 10) -> Pathwise:
 
 
 def score_function(samples: int = 100, baseline: str = "mean") -> ScoreFunction:
-    """The score-function estimator: values of the loss only, for any family and any loss.
+    """Return the score-function estimator: values of the loss only, for any family and any loss.
 
     grad_lambda E_q[l] = E[(l - b) (T - mu)], unbiased; then times F^{-1}.
 

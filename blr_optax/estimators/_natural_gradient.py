@@ -39,7 +39,7 @@ KNOWN = (
 
 
 def chosen(family: Family, estimator: Estimator | None) -> Estimator:
-    """The estimator, or what a plain function gets when none is named.
+    """Return the estimator, or what a plain function gets when none is named.
 
     Ten antithetic pairs for Gaussians and conditional families, ten samples with gradients where
     the family has them, else the score function of a hundred.
@@ -64,7 +64,7 @@ def chosen(family: Family, estimator: Estimator | None) -> Estimator:
 def natural_gradient(
     family: str | Family, loss: Loss | Term, estimator: Estimator | None = None
 ) -> Callable:
-    """The natural gradient of an expected loss: (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]).
+    """Return the function (key, lam, *batch) -> (E_q[l], grad_mu E_q[l]), the natural gradient.
 
     A conditional family (`mixture`, `student_t`, ...) has no common mu. Its loss is the *total*
     potential E(theta) = ess * mean loss - log prior, one plain function, and the result is (E_q[E],
@@ -105,22 +105,22 @@ def natural_gradient(
       >>> print(value.round(4), g.linear.round(4) + 0.0, g.quadratic.round(4)[0, 0])
       4.0 [0. 0.] 1.0
     """
-    family = get(family)
-    family.check_learnable("natural_gradient")
-    estimator = chosen(family, estimator)
-    if family.conditional:
-        return _block_gradient(family, loss, estimator)
+    over: Any = get(family)
+    over.check_learnable("natural_gradient")
+    estimator = chosen(over, estimator)
+    if over.conditional:
+        return _block_gradient(over, loss, estimator)
     parts = terms(loss)
     if any(not isinstance(part, Term) for part in parts):
-        estimator.check(family)
-    gaussian = getattr(family, "curvature", None) is not None
+        estimator.check(over)
+    gaussian = getattr(over, "curvature", None) is not None
     if any(isinstance(part, GLM) for part in parts) and not gaussian:
         raise ValueError(
-            f"glm: {type(family).__name__} is not Gaussian, so that x . theta is no "
+            f"glm: {type(over).__name__} is not Gaussian, so that x . theta is no "
             "one-dimensional Gaussian; write the loss as a plain function."
         )
     # An elementwise family: a loss couples its elements, so it is treated as one mean field.
-    lifted = MeanField(family) if family.elementwise else family
+    lifted = MeanField(over) if over.elementwise else over
 
     def gradient(
         key: Array | None, lam: NaturalParameters, *batch: Any, points: Any = None
@@ -133,14 +133,14 @@ def natural_gradient(
                 results.append(part.natural_gradient(lifted, lam, batch))
             else:
                 results.append(estimator.natural_gradient(lifted, part, key, lam, batch))
-        value = sum(value for value, _ in results)
+        value: Any = sum(value for value, _ in results)
         return value, lifted.combine(*((1.0, g) for _, g in results))
 
     return gradient
 
 
-def check_plain(loss: Loss, family: ConditionalFamily) -> None:
-    """Raises ValueError for a loss that is not one plain function."""
+def check_plain(loss: Loss | Term, family: ConditionalFamily) -> None:
+    """Raise ValueError for a loss that is not one plain function."""
     if isinstance(loss, Term) or not callable(loss):
         raise ValueError(
             f"{type(family).__name__} is no exponential family: its loss must be one plain "
@@ -148,7 +148,7 @@ def check_plain(loss: Loss, family: ConditionalFamily) -> None:
         )
 
 
-def _block_gradient(family: ConditionalFamily, loss: Loss, estimator: Estimator) -> Callable:
+def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) -> Callable:
     """`natural_gradient` of a conditional family."""
     check_plain(loss, family)
     estimator.check_conditional(family)

@@ -31,11 +31,11 @@ class Term:
     """A part of a loss; `+` with another term or a function makes a sum."""
 
     def __add__(self, other: Any) -> Sum:
-        """The sum of two terms."""
+        """Add two terms."""
         return Sum((*terms(self), *terms(other)))
 
     def __radd__(self, other: Any) -> Sum:
-        """The sum of a function and a term."""
+        """Add a function and a term."""
         return Sum((*terms(other), *terms(self)))
 
 
@@ -105,7 +105,7 @@ class GLM(Term):
         return self.features(*batch) if callable(self.features) else jnp.asarray(self.features)
 
     def size(self, batch: tuple) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         return self.matrix(batch).shape[0]
 
     def per_example(
@@ -132,7 +132,7 @@ class GLM(Term):
 
 
 def terms(loss: Loss | Term) -> tuple[PyTree, ...]:
-    """The parts of a loss: terms and plain functions.
+    """Return the parts of a loss: terms and plain functions.
 
     Raises:
         ValueError: for something that is neither.
@@ -148,7 +148,7 @@ def terms(loss: Loss | Term) -> tuple[PyTree, ...]:
 
 
 def conjugate(natural: NaturalParameters) -> Conjugate:
-    """A loss that is linear in the sufficient statistics: l(theta) = -<natural, T(theta)>.
+    """Return a loss that is linear in the sufficient statistics: l(theta) = -<natural, T(theta)>.
 
     Its natural gradient is -natural at every q, so at learning rate 1 one step is Bayes' rule.
 
@@ -177,7 +177,7 @@ def glm(
     pointwise_loss: Callable[..., Float[Array, " n"]],
     order: int = 32,
 ) -> GLM:
-    """A generalised linear model's mean loss: l(theta) = mean_n l_n(x_n . theta).
+    """Return a generalised linear model's mean loss: l(theta) = mean_n l_n(x_n . theta).
 
     Under a Gaussian q every f_n = x_n . theta is a one-dimensional Gaussian, so Gauss-Hermite
     quadrature gives grad_m = X^T E[l'] / n and H = X^T diag(E[l'']) X / n without sampling.

@@ -68,7 +68,7 @@ def _name(path: Any) -> str:
 
 
 def _to_numpy(x: Any) -> np.ndarray:
-    """An array or tensor as numpy's; bfloat16 tensors, which numpy does not know, as float32."""
+    """Convert an array or tensor to numpy's; bfloat16 tensors, unknown to numpy, to float32."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
@@ -105,7 +105,7 @@ def _theirs(name: str, x: Any, transpose: Any) -> np.ndarray:
 
 
 def _check_order(who: str, order: Sequence[str], params: Params) -> dict[str, Any]:
-    """The leaves of params by name."""
+    """Return the leaves of params by name."""
     paths = jax.tree_util.tree_leaves_with_path(params)
     known = {_name(path): leaf for path, leaf in paths}
     if sorted(order) != sorted(known):
@@ -148,7 +148,7 @@ def from_torch_ivon(
     tx: optax.GradientTransformationExtraArgs | None = None,
     **changes: Hyperparameter,
 ) -> TorchIvon:
-    """A checkpoint of PyTorch's IVON as params, optimizer state and transformation.
+    """Return a checkpoint of PyTorch's IVON as params, optimizer state and transformation.
 
     m = weights, p = hess + weight_decay, momentum = momentum: the training goes on as it would have
     there, up to the noise, and `posterior(opt_state, params)` is its posterior::
@@ -225,7 +225,8 @@ def from_torch_ivon(
             "they must be those of the optimizer, group by group."
         )
     for number, group in enumerate(groups):
-        names = [order[index] for index in group["params"]]
+        indices: list[int] = group["params"]
+        names = [order[index] for index in indices]
         sizes = [math.prod(known[name].shape) for name in names]
         for key, into, shift in (("hess", precision, True), ("momentum", momentum, False)):
             flat = _to_numpy(group[key])
@@ -259,7 +260,7 @@ def from_torch_ivon(
 
 
 def _at_step(tx: optax.GradientTransformationExtraArgs, params: Params, step: int) -> Any:
-    """A state of `tx` at a step: what follows schedules comes from one update that leads there."""
+    """Return a state of `tx` at a step: what follows schedules comes from one update before it."""
     state = tx.init(params)
     if step == 0:
         return state
@@ -270,7 +271,7 @@ def _at_step(tx: optax.GradientTransformationExtraArgs, params: Params, step: in
 
 
 def _filler(precision: Any, momentum: Any) -> Callable[[Any], Any]:
-    """Puts the checkpoint's trees into one state of `scale_by_precision`."""
+    """Put the checkpoint's trees into one state of `scale_by_precision`."""
 
     def fill(state: OptState) -> Any:
         average = _average(state, "from_torch_ivon")
@@ -283,7 +284,7 @@ def _filler(precision: Any, momentum: Any) -> Callable[[Any], Any]:
 
 
 def _average(state: OptState, who: str) -> optax.EmaState:
-    """The momentum of a state of `ivon`."""
+    """Return the momentum of a state of `ivon`."""
     if (
         not isinstance(state, ScaleByPrecisionState)
         or not isinstance(state.momentum, optax.EmaState)
@@ -306,7 +307,7 @@ def to_torch_ivon(
     groups: Sequence[Mapping[str, Any]],
     transpose: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """A state of `ivon` as a checkpoint of PyTorch's: (optimizer state_dict, weights).
+    """Return a state of `ivon` as a checkpoint of PyTorch's: (optimizer state_dict, weights).
 
     hess = p - weight_decay. Arrays are numpy's: put `torch.as_tensor` around the weights and each
     group's "hess" and "momentum" before `optimizer.load_state_dict`, and set

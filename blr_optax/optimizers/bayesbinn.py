@@ -62,7 +62,7 @@ FAMILY = MeanField(Rademacher())
 
 
 def _wide(params: Params) -> Any:
-    """Copies in float32 or wider: a posterior outlives donated parameters."""
+    """Return copies in float32 or wider: a posterior outlives donated parameters."""
     return jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
 
 
@@ -109,7 +109,7 @@ class BinaryReader(Reader):
     generator: str | None
 
     def part(self, state: BayesBinnState, params: Params) -> PyTree:
-        """The leaves of params that the state was made for."""
+        """Return the leaves of params that the state was made for."""
         return _tree.matching_leaves(params, state.momentum.ema, "params")
 
     def noise(self, state: BayesBinnState, key: Array) -> PyTree:
@@ -328,7 +328,7 @@ class SignReader(PointReader):
     who = "ste"
 
     def weights(self, state: WithPosteriorState, params: Params, noise: PyTree) -> PyTree:
-        """The sign of the latent weights, +1 at zero."""
+        """Return the sign of the latent weights, +1 at zero."""
         return jax.tree.map(lambda m: jnp.where(m < 0, -1, 1).astype(m.dtype), params)
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:

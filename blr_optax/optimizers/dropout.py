@@ -95,11 +95,11 @@ class DropoutReader(Reader):
     """Weights are the parameters with units dropped; the posterior is the mixture of both."""
 
     def part(self, state: DropoutState, params: Params) -> PyTree:
-        """The leaves that the state was made for."""
+        """Return the leaves that the state was made for."""
         return _tree.mask_to(params, set(state.units.shapes))
 
     def noise(self, state: DropoutState, key: Array) -> UnitNoise:
-        """A normal per unit, kept when it is below the quantile: its mirror image is antithetic."""
+        """Draw a normal per unit, kept when below the quantile: its mirror image is antithetic."""
         return UnitNoise(
             {
                 path: standard_normal(

@@ -121,7 +121,7 @@ class EigenbasisReader(OuterReader):
     def curvature_in_basis(
         self, state: ScaleByEigenbasisState, moved: PyTree, grads: Updates
     ) -> PyTree:
-        """The same from displacement and gradient in the basis."""
+        """Return the same from displacement and gradient in the basis."""
         return super().curvature(state, optax.tree.zeros_like(moved), moved, grads)
 
     def posterior(self, state: ScaleByEigenbasisState, params: Params) -> Distribution:
@@ -277,7 +277,7 @@ def scale_by_eigenbasis(
 
 
 def _clipped(curvature: Any, bound: Any, precision: Any) -> Any:
-    """The curvature between -bound p and bound p; entries that are not finite stay."""
+    """Clip the curvature between -bound p and bound p; entries that are not finite stay."""
 
     def leaf(c: Array, p: Array) -> Array:
         return jnp.where(jnp.isfinite(c), jnp.clip(c, -bound * p, bound * p), c)
@@ -286,7 +286,7 @@ def _clipped(curvature: Any, bound: Any, precision: Any) -> Any:
 
 
 def _averaged(factors: Any, grads: Updates, bases: Any, beta: Scalar, finite: Array) -> Any:
-    """The factors after this gradient; as they were when it is not finite."""
+    """Return the factors after this gradient; as they were when it is not finite."""
     entries = {_tree.leaf_name(k): g for k, g in jax.tree_util.tree_leaves_with_path(grads)}
     grams = {
         path: _gram(jnp.where(finite, entries[path], 0), basis) for path, basis in bases.items()
@@ -299,7 +299,7 @@ def _averaged(factors: Any, grads: Updates, bases: Any, beta: Scalar, finite: Ar
 
 
 def _refresh(renew: Any) -> Any:
-    """A function (factors, (bases, precision, average)) -> the three in the new basis."""
+    """Return a function (factors, (bases, precision, average)) -> the three in the new basis."""
 
     def refresh(factors: Any, moving: tuple) -> tuple:
         old, precision, ema = moving
@@ -430,7 +430,7 @@ def evon(
 
 
 def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
-    """Replaces every matrix by the orthogonal matrix near it, as Muon and EVON's authors do.
+    """Replace every matrix by the orthogonal matrix near it, as Muon and EVON's authors do.
 
     U = A S B^T  ->  about A B^T, by Newton and Schulz's iteration: all singular values near one
     (between 0.7 and 1.2). Vectors and numbers pass; more than two axes are flattened as in `evon`.

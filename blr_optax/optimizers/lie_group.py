@@ -136,17 +136,17 @@ class AdditiveReader(Reader):
     generator: str
 
     def like(self, state: OptState) -> PyTree:
-        """A tree over the leaves that the state knows, in the dtypes of its statistics."""
+        """Return a tree over the leaves that the state knows, in the dtypes of its statistics."""
         return state.momentum.ema
 
     def scale(self, state: OptState) -> PyTree:
-        """What stands in front of n."""
+        """Return the factor of the noise n: its standard deviation."""
         return jax.tree.map(
             lambda x: jnp.zeros_like(x) + state.noise_scale.astype(x.dtype), self.like(state)
         )
 
     def part(self, state: OptState, params: Params) -> PyTree:
-        """The leaves of params that the state knows."""
+        """Return the leaves of params that the state knows."""
         return _tree.matching_leaves(params, self.like(state), "params")
 
     def noise(self, state: OptState, key: Array) -> PyTree:
@@ -162,7 +162,7 @@ class AdditiveReader(Reader):
         return jax.tree.map(draw, self.scale(state), noise, params)
 
     def posterior(self, state: OptState, params: Params) -> Distribution:
-        """The law of theta: a normal where the noise is, else a location-scale family."""
+        """Return the law of theta: a normal where the noise is, else a location-scale family."""
         mean, scale = optax.tree.cast_like(params, self.like(state)), self.scale(state)
         if self.law == SYMMETRIC["gaussian"]:
             family = MeanField(Normal())
@@ -177,17 +177,17 @@ class AffineReader(AdditiveReader):
     """theta = m + A s n: how a `LieAffineState` is read."""
 
     def like(self, state: LieAffineState) -> PyTree:
-        """A tree like the leaves that the state knows."""
+        """Return a tree like the leaves that the state knows."""
         return state.spread
 
     def scale(self, state: LieAffineState) -> PyTree:
-        """A s, the scale of the noise."""
+        """Return A s, the scale of the noise."""
         return jax.tree.map(lambda a: a * state.noise_scale.astype(a.dtype), state.spread)
 
     def curvature(
         self, state: LieAffineState, params: Params, weights: PyTree, grads: Updates
     ) -> PyTree:
-        """A s n g from the displacement actually made; for normal noise of mean (A s)^2 E[hess]."""
+        """Return A s n g from the displacement made; for normal noise of mean (A s)^2 E[hess]."""
         params, weights, grads = (
             optax.tree.cast_like(x, state.spread) for x in (params, weights, grads)
         )
@@ -198,7 +198,7 @@ class AffineReader(AdditiveReader):
 
 
 def gradients(who: str, like: PyTree, updates: Updates, params: Params) -> PyTree:
-    """The gradients of the leaves in `like`, in its dtypes.
+    """Return the gradients of the leaves in `like`, in its dtypes.
 
     Raises:
         ValueError: without params, or for another structure.
@@ -230,7 +230,7 @@ def gated_evidence(
 
 
 def check_pair(name: str, leaf: Array) -> None:
-    """Raises ValueError unless the first axis has one entry for g+ and one for g-."""
+    """Raise ValueError unless the first axis has one entry for g+ and one for g-."""
     if leaf.shape[0] != 2:
         raise ValueError(
             f"lie_multiplicative: {name} needs a first axis of two, for g+ and g-, after any of "
@@ -245,7 +245,7 @@ def start(who: str, params: Params, key: KeyLike) -> tuple[Array, Array]:
 
 
 def number(hyper: Hyperparameter, count: ArrayLike) -> Array:
-    """A hyper-parameter at a step, as a new array."""
+    """Return a hyper-parameter at a step, as a new array."""
     return jnp.array(at(hyper, count), jnp.result_type(float))
 
 
@@ -255,7 +255,7 @@ def _zeros(params: Params) -> Any:
 
 
 def _spread_decay(weight_decay: Hyperparameter, like: Any, count: ArrayLike) -> Any:
-    """The weight decay of this step, one number per leaf."""
+    """Return the weight decay of this step, one number per leaf."""
     decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
     return jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), like, decay)
 
@@ -269,7 +269,7 @@ def average_of(
 
 
 def moved(a: Array, exponent: Array) -> Array:
-    """a exp(exponent), positive and finite for any exponent."""
+    """Return a exp(exponent), positive and finite for any exponent."""
     bounded = jnp.clip(exponent, -LARGEST_EXPONENT, LARGEST_EXPONENT)
     return jnp.clip(a * jnp.exp(bounded), SMALLEST, LARGEST)
 
@@ -299,7 +299,7 @@ def lie_additive(
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
-    """The additive Lie-group rule: SGD at weights perturbed by noise of any law.
+    """Return the additive Lie-group rule: SGD at weights perturbed by noise of any law.
 
     theta = m + s n;  v <- b v + (1 - b)(g + d m);  m <- m - a v;  q is the law of m + s n.
 
@@ -384,7 +384,7 @@ def lie_affine(
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
-    """The affine Lie-group rule: location and scale of every weight, steps by exponentials.
+    """Return the affine Lie-group rule: location and scale of every weight, steps by exponentials.
 
     U <- b2 U + (1 - b2)(E[A s n g] - 1 / ess);  V <- b1 V + (1 - b1) E[A g];
     m <- m + A V (exp(-a U) - 1) / U;  A <- A exp(-r ess U / 2);  q = N(m, (A s)^2), normal noise.
@@ -582,7 +582,7 @@ class MultiplicativeReader(Reader):
         return jax.tree.map(pair, state.plus, state.minus, grads, noise)
 
     def posterior(self, state: LieMultiplicativeState, params: Params) -> Distribution:
-        """The law of g+ n+ - g- n-."""
+        """Return the law of g+ n+ - g- n-."""
         family = SignedScale(self.law)
         copies = jax.tree.map(jnp.copy, (state.plus, state.minus))
         return Distribution(family, family.natural(plus=copies[0], minus=copies[1]))
@@ -600,7 +600,7 @@ def lie_multiplicative(
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
-    """The multiplicative Lie-group rule: two positive gains per weight, which may change its sign.
+    """Return the multiplicative Lie-group rule: two positive gains per weight, of either sign.
 
     theta = g+ n+ - g- n-;  M <- b M + (1 - b)( E[(g+ n+ g, -g- n- g)] - 1 / ess );
     g <- g exp(-a M);  params = (g+ - g-) E[n];  q is the law of g+ n+ - g- n-.

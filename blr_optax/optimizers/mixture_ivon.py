@@ -179,7 +179,7 @@ def _expected_cost(state: ScaleByPrecisionState, mean: Any, d0: Any) -> Array:
 
 
 def _for_all_components(prior: Distribution | None) -> Any:
-    """The prior of one network, repeated for every component of the parameters."""
+    """Return the prior of one network, repeated for every component of the parameters."""
 
     def repeated(params: Params) -> Distribution:
         count = components_of(params)
@@ -295,7 +295,7 @@ def mixture_ivon(
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
-    """A mixture of IVONs over one network: components that know of each other.
+    """Return a mixture of IVONs over one network, whose components repel each other.
 
     g_k <- grad l(theta_k) + grad log(q / q_k)(theta_k) / ess;
     c_k <- c_k + diag hess log(q / q_k)(theta_k) / ess;  then IVON for every k.

@@ -61,21 +61,21 @@ class MixtureStep(ConditionalStep):
     """The step of a mixture whose weights have a rate of their own, relative to the components'."""
 
     def __init__(self, weight_rate: ScalarOrSchedule, *arguments: Any) -> None:
-        """A `ConditionalStep` of the other arguments."""
+        """Make a `ConditionalStep` of the other arguments."""
         super().__init__(*arguments)
         self.weight_rate = weight_rate
 
     def move(
         self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
     ) -> tuple[NaturalParameters, Array]:
-        """The new lambda, the weights at their own rate."""
+        """Return the new lambda, the weights at their own rate."""
         rate = rho * jnp.asarray(at(self.weight_rate, count), rho.dtype)
         new = self.family.move(lam, d, rho, self.step, weight_learning_rate=rate)
         return new, jnp.zeros((), jnp.int32)
 
 
 def _spread_out(
-    params: Params, components: int, scale: Any, covariance: str, key: KeyLike
+    params: Params, components: Any, scale: Any, covariance: str, key: KeyLike
 ) -> Distribution:
     """Equal components of variance scale^2, at random around params, their mean."""
     flat = jnp.concatenate(

@@ -82,7 +82,7 @@ class SamReader(StepSizeReader):
 
 
 def _check_rho(rho: Any) -> None:
-    """Raises ValueError unless rho is a plain number, at least zero."""
+    """Raise ValueError unless rho is a plain number, at least zero."""
     if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
         raise ValueError(
             f"rho={rho!r} must be a plain finite number, at least zero; with inject_hyperparams "

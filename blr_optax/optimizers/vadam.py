@@ -54,7 +54,7 @@ def _perturbed(
     key: KeyLike,
     generator: str,
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule's precision from squared gradients, and another denominator."""
+    """Return the rule's precision from squared gradients, and another denominator."""
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     prior_precision = total_precision(prior_precision, prior, ess)
     if prior is None:

@@ -57,7 +57,7 @@ def curvature_at_start(
 
 
 def check_one_start(who: str, init: PyTree, init_precision: Hyperparameter, prior: PyTree) -> None:
-    """Raises ValueError when the first precision would be given twice, or with a prior's inside."""
+    """Raise ValueError when the first precision would be given twice, or with a prior's inside."""
     if init is not None and init_precision is not None:
         raise ValueError(f"{who}: give init= or init_precision=, not both: init has a precision.")
     if prior is not None and init_precision is not None:

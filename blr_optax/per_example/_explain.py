@@ -70,7 +70,7 @@ def _refuse_terms(who: str, loss: object) -> None:
 
 
 def explain(loss: Callable[..., Array], params: Params, *batch: PyTree) -> None:
-    """Prints how `per_example` treats every parameter, why, and what it adds; nothing is run.
+    """Print how `per_example` treats every parameter, why, and what it adds; nothing is run.
 
     The way is "places" (statistics where it meets activations; why names their kinds), "copy" (a
     small parameter is copied for every example), "chunks" (plain gradients of single examples, a
@@ -85,7 +85,7 @@ def explain(loss: Callable[..., Array], params: Params, *batch: PyTree) -> None:
         ValueError: as `per_example`.
 
     Source: `per_example`, the layer taps behind OGN and VOGN; special case of `blr_update` with
-    `curvature=per_example_squares()`.
+    `estimator=monte_carlo(1, curvature=per_example_squares())`.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr

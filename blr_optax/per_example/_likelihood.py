@@ -32,7 +32,7 @@ def _bernoulli(f: Array) -> Array:
 
 
 def _gaussian(f: Array) -> Array:
-    """Unit variance: the identity."""
+    """Return the identity: unit variance."""
     return jnp.eye(f.shape[-1], dtype=f.dtype)
 
 

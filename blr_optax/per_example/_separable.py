@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def batch_size(who: str, batch: tuple) -> int:
-    """The number of examples of a batch.
+    """Return the number of examples of a batch.
 
     Raises:
         ValueError: without one leading axis that all arrays share.
@@ -40,11 +40,11 @@ def batch_size(who: str, batch: tuple) -> int:
 
 
 def checked(who: str, loss: Callable[..., Array], params: Params, batch: tuple) -> Traced:
-    """The traced loss of one example.
+    """Return the traced loss of one example.
 
     Raises:
-        ValueError: for integer parameters, a result that is no scalar, parameters that are closed
-            over, or a loss that is no mean over separate examples.
+        ValueError: for integer parameters, a result that is not a scalar, parameters that are
+            closed over, or a loss that is not a mean over separate examples.
     """
     _tree.check_float_leaves(params, who)
     found = traced(loss, params, batch)
@@ -60,7 +60,7 @@ def checked(who: str, loss: Callable[..., Array], params: Params, batch: tuple) 
 
 
 def refuse_closed_over(what: str, params: Params, found: Traced) -> None:
-    """Raises ValueError for a function that does not use its parameters, or other ones instead."""
+    """Raise ValueError for a function that does not use its parameters, or other ones instead."""
     unused = [way.kind == _plan.UNUSED for way in found.ways]
     closed = [any(leaf is c for c in found.consts) for leaf in jax.tree.leaves(params)]
     if all(unused) or any(a and b for a, b in zip(unused, closed, strict=True)):
@@ -84,7 +84,7 @@ def _coupling(loss: Callable[..., Array], params: Params, batch: tuple) -> Any:
 
 
 def refuse_coupled(who: str, loss: Callable[..., Array], params: Params, batch: tuple) -> None:
-    """Raises ValueError for a loss that is no mean over separate examples; warns when unsure."""
+    """Raise ValueError for a loss that is not a mean over separate examples; warn when unsure."""
     kind = _coupling(loss, params, batch)
     growth = kind.power if kind.tag == "const" or kind.power is None else kind.power + 1
     if kind == UNEVEN or (growth and kind.tag in ("sum", "const")):

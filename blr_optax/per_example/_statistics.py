@@ -117,12 +117,12 @@ def per_example(
     Raises:
         ValueError: for an unknown statistic or likelihood, missing outputs, likelihood or key,
             integer parameters, a batch without a common leading axis, a microbatch that does not
-            divide it, weights of another shape, a loss that is no scalar or no mean, that couples
-            its examples, or that closes over its parameters.
+            divide it, weights of another shape, a loss that is not a scalar or not a mean, that
+            couples its examples, or that closes over its parameters.
 
     Source: Goodfellow (2015), arXiv:1510.01799; Dangel et al. (2020), BackPACK; Eschenhagen et al.
     (2023) for expand and reduce. Special case of `blr_update` with
-    `curvature=per_example_squares()`: OGN and VOGN.
+    `estimator=monte_carlo(1, curvature=per_example_squares())`: OGN and VOGN.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -150,7 +150,7 @@ def per_example(
     if {"kfac", "ggn_diagonal"} & {*statistics} and labels != "true":
         key = _check_model(outputs, likelihood, labels, key)
     model = Model(outputs, likelihood, labels)
-    asked = functools.partial(_statistics, loss, statistics, model, positions, microbatch)
+    asked: Any = functools.partial(_statistics, loss, statistics, model, positions, microbatch)
     mesh = _mesh.explicit_mesh((params, batch, weights))
     if mesh is not None:
         like, everywhere = _mesh.shardings(params, mesh), NamedSharding(mesh, PartitionSpec())
@@ -171,9 +171,9 @@ def _statistics(
     params: Params,
     batch: tuple,
     weights: Any,
-    key: KeyLike,
+    key: KeyLike | None,
 ) -> PerExample:
-    """What was asked, the options being right."""
+    """Compute the requested statistics; the arguments have been checked."""
     found = checked("per_example", loss, params, batch)
     leaves, tree = jax.tree.flatten(params)
     size = len(jax.tree.leaves(batch)[0])
@@ -214,7 +214,7 @@ def _of_glm(
     weights: Any,
     labels: str,
 ) -> PerExample:
-    """A term says all in closed form; its one layer is the flat vector of parameters."""
+    """Ask a term, which has all in closed form; its one layer is the flat parameter vector."""
     if labels == "sampled":
         raise ValueError(
             'per_example: labels="sampled" needs a likelihood, and a glm term has a loss; use '
@@ -229,7 +229,7 @@ def _of_glm(
 
 
 def _named(params: Params, factors: list[Any], n: Any) -> dict[str, KroneckerFactors]:
-    """The layers' factors by the names of their kernels; inputs become means."""
+    """Return the layers' factors by the names of their kernels; inputs become means."""
     names = [_tree.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     return {
         name: KroneckerFactors(f.inputs / n, f.mean / n, f.outputs)
@@ -257,7 +257,7 @@ def _check_statistics(statistics: tuple[str, ...], labels: str, positions: str) 
         )
 
 
-def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike) -> Any:
+def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike | None) -> Any:
     if outputs is None or likelihood is None:
         raise ValueError(
             "per_example: ggn_diagonal and kfac need the model's outputs and what they mean: pass "
@@ -276,8 +276,8 @@ def _check_model(outputs: Any, likelihood: Any, labels: str, key: KeyLike) -> An
 class Model(NamedTuple):
     """A model whose Gauss-Newton statistics are wanted."""
 
-    outputs: Callable[..., Array]
-    likelihood: str
+    outputs: Any
+    likelihood: Any
     labels: str
 
     def sums(
@@ -286,10 +286,10 @@ class Model(NamedTuple):
         params: Params,
         batch: tuple,
         weights: PyTree,
-        key: KeyLike,
+        key: Any,
         index: Array,
     ) -> Sums:
-        """The sums of all passes over one batch; of the layers' inputs, of one pass."""
+        """Return the sums of all passes over one batch; of the layers' inputs, of one pass."""
         f = self.outputs(params, *batch)
         if jnp.ndim(f) < 2 or not jnp.issubdtype(f.dtype, jnp.floating):
             raise ValueError(

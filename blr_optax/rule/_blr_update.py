@@ -87,7 +87,7 @@ class BlrReader(Reader):
     evaluates_loss = True
 
     def noise(self, state: BlrUpdateState, key: Array) -> PyTree:
-        """Standard normals for a Gaussian; for other families the key itself."""
+        """Return standard normals for a Gaussian; for other families the key itself."""
         if self.point or getattr(self.family, "curvature", None) is None:
             return None if self.point else key
         return standard_normal(key, self.family.mean(state.natural), self.generator)
@@ -119,7 +119,7 @@ def blr_update(
     step: str | None = None,
     key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The Bayesian learning rule for any family and loss.
+    """Return the transformation of the Bayesian learning rule, for any family and loss.
 
     lambda <- (1 - rho) lambda + rho ( lambda_0 - ess grad_mu E_q[mean loss] )
 

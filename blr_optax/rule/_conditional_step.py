@@ -23,11 +23,9 @@ from blr_optax.rule._natural_step import check_step, spread
 from blr_optax.rule._start import check_like, check_params, first_natural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Array
 
-    from blr_optax._typing import NaturalParameters, Params, PyTree
+    from blr_optax._typing import LossOrTerm, NaturalParameters, Params, PyTree
     from blr_optax.estimators import Estimator
     from blr_optax.families import ConditionalFamily
 
@@ -42,12 +40,12 @@ class ConditionalStep:
     def __init__(
         self,
         family: ConditionalFamily,
-        loss: Callable[..., Array],
+        loss: LossOrTerm,
         estimator: Estimator | None,
         prior: Distribution | None,
         step: str,
     ) -> None:
-        """Checks its arguments, and builds the natural gradient."""
+        """Check the arguments, and build the natural gradient."""
         self.family, self.prior, self.step = family, prior, check_step(step, family)
         self.estimator = chosen(family, estimator)
         check_plain(loss, family)
@@ -65,7 +63,7 @@ class ConditionalStep:
         self.gradient = natural_gradient(family, potential, self.estimator)
 
     def first(self, params: Params, init: Distribution | None) -> PyTree:
-        """The first lambda, after checks of everything that must fit the parameters."""
+        """Return the first lambda, after checks of everything that must fit the parameters."""
         family, given = self.family, getattr(init, "family", None)
         prior_over(self.prior, params)
         flat = family.family if isinstance(family, Raveled) else family
@@ -90,13 +88,13 @@ class ConditionalStep:
     def move(
         self, lam: NaturalParameters, d: PyTree, rho: Array, count: Array
     ) -> tuple[NaturalParameters, Array]:
-        """The new lambda, block by block; a member is retracted where need be, uncounted."""
+        """Return the new lambda, block by block; a member is retracted where need be, uncounted."""
         del count
         return self.family.move(lam, d, rho, self.step), jnp.zeros((), jnp.int32)
 
 
-def prior_over(prior: Distribution | None, params: Params) -> Distribution | None:
-    """A prior for the loss of a conditional family; of one number, for every weight.
+def prior_over(prior: Any, params: Params) -> Distribution | None:
+    """Return a prior for the loss of a conditional family; of one number, for every weight.
 
     Raises:
         ValueError: when it is not over a tree like params.

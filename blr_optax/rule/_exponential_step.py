@@ -36,13 +36,13 @@ class ExponentialStep:
         prior: Distribution | None,
         step: str,
     ) -> None:
-        """Checks its arguments, and builds the natural gradient."""
+        """Check the arguments, and build the natural gradient."""
         self.family, self.prior, self.step = family, prior, check_step(step, family)
         self.estimator = chosen(family, estimator)
         self.gradient = natural_gradient(family, loss, self.estimator)
 
     def first(self, params: Params, init: Distribution | None) -> PyTree:
-        """The first lambda, after checks of everything that must fit the parameters."""
+        """Return the first lambda, after checks of everything that must fit the parameters."""
         own = spread(self.prior, self.family, params)
         check_like("prior", own, self.family, params)
         check_like("init", init, self.family, params)

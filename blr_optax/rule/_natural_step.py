@@ -28,7 +28,7 @@ STEPS = ("auto", "plain", "improved", "improved_old", "square_root")
 
 
 def check_step(step: str, family: Family) -> str:
-    """Raises ValueError for an unknown step, or one that the family does not have."""
+    """Raise ValueError for an unknown step, or one that the family does not have."""
     if family.conditional:
         if step not in CONDITIONAL_STEPS:
             known = ", ".join(CONDITIONAL_STEPS)
@@ -58,15 +58,15 @@ def own_part(prior: PyTree, family: Family) -> PyTree:
     return prior
 
 
-def spread(prior: PyTree, family: Any, like: PyTree) -> PyTree:
-    """A prior of one number as that of every number of a tree; other priors as they are.
+def spread(prior: Any, family: Any, like: PyTree) -> Any:
+    """Return a prior of one number as that of every number of a tree; other priors as they are.
 
     Args:
         prior: a posterior of the family; anything else comes back as it is.
         family: the family.
         like: a tree of parameters; for a product, of every factor by name.
     """
-    lam = getattr(prior, "natural", None)
+    lam: Any = getattr(prior, "natural", None)
     if not family.exponential or not isinstance(lam, family.Natural):
         return prior
     if isinstance(family, Product):
@@ -107,7 +107,7 @@ def direction(
     prior: Distribution | None,
     ess: Scalar,
 ) -> PyTree:
-    """What the step moves along: minus grad_mu { ess E_q[l] - H(q) }, in natural parameters."""
+    """Return minus grad_mu { ess E_q[l] - H(q) }, of the natural type: the step's direction."""
     if prior is None:
         pull = family.combine((-1.0, lam), (-1.0, family.base_measure_gradient(lam)))
     else:

@@ -116,7 +116,7 @@ def filled(m: PyTree, x: PyTree) -> Array:
 
 
 def prior_trees(prior: Distribution | None, params: Params, name: str = "prior") -> PyTree:
-    """The natural parameters of a mean-field Gaussian as trees like params; () for None.
+    """Return the natural parameters of a mean-field Gaussian as trees like params; () for None.
 
     One of one number holds for every parameter.
 
@@ -150,7 +150,7 @@ def prior_precision(
 
 
 def _relative_step(before: Array, after: Array) -> Array:
-    """The u >= -1 with after = before (1 + u + u^2 / 2), without cancellation for small u."""
+    """Solve after = before (1 + u + u^2 / 2) for u >= -1, without cancellation for small u."""
     x = jnp.maximum((after - before) / before, -0.5)
     return 2.0 * x / (jnp.sqrt(1.0 + 2.0 * x) + 1.0)
 
@@ -360,7 +360,7 @@ def precision_step(p: Array, c: Array, d: Array, rho: Array, plain: bool) -> Arr
 
 
 def divisor(old: Array, new: Array, step: str) -> Array:
-    """The p that divides the direction: the new precision, or the old one for "..._old"."""
+    """Return the p that divides the direction: the new precision, or the old one for "..._old"."""
     if step in ("improved_old", "plain_old"):
         return old
     if step == "plain":
@@ -375,7 +375,7 @@ def direction(v: Array, pull: Array, p: Array, gate: Array) -> Array:
 
 
 def _with_moved_prior(after: ScaleByPrecisionState, weight_decay: Hyperparameter, d0: Any) -> Any:
-    """The state after a plain step, its prior that of the coming step in place of d0.
+    """Return the state after a plain step, its prior that of the coming step in place of d0.
 
     A plain precision is an average of curvatures, plus the prior as it is now.
     """
@@ -418,7 +418,7 @@ def _first_precision(
 
 
 def _precision_of(init: Distribution, params: Params, ess: Array) -> Any:
-    """The precision per example of a first posterior.
+    """Return the precision per example of a first posterior.
 
     Raises:
         ValueError: when its mean is not the parameters, or its precision not positive.

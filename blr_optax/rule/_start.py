@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def family_over(family: str | Family, params: Params) -> Family:
-    """The family over a tree of parameters: elementwise ones become mean fields, Gaussians ravel.
+    """Return a family over a tree: elementwise ones become mean fields, Gaussians ravel.
 
     Matrix families are one per leaf.
 
@@ -41,7 +41,7 @@ def family_over(family: str | Family, params: Params) -> Family:
 def first_natural(
     family: Any, params: Params, init: Distribution | None, prior: Distribution | None
 ) -> PyTree:
-    """The first lambda: `init`, else centred at params, else the prior."""
+    """Return the first lambda: `init`, else centred at params, else the prior."""
     # Copies: a state that held the parameters themselves would be donated with them.
     params = jax.tree.map(lambda p: jnp.array(p, _tree.statistics_dtype(p.dtype)), params)
     if init is not None:
@@ -61,7 +61,7 @@ def first_natural(
 
 
 def check_like(name: str, given: Distribution | None, family: Any, params: Params) -> None:
-    """Raises ValueError when a posterior argument does not fit the family and the parameters."""
+    """Raise ValueError when a posterior argument does not fit the family and the parameters."""
     if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return
     if not isinstance(given, Distribution):
@@ -78,7 +78,7 @@ def check_like(name: str, given: Distribution | None, family: Any, params: Param
 
 
 def check_shapes(name: str, given: Distribution, like: PyTree) -> None:
-    """Raises ValueError when a posterior argument is not shaped like lambda."""
+    """Raise ValueError when a posterior argument is not shaped like lambda."""
     found, wanted = (jax.tree.map(jnp.shape, x) for x in (given.natural, like))
     if found != wanted:
         raise ValueError(
@@ -88,7 +88,7 @@ def check_shapes(name: str, given: Distribution, like: PyTree) -> None:
 
 
 def check_params(family: Any, natural: NaturalParameters, params: Params) -> None:
-    """Raises ValueError when the parameters are not shaped like q's mean."""
+    """Raise ValueError when the parameters are not shaped like q's mean."""
     if not jax.tree.leaves(params):
         return
     mean = jax.eval_shape(family.mean, natural)

@@ -89,7 +89,7 @@ class PointReader(Reader):
 def with_posterior(
     tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps `tx` so that its state carries the posterior that `reader` reads off it.
+    """Wrap `tx` so that its state carries the posterior that `reader` reads off it.
 
     A step whose gradient is not finite is skipped: `tx` keeps its state.
 

@@ -204,7 +204,7 @@ def _one(
     draws: Any,
     weight_decay: Hyperparameter,
 ) -> Diagnostics:
-    """The diagnostics of one posterior state."""
+    """Return the diagnostics of one posterior state."""
     q = new.reader.posterior(new, part)
     # Not q.variance, which refuses an improper posterior: that is what a diagnostic must show.
     variances = jax.tree.leaves(q.family.variance(q.natural))

@@ -58,7 +58,7 @@ class Estimate(NamedTuple):
 
 
 def _split(batch: tuple, count: int, microbatch: int | None = None) -> tuple[Callable, int]:
-    """A function from an index to one of `count` strided pieces (of size `microbatch`), and count.
+    """Return a function from an index to one of `count` strided pieces, and their count.
 
     Example i goes to micro-batch i mod M: a sharded batch axis stays sharded within each. Arguments
     without axes (a temperature, a key) go to all.
@@ -91,7 +91,7 @@ def _split(batch: tuple, count: int, microbatch: int | None = None) -> tuple[Cal
 
 
 def _accumulate(total: Any, new: Any) -> Any:
-    """Sums of floating leaves, in float32 or wider; for other leaves the last value."""
+    """Add floating leaves, in float32 or wider; of other leaves keep the last value."""
 
     def add(t: Array, x: Array) -> Array:
         if not jnp.issubdtype(t.dtype, jnp.floating):
@@ -103,7 +103,7 @@ def _accumulate(total: Any, new: Any) -> Any:
 
 
 def scaled(tree: PyTree, a: float) -> PyTree:
-    """a times every leaf."""
+    """Multiply every leaf by a."""
     return jax.tree.map(lambda x: a * x, tree)
 
 
@@ -164,11 +164,11 @@ class Evaluation:
     signs: tuple[float, ...]
 
     def noises(self, index: Any) -> list[PyTree]:
-        """The noise of one draw, for every state."""
+        """Return the noise of one draw, for every state."""
         return [noise_of(state, index, self.device) for state in self.states]
 
     def total(self, noises: list[PyTree], examples: tuple) -> tuple:
-        """The sum of `at` over the signs of the noise."""
+        """Return the sum of `at` over the signs of the noise."""
         results = [self.at(scaled(noises, sign), examples) for sign in self.signs]
         return functools.reduce(_accumulate, results)
 
@@ -199,7 +199,7 @@ class Evaluation:
         return (found.value, None), found.grad, squares
 
     def second_gradient(self, first: PyTree, weights: PyTree, examples: tuple) -> PyTree:
-        """The gradient at the adversaries, for states that have one; elsewhere at the weights."""
+        """Return the gradient at the adversaries, of states that have one, else at the weights."""
         moved = [
             state.reader.adversary(state, part, _tree.matching_leaves(first, part, "grads"))
             for state, part in zip(self.states, self.parts, strict=True)
@@ -220,7 +220,7 @@ class Evaluation:
         first: PyTree,
         squares: PyTree,
     ) -> PyTree:
-        """What one state's `update` takes beside the gradient, from the first gradient."""
+        """Return what one state's `update` takes beside the gradient, from the first gradient."""
         if state.reader.by_example:
             return _tree.matching_leaves(squares, part, "squares")
         weights = _tree.matching_leaves(weights, part, "weights")
@@ -229,7 +229,7 @@ class Evaluation:
 
 
 def _recorded(noise: Any, samples: int, states: list[Any], parts: list[Any]) -> tuple[Any, int]:
-    """Recorded noise, of each state its part, and how many samples it has.
+    """Return recorded noise, of each state its part, and how many samples it has.
 
     Raises:
         ValueError: for another structure, or another number of samples than `samples` asks for.

@@ -93,7 +93,7 @@ def make_step(
         A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
 
     Raises:
-        ValueError: for a `tx` that is no transformation, samples < 1, options that an optimizer
+        ValueError: for a `tx` that is not a transformation, samples < 1, options that an optimizer
             that evaluates the loss itself does not have, and as `estimate`.
 
     Source: Khan and Rue (2023), Eq. 3. For every row of `blr_update`, and any optimizer of optax.
@@ -119,7 +119,7 @@ def make_step(
     asked += ["samples"] * (samples != 1) + ["axis_name"] * (axis_name is not None)
 
     def by_batch(params: Params, opt_state: OptState, batch: tuple) -> tuple[Any, Any, StepInfo]:
-        """The step of an optimizer that evaluates the loss itself."""
+        """Return the step of an optimizer that evaluates the loss itself."""
         if asked:
             raise ValueError(
                 f"make_step: {', '.join(asked)}: this optimizer evaluates the loss itself; give "

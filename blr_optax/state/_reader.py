@@ -49,7 +49,7 @@ class Reader:
     aux_argument: str | None = None  # the argument of `update` that is the loss's auxiliary output
 
     def core(self, state: OptState) -> OptState:
-        """The state that holds key, count, ess and precision: `state`, or one inside it."""
+        """Return the state that holds key, count, ess and precision: `state`, or one inside it."""
         return state
 
     def with_core(self, state: OptState, core: OptState) -> OptState:
@@ -57,15 +57,15 @@ class Reader:
         return core
 
     def part(self, state: OptState, params: Params) -> PyTree:
-        """The leaves of params that the state knows, `MaskedNode` elsewhere."""
+        """Return the leaves of params that the state knows, `MaskedNode` elsewhere."""
         return params
 
     def noise(self, state: OptState, key: Array) -> PyTree:
-        """Standard normals for one draw, or None for a point."""
+        """Return standard normals for one draw, or None for a point."""
         return None
 
     def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
-        """The weights at which the loss is evaluated."""
+        """Return the weights at which the loss is evaluated."""
         return params
 
     def curvature(self, state: OptState, params: Params, weights: PyTree, grads: Updates) -> PyTree:
@@ -73,7 +73,7 @@ class Reader:
         return None
 
     def adversary(self, state: OptState, params: Params, grads: Updates) -> PyTree:
-        """The weights of the second gradient, from the gradient at `weights`."""
+        """Return the weights of the second gradient, from the gradient at `weights`."""
         raise NotImplementedError
 
     def statistic(
@@ -190,7 +190,7 @@ def posterior_states(opt_state: OptState, who: str) -> list[PyTree]:
 
 
 def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:
-    """Raises ValueError when an update of two gradients gets no sign that there were two."""
+    """Raise ValueError when an update of two gradients gets no sign that there were two."""
     if reader.adversarial and statistic is None:
         raise ValueError(
             "sam, bsam: a step takes two gradients, the second at the adversary of the first. Take "
@@ -200,7 +200,7 @@ def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:
 
 
 def check_transformation(who: str, tx: Any) -> None:
-    """Raises ValueError for what is no transformation, such as `optax.adam` without a rate."""
+    """Raise ValueError for what is not a transformation, such as `optax.adam` without a rate."""
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(
             f"{who}: the optimizer must be a transformation such as optax.adam(1e-3); got {tx!r}."
@@ -208,7 +208,7 @@ def check_transformation(who: str, tx: Any) -> None:
 
 
 def refuse_own_weights(state: OptState, who: str) -> None:
-    """Raises ValueError when a wrapped optimizer looks elsewhere than at its parameters."""
+    """Raise ValueError when a wrapped optimizer takes gradients elsewhere than at params."""
     readers = [x.reader for x in jax.tree.leaves(state, is_leaf=carries_posterior)
              if carries_posterior(x) and (draws_noise(x) or x.reader.adversarial)]  # fmt: skip
     if readers:
@@ -220,7 +220,7 @@ def refuse_own_weights(state: OptState, who: str) -> None:
 
 
 def refuse_multi_steps(opt_state: OptState, who: str) -> None:
-    """Raises ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
+    """Raise ValueError when a `MultiSteps` state is anywhere in `opt_state`."""
 
     def is_multi(node: Any) -> bool:
         return isinstance(node, optax.MultiStepsState)

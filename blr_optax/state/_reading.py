@@ -46,7 +46,7 @@ def covered(states: list[PyTree], params: Params, who: str) -> list[PyTree]:
 
 
 def draw(states: list[PyTree], parts: list[PyTree], params: Params, noises: list[PyTree]) -> PyTree:
-    """The weights at which the loss is evaluated, given each state's noise (None: a point)."""
+    """Return the weights at which the loss is evaluated, from the noise (None: a point)."""
     drawn = [
         state.reader.weights(state, part, noise)
         for state, part, noise in zip(states, parts, noises, strict=True)
@@ -55,7 +55,7 @@ def draw(states: list[PyTree], parts: list[PyTree], params: Params, noises: list
 
 
 def sample(opt_state: OptState, params: Params) -> PyTree:
-    """This step's weights, at which the gradient is to be taken.
+    """Return this step's weights, at which the gradient is to be taken.
 
     theta = m + sigma eps, eps a function of the state's key, the step and the leaf's path, so the
     same call within one step gives the same weights and nothing is stored. An optimizer that looks
@@ -87,7 +87,7 @@ def sample(opt_state: OptState, params: Params) -> PyTree:
 
 
 def noise_of(state: OptState, index: Any = 0, fold: Any = None) -> PyTree:
-    """The noise of one draw of this step; None for a point. `fold` separates devices."""
+    """Return the noise of one draw of this step; None for a point. `fold` separates devices."""
     if not draws_noise(state):
         return None
     core = state.reader.core(state)
@@ -96,7 +96,7 @@ def noise_of(state: OptState, index: Any = 0, fold: Any = None) -> PyTree:
 
 
 def posterior(opt_state: OptState, params: Params) -> Distribution:
-    """The posterior that an optimizer state carries, as a value.
+    """Return the posterior that an optimizer state carries, as a value.
 
     Args:
         opt_state: the state of any chain, mask, partition or wrapper with a posterior inside.
@@ -159,7 +159,7 @@ def _together(found: list[tuple[set[str], Distribution]]) -> list[Distribution]:
 
 
 def reseed(opt_state: OptState, key: Array) -> OptState:
-    """The same state with another key, so that an ensemble's members draw different noise.
+    """Return the same state with another key, so that an ensemble's members draw different noise.
 
     `jax.vmap(tx.init)` gives every member one key; with a stacked state the new key is split over
     the leading axes of the old.

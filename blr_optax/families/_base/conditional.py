@@ -11,7 +11,7 @@ and Schmidt 2019). With the total potential E,
     lambda_b  <-  lambda_b - rho * (natural gradient of L in block b)
 
 There is no arithmetic of natural parameters and no map from mu to lambda: the product of two
-members is no member. What learns makes two calls,
+members is not a member. What learns makes two calls,
 
     value, gradient = estimators.natural_gradient(family, E)(key, lam)      value = E_q[E]
     lam = family.move(lam, gradient, rho)                                   inside for any rho
@@ -63,7 +63,7 @@ class ConditionalFamily(Family):
     def noise(
         self, key: Array, lam: NaturalParameters, samples: int, antithetic: bool = False
     ) -> PyTree:
-        """What `natural_gradient_at` turns into draws: a tree with a leading axis of samples."""
+        """Return the noise for `natural_gradient_at`: a tree with a leading axis of samples."""
         raise NotImplementedError
 
     def natural_gradient_at(
@@ -117,7 +117,7 @@ class ConditionalFamily(Family):
 
 
 def check_step(step: str) -> str:
-    """Raises ValueError for an unknown way to move."""
+    """Raise ValueError for an unknown way to move."""
     if step not in STEPS:
         raise ValueError(f"step={step!r} is unknown; known: {', '.join(STEPS)}.")
     return step
@@ -126,13 +126,13 @@ def check_step(step: str) -> str:
 def normals(
     key: Array, shape: tuple[int, ...], dtype: DTypeLike, antithetic: bool = False
 ) -> Float[Array, ...]:
-    """Standard normal numbers, followed by their mirror images when antithetic."""
+    """Return standard normal numbers, followed by their mirror images when antithetic."""
     z = jax.random.normal(key, shape, dtype)
     return jnp.concatenate([z, -z]) if antithetic else z
 
 
 def repeated(x: Array, antithetic: bool) -> Array:
-    """What goes with `normals` and has no mirror image."""
+    """Repeat x for the mirrored half of antithetic draws."""
     return jnp.concatenate([x, x]) if antithetic else x
 
 
@@ -146,14 +146,14 @@ def move_field(domain: Domain, x: Array, d: Array, step: str) -> Array:
 
 
 def move_gaussian(family: Any, lam: NaturalParameters, d: PyTree, step: str) -> PyTree:
-    """A Gaussian's lambda moved by d, see `ConditionalFamily.move`."""
+    """Move a Gaussian's lambda by d, see `ConditionalFamily.move`."""
     if check_step(step) == "auto":
         return family.safe_step(lam, d)[0]
     return family.retract(lam, d, form=step)
 
 
 def hessian_diagonal(fun: Callable[[Array], Array], theta: Float[Array, " d"]) -> Array:
-    """The diagonal of a Hessian, one Hessian-vector product per coordinate."""
+    """Return the diagonal of a Hessian, one Hessian-vector product per coordinate."""
     gradient = jax.grad(fun)
 
     def entry(j: Array) -> Array:

@@ -66,13 +66,13 @@ class Domain:
         return self.bound + self.sign * distance
 
     def _smallest(self, dtype: DTypeLike) -> float:
-        """The smallest distance from the bound that a number of this type can have."""
+        """Return the smallest distance from the bound that a number of this type can have."""
         end = np.asarray(self.bound, dtype)
         beside = np.nextafter(end, np.asarray(self.bound + self.sign, dtype))
         return float(max(abs(beside - end), jnp.finfo(dtype).tiny))
 
     def inside(self, like: Float[Array, ...]) -> Float[Array, ...]:
-        """Some point inside, in the shape of `like`: where a solver may start."""
+        """Return some point inside, in the shape of `like`: where a solver may start."""
         if self.event_ndim == 2:
             return jnp.broadcast_to(
                 self.sign * jnp.eye(like.shape[-1], dtype=like.dtype), like.shape

@@ -64,7 +64,7 @@ class ExponentialFamily(Family):
     relaxable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Gives `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
+        """Give `log_partition` a derivative rule that returns mu (known fields: autodiff)."""
         super().__init_subclass__(**kwargs)
         if "log_partition" not in cls.__dict__ or cls.known:
             return
@@ -103,7 +103,7 @@ class ExponentialFamily(Family):
         raise NotImplementedError
 
     def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> Array:
-        """The probabilities of `support`, along a new leading axis, as polynomials of mu."""
+        """Return the probabilities of `support`, along a new leading axis, as polynomials of mu."""
         raise NotImplementedError
 
     def relaxed_sample(
@@ -127,7 +127,7 @@ class ExponentialFamily(Family):
         return not (self.joint or self.event_ndim or any(events))
 
     def inner(self, a: PyTree, b: PyTree) -> Float[Array, ...]:
-        """<a, b> over the learnt fields, one number per batch element."""
+        """Return <a, b> over the learnt fields, one number per batch element."""
         return sum(
             jnp.sum(getattr(a, name) * getattr(b, name), axis=tuple(range(-d.event_ndim, 0)))
             for name, d in self.domains.items()
@@ -143,7 +143,7 @@ class ExponentialFamily(Family):
         return total._replace(**{name: getattr(terms[0][1], name) for name in self.known})
 
     def check_sizes(self, *lams: NaturalParameters) -> None:
-        """Raises ValueError where vectors or matrices would broadcast, as a sum of lambdas does."""
+        """Raise ValueError where vectors or matrices would broadcast, as a sum of lambdas does."""
         events = {name: d.event_ndim for name, d in self.domains.items() if d.event_ndim}
         for name, ndim in events.items():
             shapes = [jnp.shape(getattr(lam, name)) for lam in lams]
@@ -158,7 +158,7 @@ class ExponentialFamily(Family):
         return coordinates(self, like)
 
     def _cotangent(self, kind: type, gradient: Any) -> Any:
-        """A gradient by autodiff in another type: symmetric where due, zero where known."""
+        """Return a gradient by autodiff in another type: symmetric where due, zero where known."""
 
         def field(name: str) -> Any:
             x = getattr(gradient, name)
@@ -171,11 +171,11 @@ class ExponentialFamily(Family):
         return kind(**{name: field(name) for name in self.Natural._fields})
 
     def gradient_in_mu(self, gradient: PyTree) -> NaturalParameters:
-        """A gradient in mu as the natural gradient that it is, of the natural type."""
+        """Return a gradient in mu as the natural gradient that it is, of the natural type."""
         return self._cotangent(self.Natural, gradient)
 
     def gradient_in_lambda(self, lam: NaturalParameters, gradient: PyTree) -> NaturalParameters:
-        """A gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
+        """Return a gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
         return self.inverse_fisher_product(lam, self._cotangent(self.Expectation, gradient))
 
     def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
@@ -187,7 +187,7 @@ class ExponentialFamily(Family):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu), by a safeguarded Newton solve; its derivative is F^{-1}.
 
         Args:
@@ -251,7 +251,7 @@ class ExponentialFamily(Family):
             return jax.vmap(self.fisher)(inner)
         flat, unravel = jax.flatten_util.ravel_pytree([getattr(lam, name) for name in self.domains])
 
-        def symmetric(name: str, v: Array) -> Array:
+        def symmetric(name: str, v: Any) -> Any:
             return 0.5 * (v + v.T) if self.domains[name].event_ndim == 2 else v
 
         def column(e: Array) -> Array:
@@ -278,7 +278,7 @@ class ExponentialFamily(Family):
         )
 
     def safe_step(self, lam: NaturalParameters, step: PyTree) -> tuple[PyTree, Array]:
-        """The plain step where it stays in the domain, `retract` where it would not.
+        """Return the plain step where it stays in the domain, `retract` where it would not.
 
         Returns:
             The new lambda, and how many batch elements were retracted (int32).

@@ -50,7 +50,7 @@ class Family:
     conditional: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes the family a static node of any pytree."""
+        """Make the family a static node of any pytree."""
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
 

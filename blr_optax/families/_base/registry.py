@@ -15,7 +15,7 @@ REGISTRY: dict[str, Callable[..., Family]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
-    """Decorator that registers a family, or a function that builds one, under a name.
+    """Register a family, or a function that builds one, under a name; a decorator.
 
     Raises:
         ValueError: when the name is taken.
@@ -39,7 +39,7 @@ def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Famil
 
 
 def get(name: str | Family, **static: object) -> Family:
-    """The family registered under `name`, with its static choices; a family passes through.
+    """Return the family registered under `name`, with its static choices; a family passes through.
 
     Raises:
         ValueError: for an unknown name, listing the known ones, or for a choice that the family
@@ -71,7 +71,7 @@ def get(name: str | Family, **static: object) -> Family:
 
 
 def names() -> tuple[str, ...]:
-    """The registered names, sorted.
+    """Return the registered names, sorted.
 
     Example:
       >>> import blr_optax as blr

@@ -52,7 +52,7 @@ class Parameter:
     least: int = 1
 
     def over(self, axes: str, least: int = 1) -> Parameter:
-        """The same with trailing axes, such as "d d"."""
+        """Return the same with trailing axes, such as "d d"."""
         return dataclasses.replace(self, axes=axes, least=least)
 
     @property
@@ -92,12 +92,12 @@ DEFINITE = Parameter("symmetric positive definite", symmetric_definite, "d d")
 
 
 def name_of(family: Any) -> str:
-    """The name of a family in errors: that of its class, written like the registered ones."""
+    """Return the name of a family in errors: its class, written like the registered names."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(family).__name__).lower()
 
 
 def check_keywords(who: str, natural: Callable, given: Mapping[str, PyTree]) -> None:
-    """Raises ValueError for a keyword that is unknown or missing, listing what there is.
+    """Raise ValueError for a keyword that is unknown or missing, listing what there is.
 
     What a (bound) `natural` takes is in its signature: defaults of None mark alternatives.
     """
@@ -124,13 +124,13 @@ def check_keywords(who: str, natural: Callable, given: Mapping[str, PyTree]) -> 
 
 
 def as_array(value: Any, dtype: DTypeLike | None = None) -> Array:
-    """A value as an array; constants stay concrete inside a trace, see `holds`."""
+    """Return a value as an array; constants stay concrete inside a trace, see `holds`."""
     with jax.ensure_compile_time_eval() if concrete(value) else contextlib.nullcontext():
         return jnp.asarray(value, dtype)
 
 
 def as_number(who: str, name: str, value: Any) -> PyTree:
-    """A value that jax can make a real array of; Python numbers stay, so that they follow others.
+    """Return what jax can make a real array of; Python numbers stay, so that they follow others.
 
     Raises:
         ValueError: for anything else, truth values and complex numbers included.
@@ -154,7 +154,7 @@ def as_number(who: str, name: str, value: Any) -> PyTree:
 def _check_shapes(
     who: str, parameters: dict[str, Parameter], arrays: dict[str, Array]
 ) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The common batch shape, and the size of every named axis."""
+    """Return the common batch shape, and the size of every named axis."""
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
     batches: dict[str, tuple[int, ...]] = {}
@@ -181,7 +181,7 @@ def _check_shapes(
 def checked(
     **parameters: Parameter | Callable[[PyTree], Parameter],
 ) -> Callable[[Callable[P, Lambda]], Callable[P, Lambda]]:
-    """Decorator of a family's `natural`: checks the call, and hands over arrays that fit.
+    """Decorate a family's `natural`: check the call, and hand over arrays that fit.
 
     Args:
         **parameters: what each keyword must be; a function of the family where that depends on it.
@@ -191,7 +191,7 @@ def checked(
         values that are wrong; alternatives that were not given are not handed over.
     """
 
-    def decorate(natural: Callable[P, Lambda]) -> Callable[P, Lambda]:
+    def decorate(natural: Any) -> Any:
         @functools.wraps(natural)
         def checked_natural(self: Any, *positional: Any, **given: Any) -> Any:
             who = f"{name_of(self)}.natural"

@@ -107,7 +107,7 @@ class GaussianLowRank(ConditionalFamily):
 
     @checked(mean=REAL.over("d"), diagonal=POSITIVE.over("d"), factor=REAL.over("d r"))
     def natural(self, *, mean: ArrayLike, diagonal: ArrayLike, factor: ArrayLike) -> LowRankNatural:
-        """The parameters, checked and broadcast."""
+        """Return the parameters, checked and broadcast."""
         return LowRankNatural(*map(jnp.asarray, (mean, diagonal, factor)))
 
     def standard(self, lam: LowRankNatural) -> dict[str, Array]:

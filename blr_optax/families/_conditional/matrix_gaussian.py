@@ -136,11 +136,11 @@ class MatrixGaussian(ConditionalFamily):
     def natural(
         self, *, mean: ArrayLike, row_precision: ArrayLike, column_precision: ArrayLike
     ) -> MatrixGaussianNatural:
-        """The parameters, checked and broadcast."""
+        """Return the parameters, checked and broadcast."""
         return MatrixGaussianNatural(*map(jnp.asarray, (mean, row_precision, column_precision)))
 
     def natural_at(self, location: Array, like: PyTree = None) -> MatrixGaussianNatural:
-        """The member centred at a matrix, with the precisions of `like` (else one)."""
+        """Return the member centred at a matrix, with the precisions of `like` (else one)."""
         if like is not None:
             return like._replace(mean=location)
         eyes = (jnp.eye(size, dtype=location.dtype) for size in location.shape[-2:])

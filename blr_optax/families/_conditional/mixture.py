@@ -48,7 +48,8 @@ from blr_optax.families._continuous.gaussian import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import Scalar
+    from blr_optax._typing import Alternative, Scalar
+    from blr_optax.families._base.family import Family
 
 GAUSSIAN = Gaussian()
 
@@ -102,8 +103,9 @@ class Mixture(ConditionalFamily):
     at_means: ClassVar[bool] = True
     shares_draws: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "family", get(self.family))
+    def __init__(self, family: Family | str = GAUSSIAN) -> None:
+        """Look a name up."""
+        object.__setattr__(self, "family", get(family))
         if not isinstance(self.family, Gaussian | Normal):
             raise ValueError(
                 f"Mixture: family={self.family!r} must be Gaussian() or Normal() (diagonal)."
@@ -114,7 +116,7 @@ class Mixture(ConditionalFamily):
         return self.family.curvature == "diagonal"
 
     def _spread(self, name: str) -> Parameter:
-        """What the variances, covariances or precisions of the components must be."""
+        """Return what the variances, covariances or precisions of the components must be."""
         if name == ("covariance" if self._diagonal else "variance"):
             kind, other = ("diagonal", "variance") if self._diagonal else ("full", "covariance")
             way = "" if self._diagonal else ", or get('mixture', family='normal')"
@@ -136,9 +138,9 @@ class Mixture(ConditionalFamily):
         *,
         weights: ArrayLike,
         mean: ArrayLike,
-        variance: ArrayLike | None = None,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        variance: Alternative = None,
+        covariance: Alternative = None,
+        precision: Alternative = None,
     ) -> MixtureNatural:
         """lambda from weights (positive, of sum one), means, and covariances or precisions."""
         spread = {"variance": variance} if self._diagonal else {"covariance": covariance}

@@ -41,7 +41,7 @@ from blr_optax.families._numerics.special import LOG_2PI
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import Scalar
+    from blr_optax._typing import Alternative, Scalar
 
 GAUSSIAN = Gaussian()
 SHIFT = float(np.sqrt(2.0 / np.pi))  # c
@@ -132,8 +132,8 @@ class SkewGaussian(ConditionalFamily):
         *,
         mean: ArrayLike,
         skew: ArrayLike,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        covariance: Alternative = None,
+        precision: Alternative = None,
     ) -> SkewGaussianNatural:
         """lambda from the Gaussian part and the direction of the skew."""
         inner = GAUSSIAN.natural(mean=mean, covariance=covariance, precision=precision)

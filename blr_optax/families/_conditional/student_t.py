@@ -46,7 +46,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import Scalar
+    from blr_optax._typing import Alternative, Scalar
 
 GAUSSIAN = Gaussian()
 
@@ -69,7 +69,7 @@ class StudentTNoise(NamedTuple):
 
 
 def _entropy(a: Float[Array, ...], size: int) -> Float[Array, ...]:
-    """The entropy for S = I: log Gamma and psi in what remains of them beside their logarithms."""
+    """Return the entropy for S = I: what log Gamma and psi have beside their logarithms."""
     half = 0.5 * size
     b = a + half
     logs = 0.5 * jnp.log1p(half / a) + half * (1.0 + LOG_2PI)
@@ -109,8 +109,8 @@ class StudentT(ConditionalFamily):
         *,
         mean: ArrayLike,
         degrees: ArrayLike,
-        scale: ArrayLike | None = None,
-        covariance: ArrayLike | None = None,
+        scale: Alternative = None,
+        covariance: Alternative = None,
     ) -> StudentTNatural:
         """lambda from the centre, the degrees of freedom, and the scale matrix or covariance."""
         degrees = jnp.asarray(degrees)

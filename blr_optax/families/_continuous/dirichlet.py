@@ -44,7 +44,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import AnyArray, NaturalParameters
+    from blr_optax._typing import AnyArray, NaturalParameters, PyTree
 
 MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
@@ -53,7 +53,7 @@ SUM_SLACK = 1e-3  # how far from one the parts of a point may sum: rounding, of 
 
 
 def _rest(a: Float[Array, "... k"]) -> Float[Array, "... k"]:
-    """The sum of the other concentrations, without subtracting the largest from the sum."""
+    """Return the sum of the other concentrations, without subtracting the largest from the sum."""
     largest = jnp.argmax(a, axis=-1, keepdims=True) == jnp.arange(a.shape[-1])
     total = jnp.sum(a, axis=-1, keepdims=True)
     others = jnp.sum(jnp.where(largest, 0.0, a), axis=-1, keepdims=True)
@@ -75,7 +75,7 @@ def _log_scale(a: Array) -> Float[Array, ...]:
 
 
 def _log_part(a: Array, s: Array, x: Array) -> Float[Array, ...]:
-    """What one part adds to log q."""
+    """Return what one part adds to log q."""
     log_x = jnp.log(x)
     return _log_scale(a) - a * mean_excess(a / s, x, log_x) - log_x
 
@@ -84,7 +84,7 @@ def _kl_part(a_p: Array, s_p: Array, a_q: Array, s_q: Array) -> Float[Array, ...
     return a_q * relative_excess(a_q / s_q, a_p / s_p) + concentration_divergence(a_p, a_q)
 
 
-def _fisher(a: Float[AnyArray, "... k"], v: Float[AnyArray, "... k"]) -> Float[Array, "... k"]:
+def _fisher(a: Float[Array, "... k"], v: Float[AnyArray, "... k"]) -> Float[Array, "... k"]:
     """F v with F = diag(psi'(a)) - psi'(s) 1 1^T."""
     s, rest = jnp.sum(a, axis=-1, keepdims=True), _rest(a)
     # psi'(a) - psi'(s), term by term of psi'(a) = 1 / a + 1 / (2 a^2) + r''(a)
@@ -153,7 +153,7 @@ def _root(g: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
 @jax.custom_jvp
 def _concentrations(g: Float[Array, "... k"]) -> Float[Array, "... k"]:
-    """The a with E[log x_k] = g_k, NaN where the root was not found."""
+    """Return the a with E[log x_k] = g_k, NaN where the root was not found."""
 
     # Where one part is almost all of s the root is vague; these steps give each part its digits.
     def polish(carry: Any) -> Any:
@@ -229,7 +229,7 @@ class Dirichlet(ExponentialFamily):
         return (a / s) * (_rest(a) / s) / (1.0 + s)
 
     def log_partition(self, lam: DirichletNatural) -> Array:
-        """A = sum_k log Gamma(a_k) - log Gamma(s)."""
+        """Return A = sum_k log Gamma(a_k) - log Gamma(s)."""
         a = 1.0 + lam.log
         return jnp.sum(log_gamma(a), axis=-1) - log_gamma(jnp.sum(a, axis=-1))
 
@@ -246,7 +246,7 @@ class Dirichlet(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: DirichletExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) from one scalar root; NaN, and status False, where sum exp(mu) >= 1."""
         reachable = jnp.all(jnp.isfinite(mu.log), axis=-1) & (_slack(mu.log) > 0)
         safe = jnp.where(reachable[..., None], mu.log, -1.0 - jnp.log(1.0 * mu.log.shape[-1]))
@@ -336,7 +336,7 @@ class Beta(ExponentialFamily):
         return BetaNatural(jnp.subtract(alpha, 1.0), jnp.subtract(beta, 1.0))
 
     def _pair(self, x: Any, kind: type = DirichletNatural) -> Any:
-        """The Dirichlet parameters of (x, 1 - x)."""
+        """Return the Dirichlet parameters of (x, 1 - x)."""
         return kind(jnp.stack(jnp.broadcast_arrays(*x), axis=-1))
 
     def standard(self, lam: BetaNatural) -> dict[str, Array]:
@@ -356,7 +356,7 @@ class Beta(ExponentialFamily):
         return (a / s) * (b / s) / (1.0 + s)
 
     def log_partition(self, lam: BetaNatural) -> Array:
-        """A = log Gamma(alpha) + log Gamma(beta) - log Gamma(alpha + beta)."""
+        """Return A = log Gamma(alpha) + log Gamma(beta) - log Gamma(alpha + beta)."""
         a, b, s = self._sums(lam)
         return log_gamma(a) + log_gamma(b) - log_gamma(s)
 
@@ -370,9 +370,7 @@ class Beta(ExponentialFamily):
         a, b, s = self._sums(lam)
         return BetaExpectation(_log_mean(a, s, b), _log_mean(b, s, a))
 
-    def natural_from_expectation(
-        self, mu: BetaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: BetaExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) as for the Dirichlet density; NaN where E[log x] and E[log(1 - x)] clash."""
         pair = self._pair(mu, DirichletExpectation)
         found, proper = Dirichlet().natural_from_expectation(pair, with_status=True)

@@ -39,7 +39,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 NEGLIGIBLE = 1e-20  # a ratio below this is nothing beside one, and may underflow in float32
 
@@ -51,12 +51,12 @@ def mean_excess(m: Array, x: Array, log_x: Array) -> Float[Array, ...]:
 
 
 def log_entropy(a: Float[Array, ...]) -> Float[Array, ...]:
-    """The entropy of log x when x is gamma: a l(a) + r(a) - log(a) / 2 + log(2 pi) / 2."""
+    """Return the entropy of log x when x is gamma: a l(a) + r(a) - log(a) / 2 + log(2 pi) / 2."""
     return a * log_minus_digamma(a) + stirling(a) - 0.5 * jnp.log(a) + 0.5 * LOG_2PI
 
 
 def trigamma_excess(a: Float[Array, ...]) -> Float[Array, ...]:
-    """a psi'(a) - 1, about 1 / (2 a) when large and 1 / a when small."""
+    """Return a psi'(a) - 1, about 1 / (2 a) when large and 1 / a when small."""
     return 0.5 / a + a * stirling_curvature(a)
 
 
@@ -80,7 +80,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 
 def _log_density(a: Array, m: Array, x: Array, log_x: Array) -> Float[Array, ...]:
-    """The density of log x when x is gamma."""
+    """Return the density of log x when x is gamma."""
     return -a * mean_excess(m, x, log_x) + 0.5 * (jnp.log(a) - LOG_2PI) - stirling(a)
 
 
@@ -137,7 +137,7 @@ class Gamma(ExponentialFamily):
         return self.mean(lam) / -lam.linear
 
     def log_partition(self, lam: GammaNatural) -> Array:
-        """A = log Gamma(a) - a log b."""
+        """Return A = log Gamma(a) - a log b."""
         a = 1.0 + lam.log
         return log_gamma(a) - a * jnp.log(-lam.linear)
 
@@ -153,9 +153,7 @@ class Gamma(ExponentialFamily):
         m = self.mean(lam)
         return GammaExpectation(jnp.log(m) - log_minus_digamma(1.0 + lam.log), m)
 
-    def natural_from_expectation(
-        self, mu: GammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: GammaExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) from log a - psi(a) = log E[x] - E[log x]; NaN where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)
@@ -247,7 +245,7 @@ class InverseGamma(ExponentialFamily):
         return InverseGammaNatural(jnp.subtract(-1.0, concentration), jnp.negative(scale))
 
     def _gamma(self, lam: InverseGammaNatural) -> GammaNatural:
-        """The density of 1 / x."""
+        """Return the density of 1 / x."""
         return GammaNatural(-lam.log - 2.0, lam.reciprocal)
 
     def standard(self, lam: InverseGammaNatural) -> dict[str, Array]:
@@ -266,7 +264,7 @@ class InverseGamma(ExponentialFamily):
         return jnp.where(over > 0, mean * mean / safe, jnp.inf)
 
     def log_partition(self, lam: InverseGammaNatural) -> Array:
-        """A = log Gamma(a) - a log b."""
+        """Return A = log Gamma(a) - a log b."""
         return Gamma().log_partition(self._gamma(lam))
 
     def sufficient_statistics(
@@ -283,7 +281,7 @@ class InverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the gamma density of 1 / x."""
         reciprocal = GammaExpectation(-mu.log, mu.reciprocal)
         gamma, proper = Gamma().natural_from_expectation(reciprocal, with_status=True)
@@ -371,7 +369,7 @@ class Exponential(RateFamily):
         return jnp.square(self.mean(lam))
 
     def log_partition(self, lam: ExponentialNatural) -> Array:
-        """A = -log b."""
+        """Return A = -log b."""
         return -jnp.log(-lam.linear)
 
     def sufficient_statistics(

@@ -36,7 +36,7 @@ from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, rel
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import AnyArray, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, NaturalParameters, PyTree
 
 
 @parameters
@@ -120,11 +120,7 @@ class Normal(GaussianFamily):
 
     @checked(mean=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        variance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, variance: Alternative = None, precision: Alternative = None
     ) -> GaussianNatural:
         """lambda from the mean and the variance or precision (> 0)."""
         if variance is not None:
@@ -149,12 +145,10 @@ class Normal(GaussianFamily):
         return 1.0 / self.precision(lam)
 
     def log_partition(self, lam: GaussianNatural) -> Array:
-        """A = S m^2 / 2 - log(S) / 2."""
+        """Return A = S m^2 / 2 - log(S) / 2."""
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta * theta)
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -166,7 +160,7 @@ class Normal(GaussianFamily):
 
     def natural_from_expectation(
         self, mu: GaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where mu has no variance."""
         variance = mu.quadratic - mu.linear * mu.linear
         proper = domain.positive().contains(variance)
@@ -210,7 +204,7 @@ class Normal(GaussianFamily):
         return self.from_mean(m + (step.linear - d * m) / by, new)
 
 
-def solve(s: AnyArray, b: AnyArray) -> Array:
+def solve(s: ArrayLike, b: ArrayLike) -> Array:
     """S^{-1} b for a batch of vectors b."""
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(s), True), b[..., None])[..., 0]
 
@@ -261,16 +255,11 @@ class Gaussian(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, covariance: Alternative = None, precision: Alternative = None
     ) -> GaussianNatural:
         """lambda from the mean and the covariance or precision matrix (positive definite)."""
-        if covariance is not None:
-            return self.from_mean(jnp.asarray(mean), _inverse(jnp.asarray(covariance)))
-        return self.from_mean(jnp.asarray(mean), jnp.asarray(precision))
+        s = jnp.asarray(precision) if covariance is None else _inverse(jnp.asarray(covariance))
+        return self.from_mean(jnp.asarray(mean), s)
 
     def from_mean(self, mean: Array, precision: Array) -> GaussianNatural:
         batch = jnp.broadcast_shapes(mean.shape[:-1], precision.shape[:-2])
@@ -295,12 +284,10 @@ class Gaussian(GaussianFamily):
         return jnp.diagonal(self.covariance(lam), axis1=-2, axis2=-1)
 
     def log_partition(self, lam: GaussianNatural) -> Array:
-        """A = m^T S m / 2 - log det(S) / 2."""
+        """Return A = m^T S m / 2 - log det(S) / 2."""
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> GaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
         return GaussianExpectation(theta, theta[..., :, None] * theta[..., None, :])
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -312,7 +299,7 @@ class Gaussian(GaussianFamily):
 
     def natural_from_expectation(
         self, mu: GaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where no covariance is left."""
         covariance = mu.quadratic - mu.linear[..., :, None] * mu.linear[..., None, :]
         proper = domain.positive_definite().contains(covariance)
@@ -357,7 +344,7 @@ class Gaussian(GaussianFamily):
     def retract(
         self, lam: GaussianNatural, step: GaussianNatural, form: str = "improved"
     ) -> GaussianNatural:
-        """A step that keeps S positive definite; D = -2 step.quadratic is the step of S.
+        """Return a step that keeps S positive definite; D = -2 step.quadratic is the step of S.
 
         "improved": S' = S + D + D S^{-1} D / 2, m' = m + S'^{-1} (step.linear - D m).
 
@@ -430,11 +417,7 @@ class GaussianFixed(GaussianFamily):
 
     @checked(mean=REAL.over("d"), covariance=DEFINITE, precision=DEFINITE)
     def natural(
-        self,
-        *,
-        mean: ArrayLike,
-        covariance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, mean: ArrayLike, covariance: Alternative = None, precision: Alternative = None
     ) -> FixedNatural:
         """lambda from the mean and the known covariance or precision matrix."""
         lam = Gaussian().natural(mean=mean, covariance=covariance, precision=precision)
@@ -452,7 +435,7 @@ class GaussianFixed(GaussianFamily):
         return jnp.asarray(lam.precision)
 
     def _free(self, lam: FixedNatural) -> GaussianNatural:
-        """The same density as a member of `gaussian`."""
+        """Return the same density as a member of `gaussian`."""
         return GaussianNatural(lam.linear, -0.5 * lam.precision)
 
     def standard(self, lam: FixedNatural) -> dict[str, Array]:
@@ -465,12 +448,10 @@ class GaussianFixed(GaussianFamily):
         return Gaussian().variance(self._free(lam))
 
     def log_partition(self, lam: FixedNatural) -> Array:
-        """A = m^T S m / 2."""
+        """Return A = m^T S m / 2."""
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> FixedExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> FixedExpectation:
         d = theta.shape[-1]
         return FixedExpectation(theta, jnp.zeros((*theta.shape[:-1], d, d), theta.dtype))
 
@@ -491,9 +472,7 @@ class GaussianFixed(GaussianFamily):
     def expectation(self, lam: FixedNatural) -> FixedExpectation:
         return FixedExpectation(self.mean(lam), lam.precision)
 
-    def natural_from_expectation(
-        self, mu: FixedExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: FixedExpectation, with_status: bool = False) -> PyTree:
         """lambda = S m."""
         lam = self.from_mean(mu.linear, mu.precision)
         return (lam, self.in_domain(lam)) if with_status else lam

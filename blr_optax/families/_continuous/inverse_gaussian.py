@@ -29,7 +29,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import PyTree
 
 FRACTION_FROM = 1.5  # where continued fractions take over
 
@@ -145,13 +145,11 @@ class InverseGaussian(ExponentialFamily):
         return m * m * (m / s)
 
     def log_partition(self, lam: InverseGaussianNatural) -> Array:
-        """A = -s / m - log(s) / 2."""
+        """Return A = -s / m - log(s) / 2."""
         m, s = self.standard(lam).values()
         return -s / m - 0.5 * jnp.log(s)
 
-    def sufficient_statistics(
-        self, theta: Array, lam: NaturalParameters = None
-    ) -> InverseGaussianExpectation:
+    def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> InverseGaussianExpectation:
         return InverseGaussianExpectation(theta, 1.0 / theta)
 
     def log_base_measure(self, lam: InverseGaussianNatural, theta: Array) -> Array:
@@ -181,7 +179,7 @@ class InverseGaussian(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseGaussianExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """s = 1 / (mu_2 - 1 / mu_1); NaN, and status False, where that is not positive."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)
@@ -224,7 +222,7 @@ class InverseGaussian(ExponentialFamily):
         return InverseGaussianNatural((reciprocal + s * v.linear / m) / m / m, reciprocal)
 
     def sample(self, key: Array, lam: InverseGaussianNatural, shape: tuple[int, ...] = ()) -> Array:
-        """The smaller or the larger root of a quadratic (Michael, Schucany and Haas 1976)."""
+        """Choose one root of a quadratic (Michael, Schucany and Haas 1976)."""
         m, s = jnp.broadcast_arrays(*self.standard(lam).values())
         key, key_side = jax.random.split(key)
         z = jax.random.normal(key, shape + m.shape, m.dtype)

@@ -37,7 +37,7 @@ def retract_shortened(
     step: PyTree,
     move: Callable[[PyTree, PyTree], tuple[PyTree, Array]],
 ) -> PyTree:
-    """The new lambda of move(lam, step), with the step cut by powers of 16 until that is safe.
+    """Return move(lam, step), with the step cut by powers of 16 until that is safe.
 
     Where the domain couples fields, a move that stays inside on paper may not in lambda: b is the
     difference of -lambda_precision and kappa m^2 / 2, and either may drown or overflow. `move`

@@ -37,7 +37,7 @@ from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 GAMMA, INVERSE_GAMMA = Gamma(), InverseGamma()
 
@@ -107,7 +107,7 @@ class NormalGamma(ExponentialFamily):
         return lam.linear / kappa, kappa
 
     def gamma(self, lam: NormalGammaNatural) -> GammaNatural:
-        """The gamma density of tau."""
+        """Return the gamma density of tau."""
         m, _ = self.normal(lam)
         return GammaNatural(lam.log - 0.5, lam.precision + 0.5 * m * lam.linear)
 
@@ -126,7 +126,7 @@ class NormalGamma(ExponentialFamily):
         return MeanPrecision(jnp.where(finite, of_mean, jnp.inf), GAMMA.variance(gamma))
 
     def log_partition(self, lam: NormalGammaNatural) -> Array:
-        """A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
+        """Return A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
         _, kappa = self.normal(lam)
         return GAMMA.log_partition(self.gamma(lam)) + 0.5 * (LOG_2PI - jnp.log(kappa))
 
@@ -146,7 +146,7 @@ class NormalGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu): 1 / kappa = mu_quadratic - m mu_linear, and the gamma density's solve."""
         gamma, proper = GAMMA.natural_from_expectation(
             GammaExpectation(mu.log, mu.precision), with_status=True
@@ -210,7 +210,7 @@ class NormalGamma(ExponentialFamily):
     def move(
         self, lam: NormalGammaNatural, step: NormalGammaNatural
     ) -> tuple[NormalGammaNatural, Array]:
-        """The step of `retract`, and whether b survives rounding."""
+        """Return the step of `retract`, and whether b survives rounding."""
         (m, kappa), dkappa = self.normal(lam), -2.0 * step.quadratic
         rate = step.precision + m * step.linear - 0.5 * m * m * dkappa
         new = GAMMA.retract(self.gamma(lam), GammaNatural(step.log, rate))
@@ -286,7 +286,7 @@ class NormalInverseGamma(ExponentialFamily):
         return NormalInverseGammaNatural(kappa * m, -0.5 * kappa, -(a + 1.5), reciprocal)
 
     def _precise(self, lam: NormalInverseGammaNatural) -> NormalGammaNatural:
-        """The density of (x, 1 / v)."""
+        """Return the density of (x, 1 / v)."""
         return NormalGammaNatural(lam.linear, lam.quadratic, -lam.log - 2.0, lam.reciprocal)
 
     def _varied(self, lam: NormalGammaNatural) -> NormalInverseGammaNatural:
@@ -310,7 +310,7 @@ class NormalInverseGamma(ExponentialFamily):
         return MeanVariance(NORMAL_GAMMA.variance(precise).mean, inverse)
 
     def log_partition(self, lam: NormalInverseGammaNatural) -> Array:
-        """A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
+        """Return A = log Gamma(a) - a log b - log(kappa) / 2 + log(2 pi) / 2."""
         return NORMAL_GAMMA.log_partition(self._precise(lam))
 
     def sufficient_statistics(
@@ -328,7 +328,7 @@ class NormalInverseGamma(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalInverseGammaExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the normal-gamma density of (x, 1 / v)."""
         turned = NormalGammaExpectation(mu.linear, mu.quadratic, -mu.log, mu.reciprocal)
         precise, proper = NORMAL_GAMMA.natural_from_expectation(turned, with_status=True)
@@ -384,6 +384,6 @@ class NormalInverseGamma(ExponentialFamily):
 
 
 def _inverse_gamma(lam: NormalGammaNatural) -> InverseGammaNatural:
-    """The inverse gamma density of 1 / tau."""
+    """Return the inverse gamma density of 1 / tau."""
     gamma = NORMAL_GAMMA.gamma(lam)
     return InverseGammaNatural(-gamma.log - 2.0, gamma.linear)

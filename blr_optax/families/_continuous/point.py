@@ -106,9 +106,7 @@ class Point(ExponentialFamily):
     def expectation(self, lam: PointNatural) -> PointExpectation:
         return PointExpectation(lam.value)
 
-    def natural_from_expectation(
-        self, mu: PointExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: PointExpectation, with_status: bool = False) -> PyTree:
         lam = PointNatural(mu.value)
         return (lam, self.in_domain(lam)) if with_status else lam
 

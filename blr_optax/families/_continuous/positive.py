@@ -32,7 +32,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @parameters
@@ -77,11 +77,7 @@ class LogNormal(ExponentialFamily):
 
     @checked(location=REAL, variance=POSITIVE, precision=POSITIVE)
     def natural(
-        self,
-        *,
-        location: ArrayLike,
-        variance: ArrayLike | None = None,
-        precision: ArrayLike | None = None,
+        self, *, location: ArrayLike, variance: Alternative = None, precision: Alternative = None
     ) -> LogNormalNatural:
         """lambda from the mean and the variance or precision (> 0) of log x."""
         of_log = Normal().natural(mean=location, variance=variance, precision=precision)
@@ -100,7 +96,7 @@ class LogNormal(ExponentialFamily):
         return jnp.expm1(v) * jnp.exp(2.0 * m + v)
 
     def log_partition(self, lam: LogNormalNatural) -> Array:
-        """A = S m^2 / 2 - log(S) / 2."""
+        """Return A = S m^2 / 2 - log(S) / 2."""
         return Normal().log_partition(GaussianNatural(*lam))
 
     def sufficient_statistics(
@@ -125,7 +121,7 @@ class LogNormal(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: LogNormalExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) in closed form; NaN, and status False, where log x has no variance."""
         found = Normal().natural_from_expectation(GaussianExpectation(*mu), with_status=True)
         lam = LogNormalNatural(*found[0])
@@ -168,7 +164,7 @@ class RateFamily(ExponentialFamily):
         return -getattr(lam, name)
 
     def _fields(self, kind: type, like: Any, value: Array, still: bool = False) -> Any:
-        """A value for the field of T; known fields as in `like`, or zero for a derivative."""
+        """Fill the field of T with a value; known fields as in `like`, or zero for a derivative."""
         (name,) = self.domains
         known = {name: getattr(like, name) for name in self.known}
         return kind(**{name: value}, **(jax.tree.map(jnp.zeros_like, known) if still else known))
@@ -184,7 +180,7 @@ class RateFamily(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda = -1 / mu; NaN, and status False, unless mu is positive."""
         found = -self.rate(mu)
         proper = domain.positive().contains(found)
@@ -258,7 +254,7 @@ class Laplace(RateFamily):
         return 2.0 * jnp.square(1.0 / lam.deviation)
 
     def log_partition(self, lam: LaplaceNatural) -> Array:
-        """A = log(2 scale)."""
+        """Return A = log(2 scale)."""
         return -jnp.log(-0.5 * lam.deviation)
 
     def sufficient_statistics(
@@ -359,7 +355,7 @@ class Weibull(RateFamily):
         return jnp.square(self.mean(lam)) * jnp.expm1(bend * jnp.square(step / near))
 
     def log_partition(self, lam: WeibullNatural) -> Array:
-        """A = k log scale."""
+        """Return A = k log scale."""
         return -jnp.log(-lam.power)
 
     def sufficient_statistics(

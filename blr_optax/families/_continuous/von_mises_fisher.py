@@ -29,7 +29,7 @@ from blr_optax.families._numerics.sphere_draws import attach, draw, polar
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 NEWTON_STEPS = 8
 OFF_SPHERE = 1e-3  # how far |x|^2 may be from one
@@ -108,7 +108,7 @@ class _Curvature(NamedTuple):
         return jnp.sum(parts, axis=-1)
 
     def diagonal(self) -> Array:
-        """The diagonal of F."""
+        """Return the diagonal of F."""
         beyond, square = self.x > 1.0, self.linear**2
         x = jnp.where(beyond, self.x, 1.0)
         far = (self.ratio * (x - square) + self.slope * square) / x
@@ -118,7 +118,7 @@ class _Curvature(NamedTuple):
 @jax.custom_jvp
 @jax.jit
 def _solve(mu: Array) -> Array:
-    """The lambda with rho lambda = mu for |mu| < 1, by Newton in kappa."""
+    """Return the lambda with rho lambda = mu for |mu| < 1, by Newton in kappa."""
     nu, length = 0.5 * mu.shape[-1] - 1.0, jnp.sqrt(_dot(mu, mu))
     rest = 1.0 - length
 
@@ -192,7 +192,7 @@ class VonMisesFisher(ExponentialFamily):
         return _Curvature.at(lam.linear).diagonal()
 
     def log_partition(self, lam: VonMisesFisherNatural) -> Array:
-        """A = d / 2 log(2 pi) + log I_nu(kappa) - nu log kappa."""
+        """Return A = d / 2 log(2 pi) + log I_nu(kappa) - nu log kappa."""
         return _bessel_at(lam.linear).log + 0.5 * lam.linear.shape[-1] * LOG_2PI
 
     def sufficient_statistics(
@@ -208,7 +208,7 @@ class VonMisesFisher(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: VonMisesFisherExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) by Newton in kappa; NaN, and status False, unless mu is inside the ball."""
         proper = domain.real(1).contains(mu.linear) & (_dot(mu.linear, mu.linear) < 1.0)
         inside = jnp.where(proper[..., None], mu.linear, 0.0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @jax.custom_jvp
@@ -78,7 +78,7 @@ def binary_kl(logit_p: Float[Array, ...], logit_q: Float[Array, ...]) -> Float[A
 
 
 def logit_from(logit: ArrayLike | None, probability: ArrayLike | None) -> Float[Array, ...]:
-    """The logit, from itself or from a probability."""
+    """Return the logit, from itself or from a probability."""
     if logit is not None:
         return jnp.asarray(logit)
     p = jnp.asarray(probability)
@@ -128,7 +128,7 @@ class Scalar(ExponentialFamily):
         return self.Expectation(self.mean(lam), *lam[1:])
 
     def _checked(self, mu: ExpectationParameters, linear: Array, with_status: bool) -> Any:
-        """lambda from its first field, NaN where that is no member, and whether it is one."""
+        """lambda from its first field, NaN where that is not a member, and whether it is one."""
         proper = self.domains["linear"].contains(linear)
         lam = self.Natural(jnp.where(proper, linear, jnp.nan), *mu[1:])
         return (lam, proper) if with_status else lam
@@ -153,13 +153,13 @@ class Binary(Scalar):
 
     @checked(logit=REAL, probability=FRACTION)
     def natural(
-        self, *, logit: ArrayLike | None = None, probability: ArrayLike | None = None
+        self, *, logit: Alternative = None, probability: Alternative = None
     ) -> NaturalParameters:
         """lambda from the logit or the probability (in (0, 1)) of the value 1."""
         return self.Natural(logit_from(logit, probability) / (1.0 - self.low))
 
     def standard(self, lam: NaturalParameters) -> dict[str, Array]:
-        """The logit, which unlike the probability is never rounded to 1."""
+        """Return the logit, which unlike the probability is never rounded to 1."""
         return {"logit": self._logit(lam)}
 
     def variance(self, lam: NaturalParameters) -> Array:
@@ -167,7 +167,7 @@ class Binary(Scalar):
         return (1.0 - self.low) ** 2 * logistic(logit) * logistic(-logit)
 
     def log_partition(self, lam: NaturalParameters) -> Array:
-        """A = log(exp(lambda) + exp(low lambda))."""
+        """Return A = log(exp(lambda) + exp(low lambda))."""
         return softplus(self._logit(lam)) + self.low * lam.linear
 
     def _inside(self, lam: NaturalParameters, x: Array) -> Array:
@@ -202,7 +202,7 @@ class Binary(Scalar):
     def relaxed_sample(
         self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
     ) -> Array:
-        """The mean at (lambda + noise) / temperature, with logistic noise in the logit."""
+        """Return the mean at (lambda + noise) / temperature, with logistic noise in the logit."""
         x = lam.linear
         noise = jax.random.logistic(key, (*shape, *x.shape), x.dtype) / (1.0 - self.low)
         return self.mean(self.Natural((x + noise) / temperature))
@@ -249,8 +249,8 @@ class Bernoulli(Binary):
 
     def natural_from_expectation(
         self, mu: BernoulliExpectation, with_status: bool = False
-    ) -> NaturalParameters:
-        """The logit of mu; NaN, and status False, unless 0 < mu < 1."""
+    ) -> PyTree:
+        """Return the logit of mu; NaN, and status False, unless 0 < mu < 1."""
         return self._checked(mu, jnp.log(mu.linear) - jnp.log1p(-mu.linear), with_status)
 
 
@@ -307,6 +307,6 @@ class Rademacher(Binary):
 
     def natural_from_expectation(
         self, mu: RademacherExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """artanh mu; NaN, and status False, unless -1 < mu < 1."""
         return self._checked(mu, jnp.arctanh(mu.linear), with_status)

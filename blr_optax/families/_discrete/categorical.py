@@ -24,13 +24,13 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 MANY = 4096  # categories beyond which the rounding of their probabilities would add up
 
 
 def likeliest(logits: Float[Array, "... K"]) -> Bool[Array, "... K"]:
-    """True at one category of largest logit."""
+    """Mark one category of largest logit."""
     return jnp.argmax(logits, -1, keepdims=True) == jnp.arange(logits.shape[-1])
 
 
@@ -74,7 +74,7 @@ def _centred(logits: Float[Array, "... K"], v: Float[Array, "... K"]) -> Float[A
 
 
 def rest(logits: Float[Array, "... K"]) -> Float[Array, ...]:
-    """The probability that the likeliest category does not come up."""
+    """Return the probability that the likeliest category does not come up."""
     return jnp.sum(jnp.where(likeliest(logits), 0.0, softmax(logits)), -1)
 
 
@@ -127,7 +127,7 @@ class Simplex(ExponentialFamily):
         return jnp.stack([lam.total if self.known else jnp.ones_like(lam.linear[..., 0])], -1)
 
     def standard(self, lam: NaturalParameters) -> dict[str, Array]:
-        """The logits whose last is 0, which unlike probabilities are never rounded to 1."""
+        """Return the logits whose last is 0, which unlike probabilities are never rounded to 1."""
         return {"logits": full_logits(lam.linear), **{n: getattr(lam, n) for n in self.known}}
 
     def mean(self, lam: NaturalParameters) -> Float[Array, "... K"]:
@@ -144,7 +144,7 @@ class Simplex(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """log(mu_k / mu_K); NaN, and status False, unless all K means are positive."""
         first = mu.linear / self._total(mu)
         last = 1.0 - jnp.sum(first, -1, keepdims=True)
@@ -214,19 +214,19 @@ class Categorical(Simplex):
 
     @checked(**LABEL)
     def natural(
-        self, *, logits: ArrayLike | None = None, probabilities: ArrayLike | None = None
+        self, *, logits: Alternative = None, probabilities: Alternative = None
     ) -> CategoricalNatural:
         """lambda from K softmax logits or K probabilities (positive, of sum 1)."""
         return CategoricalNatural(linear_from(logits, probabilities))
 
     def log_partition(self, lam: CategoricalNatural) -> Array:
-        """A = log(1 + sum_k exp lambda_k)."""
+        """Return A = log(1 + sum_k exp lambda_k)."""
         return -log_softmax(full_logits(lam.linear))[..., -1]
 
     def sufficient_statistics(
         self, theta: Int[Array, ...], lam: CategoricalNatural | None = None
     ) -> CategoricalExpectation:
-        """Indicators of the first K - 1 labels; lambda says how many there are."""
+        """Return indicators of the first K - 1 labels; lambda says how many there are."""
         if lam is None:
             raise ValueError("categorical: T of a label depends on K: pass lam.")
         labels = jnp.arange(lam.linear.shape[-1])
@@ -269,7 +269,7 @@ class Categorical(Simplex):
         return jnp.where(bits < edges[..., -1], label, jnp.argmax(logits, -1)).astype(jnp.int32)
 
     def support(self, lam: CategoricalNatural, total: int | None = None) -> Int[Array, "K ..."]:
-        """The labels 0 .. K-1, along a new leading axis."""
+        """Return the labels 0 .. K-1, along a new leading axis."""
         *batch, k = lam.linear.shape
         return lf.spread(jnp.arange(k + 1, dtype=jnp.int32), batch)
 

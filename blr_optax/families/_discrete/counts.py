@@ -31,7 +31,7 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters
+    from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
 
 @parameters
@@ -77,11 +77,7 @@ class Binomial(Scalar):
 
     @checked(total=COUNT, logit=REAL, probability=FRACTION)
     def natural(
-        self,
-        *,
-        total: ArrayLike,
-        logit: ArrayLike | None = None,
-        probability: ArrayLike | None = None,
+        self, *, total: ArrayLike, logit: Alternative = None, probability: Alternative = None
     ) -> BinomialNatural:
         """lambda from the logit or probability, and the known total (a positive integer)."""
         return BinomialNatural(logit_from(logit, probability), jnp.asarray(total))
@@ -96,7 +92,7 @@ class Binomial(Scalar):
         return lam.total * logistic(lam.linear) * logistic(-lam.linear)
 
     def log_partition(self, lam: BinomialNatural) -> Array:
-        """A = n log(1 + exp(logit))."""
+        """Return A = n log(1 + exp(logit))."""
         return lam.total * softplus(lam.linear)
 
     def _inside(self, lam: BinomialNatural, x: Array) -> Array:
@@ -112,7 +108,7 @@ class Binomial(Scalar):
         )
 
     def _rare(self, lam: BinomialNatural) -> Array:
-        """The probability of the rarer outcome."""
+        """Return the probability of the rarer outcome."""
         return logistic(jnp.where(lam.linear > 0, -lam.linear, lam.linear))
 
     def expected_log_base_measure(self, lam: BinomialNatural) -> Array:
@@ -125,7 +121,7 @@ class Binomial(Scalar):
 
     def natural_from_expectation(
         self, mu: BinomialExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """log(mu / (n - mu)); NaN, and status False, unless 0 < mu < n."""
         linear = jnp.log(mu.linear) - jnp.log(mu.total - mu.linear)
         return self._checked(mu, linear, with_status)
@@ -207,7 +203,7 @@ class Poisson(Scalar):
         return jnp.exp(lam.linear)
 
     def log_partition(self, lam: PoissonNatural) -> Array:
-        """A = exp(lambda)."""
+        """Return A = exp(lambda)."""
         return jnp.exp(lam.linear)
 
     def _log_h(self, lam: PoissonNatural, x: Array) -> Array:
@@ -222,9 +218,7 @@ class Poisson(Scalar):
     def base_measure_gradient(self, lam: PoissonNatural) -> PoissonNatural:
         return PoissonNatural(-lf.slope(lf.poisson_log_factorial, self.mean(lam)))
 
-    def natural_from_expectation(
-        self, mu: PoissonExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: PoissonExpectation, with_status: bool = False) -> PyTree:
         """log(mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, jnp.log(mu.linear), with_status)
 
@@ -268,7 +262,7 @@ class Waiting(Scalar):
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """-log(1 + r / mu); NaN, and status False, unless mu > 0."""
         return self._checked(mu, -jnp.log1p(self._total(mu) / mu.linear), with_status)
 
@@ -317,7 +311,7 @@ class Geometric(Waiting):
         return GeometricNatural(jnp.log1p(jnp.negative(probability)))
 
     def log_partition(self, lam: GeometricNatural) -> Array:
-        """A = -log(1 - exp(lambda))."""
+        """Return A = -log(1 - exp(lambda))."""
         return -lf.log_success(lam.linear)
 
     def _log_q(self, lam: GeometricNatural, x: Array) -> Array:
@@ -375,7 +369,7 @@ class NegativeBinomial(Waiting):
         return NegativeBinomialNatural(jnp.log1p(jnp.negative(probability)), jnp.asarray(total))
 
     def log_partition(self, lam: NegativeBinomialNatural) -> Array:
-        """A = -r log(1 - exp(lambda))."""
+        """Return A = -r log(1 - exp(lambda))."""
         return -lam.total * lf.log_success(lam.linear)
 
     # The last trial is a success: r of all r + x are, in r / (r + x) of their orders.
@@ -406,7 +400,7 @@ class NegativeBinomial(Waiting):
     def sample(
         self, key: Array, lam: NegativeBinomialNatural, shape: tuple[int, ...] = ()
     ) -> Array:
-        """A Poisson count whose rate is a draw from a gamma density."""
+        """Draw a Poisson count whose rate is a draw from a gamma density."""
         key_rate, key_count = jax.random.split(key)
         g = jax.random.gamma(key_rate, lam.total, (*shape, *lam.total.shape), lam.total.dtype)
         return lf.draw_poisson(key_count, g * lf.failures(lam.linear))

@@ -25,7 +25,7 @@ from blr_optax.families._numerics import log_factorial as lf
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import Alternative, NaturalParameters
 
 
 @parameters
@@ -72,17 +72,13 @@ class Multinomial(Simplex):
 
     @checked(total=COUNT, **LABEL)
     def natural(
-        self,
-        *,
-        total: ArrayLike,
-        logits: ArrayLike | None = None,
-        probabilities: ArrayLike | None = None,
+        self, *, total: ArrayLike, logits: Alternative = None, probabilities: Alternative = None
     ) -> MultinomialNatural:
         """lambda from K logits or probabilities, and the known total (a positive integer)."""
         return MultinomialNatural(linear_from(logits, probabilities), jnp.asarray(total))
 
     def log_partition(self, lam: MultinomialNatural) -> Array:
-        """A = n log(1 + sum_k exp lambda_k)."""
+        """Return A = n log(1 + sum_k exp lambda_k)."""
         return -lam.total * log_softmax(full_logits(lam.linear))[..., -1]
 
     def sufficient_statistics(

@@ -58,7 +58,7 @@ class Independent:
     # What follows.
 
     def _like(self, *trees: Any) -> Any:
-        """The tree that tells the structure: a lambda where there is one."""
+        """Return the tree that tells the structure: a lambda where there is one."""
         return next((x for x in trees if isinstance(x, self.Natural)), trees[0])
 
     def _each(self, method: str, *trees: Any, **fixed: Any) -> list[Any]:
@@ -125,7 +125,7 @@ class Independent:
         return self._sum("inner", a, b)
 
     def log_partition(self, lam: NaturalParameters) -> Float[Array, ...]:
-        """A = sum_k A_k."""
+        """Return A = sum_k A_k."""
         return self._sum("log_partition", lam)
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
@@ -148,7 +148,7 @@ class Independent:
 
     def natural_from_expectation(
         self, mu: ExpectationParameters, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         lam = self._natural("natural_from_expectation", mu)
         return (lam, self.in_domain(lam)) if with_status else lam
 

@@ -62,7 +62,7 @@ class Leafwise(Independent, ConditionalFamily):
 
     @classmethod
     def like(cls, family: ConditionalFamily, theta: PyTree) -> Leafwise:
-        """The family over trees shaped like theta.
+        """Return the family over trees shaped like theta.
 
         Raises:
             ValueError: for a family whose event is no matrix.
@@ -80,7 +80,7 @@ class Leafwise(Independent, ConditionalFamily):
     at_means = derived(lambda self: self.family.at_means)
 
     def matrices(self, theta: PyTree) -> list[Array]:
-        """The leaves as matrices; leading sample axes stay."""
+        """Return the leaves as matrices; leading sample axes stay."""
         found = []
         for leaf, shape in zip(self.treedef.flatten_up_to(theta), self.shapes, strict=True):
             leaf = jnp.asarray(leaf)
@@ -90,7 +90,7 @@ class Leafwise(Independent, ConditionalFamily):
         return found
 
     def tree(self, matrices: list[Array]) -> PyTree:
-        """The tree of its leaves as matrices; leading sample axes stay."""
+        """Return the tree of its leaves as matrices; leading sample axes stay."""
         pairs = zip(matrices, self.shapes, strict=True)
         return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
 

@@ -53,13 +53,10 @@ class MeanField(Independent, ExponentialFamily):
 
     family: ExponentialFamily
 
-    if TYPE_CHECKING:
-
-        def __init__(self, family: Family | str) -> None: ...
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "family", get(self.family))
-        if not self.family.elementwise:
+    def __init__(self, family: Family | str) -> None:
+        """Look a name up."""
+        object.__setattr__(self, "family", get(family))
+        if not getattr(self.family, "elementwise", False):
             raise ValueError(
                 f"MeanField: {type(self.family).__name__} is not elementwise: its samples or its "
                 "parameters have axes of their own. Batches of it need no MeanField, different "
@@ -80,7 +77,7 @@ class MeanField(Independent, ExponentialFamily):
     elementwise = False  # it is the lift
 
     def _structure(self, x: Any) -> Any:
-        """The tree of the parameters: of every field of lambda and mu, and of theta."""
+        """Return the tree of the parameters: of every field of lambda and mu, and of theta."""
         return jax.tree.structure(x[0] if self._has_fields(x) else x)
 
     def _has_fields(self, x: Any) -> bool:
@@ -96,7 +93,7 @@ class MeanField(Independent, ExponentialFamily):
         return [type(x)(*part) for part in zip(*map(treedef.flatten_up_to, x), strict=True)]
 
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
-        """A tree; of lambda or mu every field is one."""
+        """Return a tree; of lambda or mu every field is one."""
         treedef = self._structure(like)
         if kind is None:
             return treedef.unflatten(parts)

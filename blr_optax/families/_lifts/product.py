@@ -106,7 +106,7 @@ class Product(Independent, ExponentialFamily):
         return [parts[name] for name, _ in self.factors]
 
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
-        """A dict by name, in lambda and mu as `parts`."""
+        """Return a dict by name, in lambda and mu as `parts`."""
         named = {name: part for (name, _), part in zip(self.factors, parts, strict=True)}
         return named if kind is None else kind(named)
 
@@ -116,7 +116,7 @@ class Product(Independent, ExponentialFamily):
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path in paths]
 
     def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
-        """The batch axes of a factor."""
+        """Return the batch axes of a factor."""
         return jnp.ndim(jax.eval_shape(member.log_partition, lam))
 
     def natural(self, **standard: PyTree) -> ProductNatural:

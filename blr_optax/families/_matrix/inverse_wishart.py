@@ -28,7 +28,7 @@ from blr_optax.families._matrix.wishart import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 
 @parameters
@@ -83,7 +83,7 @@ class InverseWishart(ExponentialFamily):
         return InverseWishartNatural(-0.5 * (n + s.shape[-1] + 1.0), -0.5 * s)
 
     def _wishart(self, lam: InverseWishartNatural) -> WishartNatural:
-        """The density of X^{-1}."""
+        """Return the density of X^{-1}."""
         return WishartNatural(-lam.log_det - (lam.inverse.shape[-1] + 1.0), lam.inverse)
 
     def standard(self, lam: InverseWishartNatural) -> dict[str, Array]:
@@ -109,7 +109,7 @@ class InverseWishart(ExponentialFamily):
         return jnp.where(enough, found, jnp.inf)
 
     def log_partition(self, lam: InverseWishartNatural) -> Array:
-        """A = log Gamma_d(nu / 2) - nu / 2 log|Psi / 2|."""
+        """Return A = log Gamma_d(nu / 2) - nu / 2 log|Psi / 2|."""
         return Wishart().log_partition(self._wishart(lam))
 
     def sufficient_statistics(
@@ -126,7 +126,7 @@ class InverseWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: InverseWishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu) as for the Wishart density of X^{-1}."""
         turned = WishartExpectation(-mu.log_det, mu.inverse)
         wishart, proper = Wishart().natural_from_expectation(turned, with_status=True)

@@ -33,13 +33,13 @@ from blr_optax.families._numerics.special import LOG_2PI, relative_excess
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
 
-    from blr_optax._typing import NaturalParameters
+    from blr_optax._typing import NaturalParameters, PyTree
 
 WISHART = Wishart()
 
 
 def _outer(a: Array, b: Array) -> Array:
-    """(a b^T + b a^T) / 2."""
+    """Return (a b^T + b a^T) / 2."""
     product = a[..., :, None] * b[..., None, :]
     return 0.5 * (product + jnp.swapaxes(product, -1, -2))
 
@@ -119,7 +119,7 @@ class NormalWishart(ExponentialFamily):
         return lam.linear / kappa[..., None], kappa
 
     def wishart(self, lam: NormalWishartNatural) -> WishartNatural:
-        """The Wishart density of Lambda."""
+        """Return the Wishart density of Lambda."""
         m, _ = self.normal(lam)
         return WishartNatural(lam.log_det - 0.5, lam.matrix + 0.5 * _outer(m, lam.linear))
 
@@ -140,7 +140,7 @@ class NormalWishart(ExponentialFamily):
         return MeanPrecision(of_mean, WISHART.variance(wishart))
 
     def log_partition(self, lam: NormalWishartNatural) -> Array:
-        """A = log Gamma_d(nu / 2) - nu / 2 log|(2 W)^{-1}| - d / 2 log(kappa / (2 pi))."""
+        """Return A = log Gamma_d(nu / 2) - nu / 2 log|(2 W)^{-1}| - d / 2 log(kappa / (2 pi))."""
         d, (_, kappa) = lam.linear.shape[-1], self.normal(lam)
         return WISHART.log_partition(self.wishart(lam)) + 0.5 * d * (LOG_2PI - jnp.log(kappa))
 
@@ -162,7 +162,7 @@ class NormalWishart(ExponentialFamily):
 
     def natural_from_expectation(
         self, mu: NormalWishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    ) -> PyTree:
         """lambda(mu): d / kappa = mu_quadratic - m^T mu_linear, and the Wishart density's solve."""
         wishart, proper = WISHART.natural_from_expectation(
             WishartExpectation(mu.log_det, mu.matrix), with_status=True
@@ -244,7 +244,7 @@ class NormalWishart(ExponentialFamily):
     def _move(
         self, lam: NormalWishartNatural, step: NormalWishartNatural
     ) -> tuple[NormalWishartNatural, Array]:
-        """The step of `retract`, and whether W^{-1} survives rounding."""
+        """Return the step of `retract`, and whether W^{-1} survives rounding."""
         (m, kappa), dkappa = self.normal(lam), -2.0 * step.quadratic
         matrix = step.matrix + _outer(m, step.linear - 0.5 * dkappa[..., None] * m)
         new = WISHART.retract(self.wishart(lam), WishartNatural(step.log_det, matrix))

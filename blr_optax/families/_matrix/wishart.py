@@ -46,7 +46,7 @@ from blr_optax.families._numerics.special import (
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
-    from blr_optax._typing import DTypeLike, NaturalParameters
+    from blr_optax._typing import DTypeLike, NaturalParameters, PyTree
 
 NEWTON_STEPS = 10
 
@@ -70,7 +70,7 @@ def _steps(d: int, dtype: DTypeLike) -> Float[Array, " d"]:
 
 
 def _constant(d: int) -> float:
-    """What the multivariate log Gamma has beside a sum of log Gammas."""
+    """Return what the multivariate log Gamma has beside a sum of log Gammas."""
     return 0.25 * d * (d - 1) * float(np.log(np.pi))
 
 
@@ -101,7 +101,7 @@ def _gap_terms(b: Array, d: int) -> tuple[Array, Array]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def _solve_gap(gap: Array, d: int) -> Float[Array, ...]:
-    """The b with sum_j [log a - psi(a_j)] = gap > 0, by Newton in log b on the log of the gap."""
+    """Solve sum_j [log a - psi(a_j)] = gap > 0 for b, by Newton in log b on the log of the gap."""
 
     def newton(_: Array, b: Array) -> Array:
         found, slope = _gap_terms(b, d)
@@ -172,7 +172,7 @@ class Wishart(ExponentialFamily):
         return WishartNatural(0.5 * (n - s.shape[-1] - 1.0), -0.5 * _inverse(s))
 
     def concentrations(self, lam: WishartNatural) -> tuple[Array, Array]:
-        """a, and a_j along a new last axis."""
+        """Return a, and a_j along a new last axis."""
         d = lam.matrix.shape[-1]
         s = _steps(d, lam.matrix.dtype)
         return lam.log_det + 0.5 * (d + 1), lam.log_det[..., None] + (1.0 + s[::-1])
@@ -192,7 +192,7 @@ class Wishart(ExponentialFamily):
         return 0.5 * self.concentrations(lam)[0][..., None, None] * squares
 
     def log_partition(self, lam: WishartNatural) -> Array:
-        """A = log Gamma_d(a) - a log|M|, with a = nu / 2 and M = V^{-1} / 2."""
+        """Return A = log Gamma_d(a) - a log|M|, with a = nu / 2 and M = V^{-1} / 2."""
         a, each = self.concentrations(lam)
         log_gammas = jnp.sum(log_gamma(each), axis=-1) + _constant(each.shape[-1])
         return log_gammas - a * _log_det(-lam.matrix)
@@ -210,9 +210,7 @@ class Wishart(ExponentialFamily):
         log_det = jnp.sum(jnp.log(each) - log_minus_digamma(each), axis=-1) - _log_det(-lam.matrix)
         return WishartExpectation(log_det, self.mean(lam))
 
-    def natural_from_expectation(
-        self, mu: WishartExpectation, with_status: bool = False
-    ) -> NaturalParameters:
+    def natural_from_expectation(self, mu: WishartExpectation, with_status: bool = False) -> PyTree:
         """lambda(mu) from sum_j [log a - psi(a_j)] = log|E X| - E log|X|; NaN unless positive."""
         d = mu.matrix.shape[-1]
         definite = domain.positive_definite().contains(mu.matrix)
@@ -313,7 +311,7 @@ class Wishart(ExponentialFamily):
 
 
 def check_degrees(family: ExponentialFamily, scale: ArrayLike, degrees: ArrayLike) -> None:
-    """Raises ValueError when there are too few degrees of freedom for the scale matrix."""
+    """Raise ValueError when there are too few degrees of freedom for the scale matrix."""
     least = jnp.shape(scale)[-1] - 1
     name, valid = f"{name_of(family)}.natural: degrees", f"above d - 1 = {least}"
     require(name, degrees, valid, lambda n: n > least)

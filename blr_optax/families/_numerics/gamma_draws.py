@@ -106,6 +106,6 @@ def gamma_log_draw(
 
 
 def following(value: Float[Array, ...], log_value: Float[Array, ...]) -> Float[Array, ...]:
-    """The value itself, with the derivatives of exp(log_value), which may have fewer digits."""
+    """Return the value, with the derivatives of exp(log_value), which may have fewer digits."""
     still = jax.lax.stop_gradient
     return still(value) * jnp.exp(log_value - still(log_value))

@@ -53,7 +53,7 @@ _ENTROPY = (
 
 
 def large(dtype: jnp.dtype) -> float:
-    """The counts from which the series are exact to rounding."""
+    """Return the counts from which the series are exact to rounding."""
     return 1000.0 if jnp.finfo(dtype).eps < 1e-10 else 20.0
 
 
@@ -77,7 +77,7 @@ def exp_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(near, exp_excess_near(jnp.where(near, x, 0.0)), jnp.expm1(x) - x)
 
 
-def deviance(x: Float[Array, ...], mean: Array, log_mean: Array) -> Float[Array, ...]:
+def deviance(x: Array, mean: Array | float, log_mean: Array | float) -> Float[Array, ...]:
     """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit."""
     positive = jnp.where(x > 0, x, 1.0)
     excess = relative_excess(positive, mean, log_mean - jnp.log(positive))
@@ -137,7 +137,7 @@ def is_count(x: Float[Array, ...]) -> Bool[Array, ...]:
 
 
 def common_total(total: Array, named: int | None = None) -> int:
-    """The one value of a batch of known totals, which must not be traced unless it is named."""
+    """Return the one value of a batch of known totals; a traced one must be named."""
     if named is not None:
         return named
     if not concrete(total):
@@ -199,7 +199,7 @@ def chances(p: Float[Array, "... K"], counts: Int[np.ndarray, "values K"]) -> Ar
 
 
 def slope(f: Callable, x: Array) -> Array:
-    """The derivative of an elementwise function."""
+    """Return the derivative of an elementwise function."""
     return jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
 
 
@@ -208,7 +208,7 @@ def slope(f: Callable, x: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _trapezes(kernel: Callable, low: Array, high: Array, *args: Array) -> Array:
-    """The integral of kernel(t, *args) over log t; kernel goes to zero like t, and after high."""
+    """Integrate kernel(t, *args) over log t; kernel goes to zero like t, and after high."""
     step = (jnp.log(high) - jnp.log(low)) / (NODES - 1)
 
     def add(k: Array, total: Array) -> Array:
@@ -222,7 +222,7 @@ def _trapezes(kernel: Callable, low: Array, high: Array, *args: Array) -> Array:
 
 @functools.cache
 def _slope(kernel: Callable, i: int) -> Callable:
-    """The derivative of an elementwise kernel in its i-th argument after t."""
+    """Return the derivative of an elementwise kernel in its i-th argument after t."""
 
     def changed(t: Array, *args: Array) -> Array:
         return slope(lambda x: kernel(t, *args[:i], x, *args[i + 1 :]), args[i])
@@ -248,12 +248,12 @@ def _(kernel: Callable, primals: tuple, tangents: tuple) -> tuple:
 
 
 def _integrate(kernel: Callable, scale: Array, decay: Array, *args: Array) -> Array:
-    """The integral of a kernel that is straight for t << 1 / scale and decays like e^(-decay t)."""
-    *args, scale, decay = jnp.broadcast_arrays(*args, scale, decay)
+    """Integrate a kernel that is straight for t << 1 / scale and decays like e^(-decay t)."""
+    *rest, scale, decay = jnp.broadcast_arrays(*args, scale, decay)
     eps = float(jnp.finfo(scale.dtype).eps)
     low = jax.lax.stop_gradient(eps**0.5 / scale)
     high = jax.lax.stop_gradient((4.0 - jnp.log(eps)) / decay).astype(low.dtype)
-    return _integral(kernel, low, high, *args)
+    return _integral(kernel, low, high, *rest)
 
 
 def _poisson(t: Array, m: Array) -> Array:
@@ -324,7 +324,7 @@ def factorial_series(m: Float[Array, ...], q: Float[Array, ...]) -> Float[Array,
 
 
 def entropy_series(v: Float[Array, ...], rho: Float[Array, ...]) -> Float[Array, ...]:
-    """The entropy of a count with large variance v = m (1 + rho m) and small rho."""
+    """Return the entropy of a count with large variance v = m (1 + rho m) and small rho."""
     terms = (
         a * rho**j * v ** (j - k) for k, row in enumerate(_ENTROPY, 1) for j, a in enumerate(row)
     )
@@ -345,7 +345,7 @@ def quanta(p: Float[Array, ...]) -> Array:
 def _draw_many(
     key: Array, mean: Array, v: Array, skew: Array | float, tail: Array | float
 ) -> Float[Array, ...]:
-    """Rounded Cornish-Fisher draws; skew and tail are the third and fourth cumulant over v."""
+    """Draw by Cornish-Fisher, rounded; skew and tail are the third and fourth cumulant over v."""
     z = jax.random.normal(key, mean.shape, mean.dtype)
     bend = skew * (z * z - 1.0) / 6.0
     bend += (tail * (z**3 - 3.0 * z) / 24.0 - skew**2 * (2.0 * z**3 - 5.0 * z) / 36.0) / jnp.sqrt(v)
@@ -385,7 +385,7 @@ def draw_binomial(key: Array, n: Array, p: Array, not_p: Array) -> Float[Array, 
 
 
 def draw_multinomial(key: Array, n: Array, p: Float[Array, "... K"]) -> Float[Array, "... K"]:
-    """Counts of n labels, one category after the other out of those that are left."""
+    """Return counts of n labels, one category after the other out of those that are left."""
     p = jnp.moveaxis(p, -1, 0)
     after = jnp.flip(jnp.cumsum(jnp.flip(p[1:], 0), 0), 0)
     after = jnp.concatenate([after, jnp.zeros_like(p[:1])])

@@ -23,7 +23,7 @@ MAX_HALVINGS = 60
 
 
 def _symmetric_basis(d: int) -> np.ndarray:
-    """An orthonormal basis of the symmetric d x d matrices, one flattened matrix per row."""
+    """Return an orthonormal basis of the symmetric d x d matrices, one flattened matrix per row."""
     rows = []
     for i in range(d):
         for j in range(i + 1):
@@ -149,13 +149,13 @@ def solve_natural(family: Any, mu: ExpectationParameters) -> tuple[PyTree, Array
         return _solve_one(family, mu)
 
     @solve.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
+    def derivative(primals: Any, tangents: Any) -> Any:
         (mu,), (dmu,) = primals, tangents
         lam, converged = solve(mu)
         still = np.zeros(jnp.shape(converged), jax.dtypes.float0)
         return (lam, converged), (_fisher_solved(family, lam, dmu), still)
 
-    batched = solve
+    batched: Any = solve
     for _ in range(_batch_axes(family, mu)):
         batched = jax.vmap(batched)
     return batched(mu)

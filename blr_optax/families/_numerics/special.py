@@ -78,7 +78,9 @@ def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
     return y * (x - _atanh_excess(y))
 
 
-def relative_excess(a: Array, b: Array, log_ratio: Array | None = None) -> Float[Array, ...]:
+def relative_excess(
+    a: Array, b: Array | float, log_ratio: Array | float | None = None
+) -> Float[Array, ...]:
     """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit."""
     # As above with x = b / a - 1.
     d = b - a
@@ -205,7 +207,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def inverse_log_minus_digamma(gap: Float[Array, ...]) -> Float[Array, ...]:
-    """The a > 0 with log a - psi(a) = gap, for gap > 0."""
+    """Return the a > 0 with log a - psi(a) = gap, for gap > 0."""
     # Minka's approximation, then Newton in log a on log l: both ends are straight lines there.
     a = (3.0 - gap + jnp.sqrt((gap - 3.0) ** 2 + 24.0 * gap)) / (12.0 * gap)
     a = jnp.where(gap > 50.0, 1.0 / gap, a)
@@ -225,7 +227,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def inverse_digamma(y: Float[Array, ...]) -> Float[Array, ...]:
-    """The a > 0 with psi(a) = y."""
+    """Return the a > 0 with psi(a) = y."""
     # Minka's start; psi is concave, so Newton in log a never overshoots by much.
     low, high = jnp.minimum(y, -2.2), jnp.maximum(y, -2.2)
     a = jnp.where(y > -2.2, jnp.exp(high) + 0.5, -1.0 / (low + np.euler_gamma))

@@ -112,7 +112,7 @@ def _moments(of_normal: Callable[[Array], Array]) -> tuple[float, float, float]:
 
 
 def as_law(noise: str | Callable[[Array], Array], *, positive: bool = False) -> Law:
-    """The law of a name or of a function of standard normals.
+    """Return the law of a name or of a function of standard normals.
 
     Raises:
         ValueError: for an unknown name, or a function whose law is not of mean zero (positive).
@@ -190,7 +190,7 @@ class Moved(Family):
 
     draws: ClassVar[int]
 
-    def moved(self, n: Array, *fields: Array) -> Array:
+    def moved(self, n: Array, *fields: Any) -> Array:
         """theta of noise with a leading axis of `draws`."""
         raise NotImplementedError
 

@@ -86,7 +86,7 @@ def from_basis(x: Array, basis: Basis) -> Array:
 
 
 def over(turn: Callable[[Array, Basis], Array], tree: PyTree, bases: dict[str, Basis]) -> PyTree:
-    """A tree with `turn` applied to the leaves that have a basis."""
+    """Return a tree with `turn` applied to the leaves that have a basis."""
 
     def leaf(path: Any, x: Array) -> Array:
         basis = bases.get(_tree.leaf_name(path))
@@ -142,7 +142,7 @@ class Rotated(Family):
     def natural(
         self, *, mean: PyTree, precision: PyTree, bases: dict[str, Basis]
     ) -> RotatedNatural:
-        """The parameters; `precision` is in the basis."""
+        """Return the parameters; `precision` is in the basis."""
         return RotatedNatural(mean, precision, bases)
 
     def standard(self, lam: RotatedNatural) -> dict[str, PyTree]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def unfold(eqn: Any, a: Array) -> Float[Array, "B groups n ... taps c"]:
-    """What the kernel meets: for every output position the inputs under its window.
+    """Return what the kernel meets: for every output position the inputs under its window.
 
     Strides are strides of the slices, a dilated kernel spaces their starts, a dilated input (a
     transposed convolution) is padded in between.

@@ -82,7 +82,7 @@ def coupling(loss: Callable[..., Any], params: Any, batch: tuple) -> Kind:
 
 
 def constant(x: Any, twin: Any) -> Kind:
-    """The kind of a number that the loss closes over, from its values at both batch sizes."""
+    """Classify a number that the loss closes over, from its values at both batch sizes."""
     if x is twin and np.size(x) > 1:  # frozen weights, say: no need to look at them
         return CONST
     if any(isinstance(v, jax.core.Tracer) or not _is_number(v) for v in (x, twin)):
@@ -110,7 +110,7 @@ def _is_number(x: Any) -> bool:
 
 
 def joined(kinds: Sequence[Kind]) -> Kind:
-    """The kind of something that may be any of these."""
+    """Return the kind of something that may be any of these."""
     top = max(kinds, key=lambda k: RANK.index(k.tag))
     powers = {k.power for k in kinds if k.tag == top.tag}
     return top if len(powers) == 1 else top._replace(power=None)
@@ -128,7 +128,7 @@ class Follower(NamedTuple):
     def follow(
         self, jaxpr: Any, twin: Any, kinds: Sequence[Kind], consts: Sequence[Kind] | None = None
     ) -> list[Kind]:
-        """The kinds of the outputs of a jaxpr."""
+        """Return the kinds of the outputs of a jaxpr."""
         env = dict(zip(jaxpr.invars, kinds, strict=True))
         env |= dict(zip(jaxpr.constvars, consts or [CONST] * len(jaxpr.constvars), strict=True))
         self._pair([*jaxpr.invars, *jaxpr.constvars], [*twin.invars, *twin.constvars])
@@ -151,7 +151,7 @@ class Follower(NamedTuple):
         self.twins.update(zip(ours, theirs, strict=True))
 
     def _axes(self, atom: Any) -> list[int]:
-        """The axes of examples of an operand."""
+        """Return the axes of examples of an operand."""
         if _jaxpr.is_literal(atom):
             return []
         sizes = zip(atom.aval.shape, self.twins[atom].aval.shape, strict=True)
@@ -203,7 +203,8 @@ class Follower(NamedTuple):
 
     def _power(self, eqn: Any, kinds: list[Kind]) -> float | None:
         """Of the batch size in what an equation makes of numbers that were multiplied by it."""
-        name, powers = eqn.primitive.name, [k.power for k in kinds]
+        name = eqn.primitive.name
+        powers: list[Any] = [k.power for k in kinds]
         if None in powers:
             return None
         total = sum(powers)
@@ -228,7 +229,7 @@ class Follower(NamedTuple):
         return None if any(powers) else 0
 
     def _of_sums(self, eqn: Any, kinds: list[Kind]) -> Kind:
-        """Sums over the examples may only be added up and multiplied by numbers."""
+        """Allow sums over the examples to be added up and multiplied by numbers, nothing else."""
         name = eqn.primitive.name
         sums = [k for k in kinds if k.tag == "sum"]
         numbers = [k for k in kinds if k.tag == "const"]
@@ -347,7 +348,7 @@ class Follower(NamedTuple):
     def _settled(
         self, body: Sequence[Any], consts: list[Kind], carry: list[Kind], xs: list[Kind]
     ) -> tuple[list[Kind], list[Kind]]:
-        """The kinds of the carry once a loop does not change them any more, and of the rest."""
+        """Return the kinds of the carry once a loop changes them no more, and of the rest."""
         while True:
             out = self.follow(*body, [*consts, *carry, *xs])
             grown = [joined([a, b]) for a, b in zip(carry, out, strict=False)]

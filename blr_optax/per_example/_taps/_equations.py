@@ -31,7 +31,7 @@ SMALL = 4096
 
 
 def rule(eqn: Any, tags: Sequence[str]) -> str:
-    """The name of the rule for an equation whose operands have these tags."""
+    """Return the name of the rule for an equation whose operands have these tags."""
     views = [i for i, tag in enumerate(tags) if tag == VIEW]
     if not views:
         return "plain"

@@ -17,7 +17,7 @@ CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 def trace(f: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-    """The jaxpr of f at the shapes of `args`, and the shapes of what it returns."""
+    """Return the jaxpr of f at the shapes of `args`, and the shapes of what it returns."""
     return jax.make_jaxpr(f, return_shape=True)(*args)
 
 
@@ -29,7 +29,7 @@ def is_literal(atom: Any) -> bool:
 
 
 def inner_jaxpr(eqn: Any) -> Any | None:
-    """The jaxpr of an equation that only calls it (an inner jit, a rematerialised block)."""
+    """Return the jaxpr of an equation that only calls it (an inner jit, a rematerialised block)."""
     name = eqn.primitive.name
     if name in REMAT:
         found = eqn.params["jaxpr"]
@@ -52,12 +52,12 @@ def has_primitive(jaxpr: Any, names: Sequence[str]) -> bool:
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr without its constants, and the constants."""
+    """Return a jaxpr without its constants, and the constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def bind(eqn: Any, *args: Any) -> list[Any]:
-    """The outputs of one equation at other operands."""
+    """Return the outputs of one equation at other operands."""
     params = eqn.primitive.get_bind_params(eqn.params)
     out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh with explicit axes that some array of the tree is on; None without."""
+    """Return the mesh with explicit axes that some array of the tree is on; None without."""
     meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
     return next((m for m in meshes if AxisType.Explicit in (m.axis_types or ())), None)
 

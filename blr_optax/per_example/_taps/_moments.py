@@ -80,7 +80,7 @@ def pieces(examples: int, numbers: int) -> int:
 
 
 def one_for_each_device(examples: int) -> int:
-    """The most pieces of which each still spreads over all devices, as the examples may do."""
+    """Return the most pieces of which each still spreads over all devices, as examples may."""
     return examples // math.gcd(examples, jax.device_count())
 
 
@@ -171,7 +171,7 @@ def _shared(
 
 
 def _factors(a: Array, d: Array, wanted: Shadow, weights: Any) -> KroneckerFactors:
-    """The factors of a layer without groups; of the inputs the sum over examples."""
+    """Return the factors of a layer without groups; of the inputs the sum over examples."""
     kind, dtype, positions = type(wanted.factors), wanted.dtype, a.shape[1]
     a, d = a.astype(dtype), d.astype(dtype)
     if kind is Reduced:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def place(
     forward: Callable[[Any, Any], Array], statistics: Callable[..., Shadow]
 ) -> Callable[..., Array]:
-    """A place from its operation and the statistics of its gradients.
+    """Return a place from its operation and the statistics of its gradients.
 
     Args:
         forward: (activation, view) -> output, all examples at once.
@@ -53,7 +53,7 @@ def place(
 
 
 def copy(batch: int) -> Callable[..., Array]:
-    """A copy of the view for every example: whatever follows, G_i is the copy's cotangent."""
+    """Copy the view for every example: whatever follows, G_i is the copy's cotangent."""
 
     def forward(_: None, w: Array) -> Array:
         return jnp.broadcast_to(w, (batch, *w.shape))
@@ -76,7 +76,7 @@ def copy(batch: int) -> Callable[..., Array]:
 
 
 def _dense_axes(eqn: Any, side: int) -> tuple[tuple, tuple]:
-    """(grouped, contracted, free) axes of the activation, and of the view, operand `side`."""
+    """Return (grouped, contracted, free) axes of the activation, and of the view, at `side`."""
     order = (1 - side, side)
     contract, grouped = eqn.params["dimension_numbers"]
 
@@ -89,7 +89,7 @@ def _dense_axes(eqn: Any, side: int) -> tuple[tuple, tuple]:
 
 
 def layer_sizes(use: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of the layer at which a view is used; None where it is none."""
+    """Return inputs and outputs of the layer at which a view is used; None for other places."""
     shape = use.eqn.invars[use.operand].aval.shape
     if use.by == "dense":
         grouped, contracted, free = _dense_axes(use.eqn, use.operand)[1]

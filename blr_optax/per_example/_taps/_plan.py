@@ -69,7 +69,7 @@ class Way:
 
 
 def tag(kind: Any) -> str:
-    """The tag of what is known of an operand."""
+    """Return the tag of what is known of an operand."""
     return VIEW if isinstance(kind, View) else kind
 
 
@@ -82,7 +82,7 @@ class Follower:
         self._levels = itertools.count(1)
 
     def follow(self, jaxpr: Any, kinds: Sequence[Any]) -> list[Any]:
-        """The kinds of the outputs of a jaxpr, from those of its inputs."""
+        """Return the kinds of the outputs of a jaxpr, from those of its inputs."""
         env = dict(zip(jaxpr.invars, kinds, strict=True))
         env |= dict.fromkeys(jaxpr.constvars, CONST)
 
@@ -161,7 +161,7 @@ class Follower:
 def whole(
     roots: frozenset[int], shape: tuple[int, ...], level: int, offset: int, scaled: bool = False
 ) -> View:
-    """The view that holds all numbers of an array."""
+    """Return the view that holds all numbers of an array."""
     size = math.prod(shape)
     return View(roots, level, lambda: np.arange(offset, offset + size).reshape(shape), scaled)
 
@@ -174,7 +174,7 @@ def scan_parts(eqn: Any, values: Sequence[Any]) -> tuple[list, list, list]:
 
 
 def settled_carry(eqn: Any, kinds: Sequence[Any]) -> list[Any]:
-    """The kinds of the carry: what starts constant may come to depend on the example."""
+    """Return the kinds of the carry: what starts constant may come to depend on the example."""
     body = _jaxpr.open_jaxpr(eqn.params["jaxpr"])[0]
     consts, carry, xs = scan_parts(eqn, kinds)
     while True:
@@ -186,7 +186,7 @@ def settled_carry(eqn: Any, kinds: Sequence[Any]) -> list[Any]:
 
 
 def plan(jaxpr: Any, shapes: Sequence[tuple[int, ...]]) -> list[Way]:
-    """The way of every parameter.
+    """Return the way of every parameter.
 
     Args:
         jaxpr: of the loss of one example; its first inputs are the parameters.
@@ -237,7 +237,7 @@ def tied(uses: Sequence[Use]) -> dict[int, str]:
 def ways(
     shapes: Sequence[tuple[int, ...]], refused: dict[int, str], uses: Sequence[Use], jaxpr: Any
 ) -> list[Way]:
-    """The ways of a finished plan."""
+    """Return the ways of a finished plan."""
     read = {id(x) for eqn in jaxpr.eqns for x in eqn.invars}
     sizes = [math.prod(shape) for shape in shapes]
     found = []

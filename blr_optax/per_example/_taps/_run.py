@@ -54,7 +54,7 @@ class Runner(NamedTuple):
     weights: Any
 
     def run(self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]) -> list[Value]:
-        """The outputs of a jaxpr."""
+        """Return the outputs of a jaxpr."""
         env: dict[Any, Value] = dict(zip(jaxpr.constvars, map(Plain, consts), strict=True))
         env |= dict(zip(jaxpr.invars, values, strict=True))
 
@@ -96,7 +96,8 @@ class Runner(NamedTuple):
 
     def _meet(self, name: str, eqn: Any, values: list[Value]) -> Batch:
         side = next(i for i, v in enumerate(values) if isinstance(v, Tapped))
-        view, other = values[side], self.copied(values[1 - side])
+        view: Any = values[side]
+        other = self.copied(values[1 - side])
         make = {
             "dense": lambda: _places.dense(eqn, side),
             "conv": lambda: _places.convolution(eqn),
@@ -132,26 +133,26 @@ class Runner(NamedTuple):
 
 
 def scanned_over(value: Value) -> Value:
-    """An operand of a loop with its steps leading, and back; norms belong to no step."""
+    """Return an operand of a loop with its steps leading, and back; norms belong to no step."""
     if isinstance(value, Batch):
         return Batch(jnp.swapaxes(value.x, 0, 1))
     return with_norms(value, None)
 
 
 def norms_of(value: Value) -> Any:
-    """The norms of a view."""
+    """Return the norms of a view."""
     return value.shadow.norms if isinstance(value, Tapped) else None
 
 
 def with_norms(value: Value, norms: Any) -> Value:
-    """A view with other norms."""
+    """Return a view with other norms."""
     if not isinstance(value, Tapped):
         return value
     return Tapped(value.x, value.shadow._replace(norms=norms))
 
 
 def plain(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """An equation without views, under `vmap`."""
+    """Return an equation without views, under `vmap`."""
     axes = [0 if isinstance(v, Batch) else None for v in values]
     operands = [v.x for v in values]
     if 0 not in axes:
@@ -159,8 +160,8 @@ def plain(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [Batch(x) for x in jax.vmap(lambda *xs: _jaxpr.bind(eqn, *xs), axes)(*operands)]
 
 
-def moved(eqn: Any, values: Sequence[Value]) -> list[Tapped]:
-    """A part or another shape of views; their shadows move with them, casts apart."""
+def moved(eqn: Any, values: Sequence[Value]) -> list[Value]:
+    """Return a part or another shape of views; their shadows move with them, casts apart."""
 
     def at(operand: Callable[[Value], Any]) -> list[Any]:
         return _jaxpr.bind(eqn, *map(operand, values))
@@ -170,7 +171,8 @@ def moved(eqn: Any, values: Sequence[Value]) -> list[Tapped]:
             return [None] * len(found)
         return at(lambda v: getattr(v.shadow, name) if isinstance(v, Tapped) else v.x)
 
-    found, first = at(lambda v: v.x), values[0].shadow
+    view: Any = values[0]
+    found, first = at(lambda v: v.x), view.shadow
     if eqn.primitive.name in CASTS:
         return [Tapped(found[0], first)]
     parts = zip(found, shadow("total"), shadow("squares"), strict=True)
@@ -178,10 +180,11 @@ def moved(eqn: Any, values: Sequence[Value]) -> list[Tapped]:
 
 
 def scaled(eqn: Any, values: Sequence[Value]) -> Tapped:
-    """A number c times a view (c^2 times its squares), or a constant added to it."""
+    """Return a number c times a view (c^2 times its squares), or a constant added to it."""
     (found,) = _jaxpr.bind(eqn, *(v.x for v in values))
     side = next(i for i, v in enumerate(values) if isinstance(v, Tapped))
-    name, shadow = eqn.primitive.name, values[side].shadow
+    view: Any = values[side]
+    name, shadow = eqn.primitive.name, view.shadow
     if name == "add" or (name == "sub" and side == 0):
         return Tapped(found, shadow)
     c = jnp.asarray(-1 if name in ("neg", "sub") else values[1 - side].x, shadow.dtype)

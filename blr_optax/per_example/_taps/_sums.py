@@ -58,23 +58,23 @@ class Wanted(NamedTuple):
 class Sums(NamedTuple):
     """Sums over the examples of a batch; lists over the parameters' leaves; None: not wanted."""
 
-    value: Array
-    total: list[Any]
-    squares: list[Any] | None
-    norms: Array | None
-    factors: list[Any] | None = None
-    ggn: list[Any] | None = None
+    value: Any
+    total: Any
+    squares: Any
+    norms: Any
+    factors: Any = None
+    ggn: Any = None
 
 
 def one_example(batch: Any) -> Any:
-    """The shapes of a batch of one example."""
+    """Return the shapes of a batch of one example."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), jax.typeof(x).dtype), batch
     )
 
 
 def shapes(tree: Any) -> Any:
-    """The shapes and dtypes of a tree."""
+    """Return the shapes and dtypes of a tree."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype), tree)
 
 
@@ -100,7 +100,7 @@ def zeros_like(x: Array) -> Array:
 def outputs(
     found: Traced, leaves: Sequence[Array], batch: tuple, shadows: Sequence[Shadow], weights: Any
 ) -> list[Array]:
-    """What the traced function returns for every example, with taps at its places."""
+    """Return what the traced function returns for every example, with taps at its places."""
     examples = jax.tree.leaves(batch)
     runner = Runner(len(examples[0]), weights)
 
@@ -119,7 +119,7 @@ def outputs(
 
 
 def empty_factors(way: Way, leaf: Array, kind: type | None) -> KroneckerFactors | None:
-    """Zeros for a layer's Kronecker factors; None for a parameter that is no layer's kernel."""
+    """Zeros for a layer's Kronecker factors; None for a parameter that is not a layer's kernel."""
     places = [use for use in way.uses if use.by != "scan"]
     steps = tuple(use.eqn.params["length"] for use in way.uses if use.by == "scan")
     if kind is None or len(places) != 1 or len(steps) > 1 or places[0].view.scaled:
@@ -132,7 +132,7 @@ def empty_factors(way: Way, leaf: Array, kind: type | None) -> KroneckerFactors 
 
 
 def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Array | None) -> Sums:
-    """The sums of one batch: one backward pass with taps, and chunks where these are needed."""
+    """Return one batch's sums: one backward pass with taps, and chunks where they are needed."""
     leaves = jax.tree.leaves(params)
     zeros = [zeros_like(x) for x in leaves]
     nothing = [None] * len(leaves)
@@ -145,7 +145,7 @@ def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Arra
         [empty_factors(w, x, wanted.factors) for w, x in zip(found.ways, leaves, strict=True)],
     )
     chunks = [i for i, way in enumerate(found.ways) if way.kind == CHUNKS]
-    in_chunks = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
+    in_chunks: Any = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
     if chunks and all(way.kind in (CHUNKS, UNUSED) for way in found.ways):
         sums = dummies._replace(value=in_chunks.value)
     else:
@@ -206,7 +206,7 @@ def chunk_sums(
 
 
 def over_pieces(piece: Callable[[Array], Sums], count: int) -> Sums:
-    """The sums of strided pieces, added up; norms in the order of the examples."""
+    """Return the sums of strided pieces, added up; norms in the order of the examples."""
     if count == 1:
         return piece(jnp.zeros((), jnp.int32))
     zero = jax.tree.map(
