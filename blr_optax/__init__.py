@@ -7,7 +7,7 @@ from blr_optax import estimators, families, metrics, plots, rule, state
 from blr_optax._distribution import Distribution, distribution
 from blr_optax._predict import Predictive, binary_link, predict, predict_regression
 from blr_optax._table import TableRow, table
-from blr_optax.interop import TorchIvon, from_torch_ivon, to_torch_ivon
+from blr_optax.interop import TorchIvon, from_torch_ivon, linen, nnx, to_torch_ivon
 
 # The deep-learning rows.
 from blr_optax.optimizers import (
@@ -88,6 +88,7 @@ __all__ = [
     "ivon",
     "ivon_lora",
     "kronecker_newton",
+    "linen",
     "lie_additive",
     "lie_affine",
     "lie_multiplicative",
@@ -99,6 +100,7 @@ __all__ = [
     "mixture_vi",
     "natural_step",
     "newton",
+    "nnx",
     "ogn",
     "online_newton",
     "per_example",

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._random import canonical_key
 from blr_optax._validate import check_count
 from blr_optax.per_example._taps._moments import strided
 from blr_optax.state._reader import draws_noise, posterior_states, refuse_multi_steps
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from blr_optax._typing import (
         AxisName,
+        KeyLike,
         Loss,
         OptState,
         Params,
@@ -163,6 +165,12 @@ class Evaluation:
     device: Array | None
     signs: tuple[float, ...]
 
+    def keyed(self, key: Array | None) -> Evaluation:
+        """Return the evaluation of `loss(..., key=key)`; of the loss itself for None."""
+        if key is None:
+            return self
+        return dataclasses.replace(self, loss=functools.partial(self.loss, key=key))
+
     def noises(self, index: Any) -> list[PyTree]:
         """Return the noise of one draw, for every state."""
         return [noise_of(state, index, self.device) for state in self.states]
@@ -263,6 +271,7 @@ def estimate(
     microbatch: int | None = None,
     split: bool = False,
     axis_name: AxisName | None = None,
+    key: KeyLike | None = None,
 ) -> Estimate:
     """Value, gradient and second statistic of a mean loss at this step's samples of the posterior.
 
@@ -290,6 +299,9 @@ def estimate(
             sample whatever their number, and m-sharpness for `sam` and `bsam`.
         axis_name: a named axis (shard_map, vmap) to average over; draws then differ between
             devices.
+        key: typed key or integer seed for a loss that draws by itself (dropout): the loss is called
+            as `loss(theta, *batch, key=...)`, with a key of its own for every draw of the weights,
+            micro-batch and device. The two evaluations of an antithetic pair share it.
 
     Returns:
         An `Estimate`.
@@ -327,16 +339,25 @@ def estimate(
     check_count("estimate: samples", samples)
     device = None if axis_name is None else jax.lax.axis_index(axis_name)
     signs = (1.0, -1.0) if antithetic else (1.0,)
+    if key is not None:
+        key = canonical_key(key)
+        key = key if device is None else jax.random.fold_in(key, device)
     evaluation = Evaluation(loss, has_aux, params, states, parts, device, signs)
     share = _split(batch, samples)[0] if split else lambda index: batch
 
     def at_draw(inputs: tuple) -> tuple:
         index, given = inputs
         noises = evaluation.noises(index) if noise is None else given
+        own = None if key is None else jax.random.fold_in(key, index)
         if microbatch is None:
-            return evaluation.total(noises, share(index))
+            return evaluation.keyed(own).total(noises, share(index))
         piece, count = _split(share(index), 1, microbatch)
-        return _total(lambda i: evaluation.total(noises, piece(i)), jnp.arange(count), count, 1)
+
+        def at_piece(i: Array) -> tuple:
+            here = None if own is None else jax.random.fold_in(own, i)
+            return evaluation.keyed(here).total(noises, piece(i))
+
+        return _total(at_piece, jnp.arange(count), count, 1)
 
     total = _total(at_draw, (jnp.arange(samples), noise), samples, UNROLLED_SAMPLES)
     pieces = 1 if microbatch is None else _split(share(0), 1, microbatch)[1]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blr_optax._random import canonical_key
 from blr_optax._validate import check_count
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
@@ -23,7 +24,7 @@ from blr_optax.state._reader import Reader, check_transformation, draws_noise, f
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import AxisName, Loss, OptState, Params, PyTree
+    from blr_optax._typing import AxisName, KeyLike, Loss, OptState, Params, PyTree
 
 
 class StepInfo(NamedTuple):
@@ -91,6 +92,9 @@ def make_step(
 
     Returns:
         A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
+        Given `key=` besides, a typed key or integer seed that changes from step to step, it calls
+        the loss as `loss(params, *batch, key=...)` with a key of its own for every draw and
+        micro-batch: for dropout and other noise that the loss draws by itself.
 
     Raises:
         ValueError: for a `tx` that is not a transformation, samples < 1, options that an optimizer
@@ -118,7 +122,9 @@ def make_step(
     asked = [name for name, value in options.items() if value]
     asked += ["samples"] * (samples != 1) + ["axis_name"] * (axis_name is not None)
 
-    def by_batch(params: Params, opt_state: OptState, batch: tuple) -> tuple[Any, Any, StepInfo]:
+    def by_batch(
+        params: Params, opt_state: OptState, batch: tuple, asked: list[str]
+    ) -> tuple[Any, Any, StepInfo]:
         """Return the step of an optimizer that evaluates the loss itself."""
         if asked:
             raise ValueError(
@@ -134,10 +140,12 @@ def make_step(
         value = jnp.where(info.skipped > before, jnp.nan, info.value)
         return optax.apply_updates(params, updates), opt_state, info._replace(value=value)
 
-    def step(params: Params, opt_state: OptState, *batch: Any) -> tuple[Any, Any, StepInfo]:
+    def step(
+        params: Params, opt_state: OptState, *batch: Any, key: KeyLike | None = None
+    ) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
         if states and all(state.reader.evaluates_loss for state in states):
-            return by_batch(params, opt_state, batch)
+            return by_batch(params, opt_state, batch, asked + ["key"] * (key is not None))
         draws = any(map(draws_noise, states))
         est = estimate(
             loss,
@@ -149,10 +157,14 @@ def make_step(
             microbatch=microbatch,
             has_aux=has_aux,
             axis_name=axis_name,
+            key=key,
         )
 
+        # A line search compares with the value above, so under the same noise.
+        first = {} if key is None else {"key": jax.random.fold_in(canonical_key(key), 0)}
+
         def value_fn(params: Params) -> Array:
-            found = loss(params, *batch)
+            found = loss(params, *batch, **first)
             return found[0] if has_aux else found
 
         # What optimizers of optax may ask for; a line search refuses what it does not know.

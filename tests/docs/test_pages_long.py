@@ -179,6 +179,9 @@ def nnx_batch_norm(names: Names) -> None:
 def nnx_samples(names: Names) -> None:
     learnt(names)
     assert float(jnp.abs(names["model"].norm.mean[...]).max()) > 0.01
+    assert int(names["model"].drop.rngs.count[...]) == len(names["losses"])
+    residual = names["prediction"].mean - names["y"]
+    assert float(jnp.mean(residual**2)) < names["losses"][0]
 
 
 def accumulation(names: Names) -> None:
@@ -230,9 +233,9 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "docs/per_example.md": per_example,
     "Raw JAX": classifies,
     "Linen TrainState": linen,
-    "Linen with BatchNorm and several samples": linen_batch_norm,
-    "nnx Optimizer with BatchNorm": nnx_batch_norm,
-    "nnx with several samples": nnx_samples,
+    "Linen with BatchNorm, dropout and several samples": linen_batch_norm,
+    "nnx: the loop changes in one line": nnx_batch_norm,
+    "nnx with several samples and dropout": nnx_samples,
     "VOGN: squares of the gradients of single examples": classifies,
     "Gradient accumulation with optax.MultiSteps": accumulation,
     "A posterior over a part of the model with optax.partition": partitioned,
