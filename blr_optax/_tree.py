@@ -43,6 +43,22 @@ def statistics_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def narrow(dtype: DTypeLike) -> bool:
+    """Whether weights of this dtype are coarser than their statistics (bfloat16, float16)."""
+    return statistics_dtype(dtype) != dtype
+
+
+def spacing(x: Array) -> Array:
+    """Return the distance from every number to the next larger one of its dtype, float32 or wider.
+
+    Of what is below the normal numbers: that of the smallest normal number.
+    """
+    info, wide = jnp.finfo(x.dtype), statistics_dtype(x.dtype)
+    size = jnp.maximum(jnp.abs(x.astype(wide)), float(info.smallest_normal))
+    _, exponent = jnp.frexp(size)
+    return jnp.ldexp(jnp.asarray(float(info.eps), wide), exponent - 1)
+
+
 def check_float_leaves(params: Params, who: str) -> None:
     """Raise ValueError when a parameter leaf is not a real floating-point array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

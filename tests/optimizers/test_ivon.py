@@ -210,9 +210,12 @@ def test_bfloat16_curvature_uses_the_displacement_actually_made():
     theta, grad, eps, curvature = map(np.asarray, look(np.full(200, 1.0, jnp.bfloat16)))
     assert theta.dtype == grad.dtype == jnp.bfloat16
     made = theta.astype(np.float32) - 1
-    intended = eps / 200  # 1 / sqrt(ess p)
-    assert np.max(np.abs(made - intended)) > 1e-3
-    wanted = np.float32(4e4) * made * grad.astype(np.float32)
+    # 1 / sqrt(ess p) is 0.005, below 3/4 of the spacing, to which the deviation is widened.
+    deviation, spacing = 0.75 * 2.0**-7, 2.0**-7
+    assert deviation > 0.005 and np.max(np.abs(made - deviation * eps)) > 1e-3
+    # Rounding adds spacing^2 / 12 above 1 and a quarter of it below.
+    variance = deviation**2 + 0.625 * spacing**2 / 12
+    wanted = made * grad.astype(np.float32) / np.float32(variance)
     np.testing.assert_allclose(curvature, wanted, rtol=1e-6)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax._random import standard_normals
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.family import Family, derived
 from blr_optax.families._base.registry import get
@@ -104,6 +105,13 @@ class MeanField(Independent, ExponentialFamily):
         """By the leaf's path, so that other leaves do not matter."""
         leaves = jax.tree_util.tree_leaves_with_path(like[0])
         return [jax.random.fold_in(key, _tree.path_hash(path)) for path, _ in leaves]
+
+    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
+        """Draw every leaf under a key of its own; of Gaussians, by noise that compiles fast."""
+        if not hasattr(self.family, "displace"):
+            return super().sample(key, lam, shape)
+        mean = self.mean(lam)
+        return jax.tree.map(jnp.add, mean, self.displace(lam, standard_normals(key, mean, shape)))
 
     def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
         """All axes of a leaf."""
