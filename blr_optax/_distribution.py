@@ -31,6 +31,9 @@ class Distribution:
     Attributes:
         family: the family (static).
         natural: lambda, of the family's natural type.
+        dtypes: of the weights, leaf by leaf (static), where they are not those of lambda: the
+            posterior of a bfloat16 network has float32 parameters and bfloat16 weights. None for
+            weights of lambda's own dtype.
 
     Example:
       >>> import blr_optax as blr
@@ -43,6 +46,7 @@ class Distribution:
 
     family: Family = dataclasses.field(metadata={"static": True})
     natural: NaturalParameters
+    dtypes: tuple[Any, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         """Catches a name in place of a family; natural may be anything while jax builds trees."""
@@ -67,10 +71,18 @@ class Distribution:
             )
         return self.natural
 
+    def _as_weights(self, theta: PyTree) -> PyTree:
+        """Return theta in the dtypes of the weights."""
+        if self.dtypes is None:
+            return theta
+        leaves, treedef = jax.tree.flatten(theta)
+        pairs = zip(leaves, self.dtypes, strict=True)
+        return treedef.unflatten([x.astype(dtype) for x, dtype in pairs])
+
     @property
     def mean(self) -> PyTree:
-        """E_q[theta]."""
-        return self.family.mean(self._proper("mean"))
+        """E_q[theta]; in its full precision it is among the parameters of `standard`."""
+        return self._as_weights(self.family.mean(self._proper("mean")))
 
     @property
     def variance(self) -> PyTree:
@@ -88,7 +100,8 @@ class Distribution:
     def sample(self, key: KeyLike, shape: int | tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
         shape = (shape,) if isinstance(shape, int) else shape
-        return self.family.sample(canonical_key(key), self._proper("sample"), shape)
+        theta = self.family.sample(canonical_key(key), self._proper("sample"), shape)
+        return self._as_weights(theta)
 
     def log_prob(self, theta: PyTree) -> Float[Array, ...]:
         """log q(theta)."""
@@ -124,20 +137,19 @@ class Distribution:
     def __mul__(self, other: Distribution) -> Distribution:
         """Return the (unnormalised) product of two densities: lambda1 + lambda2."""
         self._same_family(other, "*")
-        return Distribution(
-            self.family, self.family.combine((1.0, self.natural), (1.0, other.natural))
-        )
+        return self._with(self.family.combine((1.0, self.natural), (1.0, other.natural)))
 
     def __truediv__(self, other: Distribution) -> Distribution:
         """Return the (unnormalised) quotient: lambda1 - lambda2."""
         self._same_family(other, "/")
-        return Distribution(
-            self.family, self.family.combine((1.0, self.natural), (-1.0, other.natural))
-        )
+        return self._with(self.family.combine((1.0, self.natural), (-1.0, other.natural)))
 
     def __pow__(self, a: float) -> Distribution:
         """Return the (unnormalised) power q^a: a lambda."""
-        return Distribution(self.family, self.family.combine((a, self.natural)))
+        return self._with(self.family.combine((a, self.natural)))
+
+    def _with(self, natural: NaturalParameters) -> Distribution:
+        return dataclasses.replace(self, natural=natural)
 
 
 def distribution(family: str | Family, **standard: PyTree) -> Distribution:

@@ -134,6 +134,11 @@ def standard_normal(key: Array, like: PyTree, generator: str = "jax") -> PyTree:
     return _standard(hash_normal, jax.random.normal, key, like, generator)
 
 
+def standard_uniform(key: Array, like: PyTree) -> PyTree:
+    """Return a tree of numbers in (0, 1], of 24 random bits each, as `standard_normal`."""
+    return _standard(lambda *a: _hashed(*a)[0], jax.random.uniform, key, like, "hash")
+
+
 def standard_normals(key: Array, like: PyTree, shape: tuple[int, ...]) -> PyTree:
     """Return independent trees of standard normals, along leading axes of a shape.
 

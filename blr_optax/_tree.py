@@ -48,15 +48,17 @@ def narrow(dtype: DTypeLike) -> bool:
     return statistics_dtype(dtype) != dtype
 
 
-def spacing(x: Array) -> Array:
-    """Return the distance from every number to the next larger one of its dtype, float32 or wider.
+def spacing(x: Array, dtype: DTypeLike = None) -> Array:
+    """Return the distance from every number to the next larger one of a dtype, float32 or wider.
 
-    Of what is below the normal numbers: that of the smallest normal number.
+    The dtype is that of x unless another is given. Of what is below its normal numbers: that of the
+    smallest normal number.
     """
-    info, wide = jnp.finfo(x.dtype), statistics_dtype(x.dtype)
+    info, wide = jnp.finfo(dtype or x.dtype), statistics_dtype(x.dtype)
     size = jnp.maximum(jnp.abs(x.astype(wide)), float(info.smallest_normal))
     _, exponent = jnp.frexp(size)
-    return jnp.ldexp(jnp.asarray(float(info.eps), wide), exponent - 1)
+    found = jnp.ldexp(jnp.asarray(float(info.eps), wide), exponent - 1)
+    return jnp.maximum(found, jnp.finfo(wide).smallest_normal)  # one below it would be flushed to 0
 
 
 def check_float_leaves(params: Params, who: str) -> None:

@@ -159,7 +159,7 @@ def test_rows_name_what_exists_and_what_proves_them():
 def test_every_optimizer_has_a_row():
     """A new optimizer is one more row."""
     helpers = {"TorchIvon", "from_torch_ivon", "to_torch_ivon"}
-    helpers |= {"orthogonalize", "random_signs", "signal_to_noise"}
+    helpers |= {"orthogonalize", "random_signs", "round_stochastically", "signal_to_noise"}
     assert set(blr.optimizers.__all__) - helpers <= {row.function for row in blr.table()}
 
 

@@ -10,6 +10,7 @@ from blr_optax.optimizers.lie_group import lie_additive, lie_affine, lie_multipl
 from blr_optax.optimizers.mixture_ivon import mixture_ivon
 from blr_optax.optimizers.mixture_newton import mixture_newton, mixture_vi
 from blr_optax.optimizers.newton import newton, online_newton, variational_online_newton
+from blr_optax.optimizers.round_stochastically import round_stochastically
 from blr_optax.optimizers.sam import bsam, sam
 from blr_optax.optimizers.sgd import gradient_descent, sgd
 from blr_optax.optimizers.structured_newton import kronecker_newton, low_rank_newton
@@ -38,6 +39,7 @@ __all__ = [
     "online_newton",
     "random_signs",
     "rmsprop",
+    "round_stochastically",
     "sam",
     "sgd",
     "signal_to_noise",

@@ -6,6 +6,7 @@ reader. Two over one leaf are an error.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -104,7 +105,8 @@ def posterior(opt_state: OptState, params: Params) -> Distribution:
 
     Returns:
         A `Distribution` over a tree like params. Leaves without one are the points that params has
-        there (family `Point`); parts of different families stand side by side (`SideBySide`).
+        there (family `Point`); parts of different families stand side by side (`SideBySide`). Its
+        mean and samples have the dtypes of params, its own parameters float32 or wider.
 
     Raises:
         ValueError: when the state carries no posterior, or two over one leaf.
@@ -133,9 +135,12 @@ def posterior(opt_state: OptState, params: Params) -> Distribution:
         known = jax.tree.map(jnp.array, _tree.mask_to(params, points))
         together.append(Distribution(POINTS, PointNatural(known)))
     if len(together) == 1:
-        return together[0]
-    family = SideBySide(tuple(q.family for q in together))
-    return Distribution(family, family.natural(*(q.natural for q in together)))
+        (q,) = together
+    else:
+        family = SideBySide(tuple(q.family for q in together))
+        q = Distribution(family, family.natural(*(q.natural for q in together)))
+    dtypes = tuple(jnp.result_type(x) for x in jax.tree.leaves(params))
+    return dataclasses.replace(q, dtypes=dtypes) if any(map(_tree.narrow, dtypes)) else q
 
 
 def _together(found: list[tuple[set[str], Distribution]]) -> list[Distribution]:
