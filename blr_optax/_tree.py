@@ -48,7 +48,7 @@ def narrow(dtype: DTypeLike) -> bool:
     return statistics_dtype(dtype) != dtype
 
 
-def spacing(x: Array, dtype: DTypeLike = None) -> Array:
+def spacing(x: Array, dtype: DTypeLike | None = None) -> Array:
     """Return the distance from every number to the next larger one of a dtype, float32 or wider.
 
     The dtype is that of x unless another is given. Of what is below its normal numbers: that of the

@@ -28,11 +28,11 @@ class RoundStochasticallyState(NamedTuple):
     """State of `round_stochastically`.
 
     Attributes:
-        count: steps made (int32).
+        step: steps made (int32).
         key: typed key, constant.
     """
 
-    count: Array
+    step: Array
     key: Array
 
 
@@ -75,7 +75,7 @@ def round_stochastically(key: KeyLike = 0) -> optax.GradientTransformationExtraA
             raise ValueError(
                 "round_stochastically: update needs params, tx.update(grads, state, params)."
             )
-        chances = standard_uniform(jax.random.fold_in(state.key, state.count), params)
+        chances = standard_uniform(jax.random.fold_in(state.key, state.step), params)
 
         def leaf(u: Array, m: Array, chance: Array) -> Array:
             if not _tree.narrow(m.dtype):
@@ -87,7 +87,7 @@ def round_stochastically(key: KeyLike = 0) -> optax.GradientTransformationExtraA
             rounded = s * (below + (chance < new / s - below))
             return (rounded - old).astype(u.dtype)
 
-        count = optax.safe_increment(state.count)
-        return jax.tree.map(leaf, updates, params, chances), state._replace(count=count)
+        step = optax.safe_increment(state.step)
+        return jax.tree.map(leaf, updates, params, chances), state._replace(step=step)
 
     return transformation(init, update)
