@@ -3,7 +3,7 @@
     m' = m + u,  k = floor(m' / s),  m <- s (k + 1) with probability m' / s - k,  else  s k
 
 with s the spacing of the weights' dtype at m', so that E[m] = m'. Rounding to the nearest drops
-every step below s / 2: at learning rates below a few thousandths nothing is learnt any more.
+every step below s / 2.
 """
 
 from __future__ import annotations
