@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if release("flax") < (0, 12, 7):  # the newest flax that jax 0.9 can have is 0.12.6
         old_flax = pytest.mark.skip(reason="nnx.as_pure came with flax 0.12.7")
         for item in items:
-            if "nnx" in item.name:
+            if "nnx" in item.nodeid:
                 item.add_marker(old_flax)
     if not ON_DEVICE:
         needs_device = pytest.mark.skip(reason="needs an accelerator and BLR_DEVICE=1")
