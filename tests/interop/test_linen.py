@@ -1,4 +1,4 @@
-"""`blr.linen` walks the trajectory of the plain loop of a `TrainState`. Two seconds of compiling."""
+"""`blr.linen` walks the trajectory of the plain loop of a `TrainState`; two seconds."""
 
 import flax.linen as nn
 import jax
