@@ -201,8 +201,14 @@ class ExponentialFamily(Family):
         return (lam, converged) if with_status else lam
 
     def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
-        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
-        exponent = self.inner(lam, self.sufficient_statistics(theta, lam))
+        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta), with 0 log 0 = 0."""
+        t = self.sufficient_statistics(theta, lam)
+        kept = {
+            name: jnp.where((getattr(lam, name) == 0) & jnp.isinf(x), 0.0, x)
+            for name in self.domains
+            for x in [getattr(t, name)]
+        }
+        exponent = self.inner(lam, t._replace(**kept))
         return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
 
     def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:

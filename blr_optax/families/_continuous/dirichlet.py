@@ -35,6 +35,7 @@ from blr_optax.families._numerics.special import (
     digamma,
     inverse_digamma,
     log_gamma,
+    log_power,
     relative_excess,
     stirling,
     stirling_curvature,
@@ -75,9 +76,12 @@ def _log_scale(a: Array) -> Float[Array, ...]:
 
 
 def _log_part(a: Array, s: Array, x: Array) -> Float[Array, ...]:
-    """Return what one part adds to log q."""
-    log_x = jnp.log(x)
-    return _log_scale(a) - a * mean_excess(a / s, x, log_x) - log_x
+    """Return what one part x >= 0 adds to log q; at x = 0 that is finite for a = 1 alone."""
+    end = x == 0
+    inner, zero = jnp.where(end, 1.0, x), jnp.where(end, x, 1.0)
+    log_x = jnp.log(inner)
+    found = _log_scale(a) - a * mean_excess(a / s, inner, log_x) - log_x
+    return jnp.where(end, log_power(a - 1.0, zero) + a * jnp.log(s) - s * zero, found)
 
 
 def _kl_part(a_p: Array, s_p: Array, a_q: Array, s_q: Array) -> Float[Array, ...]:
@@ -256,9 +260,10 @@ class Dirichlet(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: DirichletNatural, theta: Array) -> Array:
+        """log q; where x_k = 0 it is infinite but for a_k = 1, NaN where both infinities meet."""
         a = 1.0 + lam.log
         sums_to_one = jnp.abs(jnp.sum(theta, axis=-1) - 1.0) < SUM_SLACK
-        inside = jnp.all(theta > 0, axis=-1) & sums_to_one
+        inside = jnp.all(theta >= 0, axis=-1) & sums_to_one
         x = jnp.where(inside[..., None], theta, 1.0 / theta.shape[-1])
         s = jnp.sum(a, axis=-1)
         found = jnp.sum(_log_part(a, s[..., None], x), axis=-1) - _log_scale(s)
@@ -378,8 +383,9 @@ class Beta(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: BetaNatural, theta: Array) -> Array:
+        """log q; at 0 that is log beta for alpha = 1, at 1 log alpha for beta = 1."""
         a, b, s = self._sums(lam)
-        inside = (theta > 0) & (theta < 1)
+        inside = (theta >= 0) & (theta <= 1)
         x = jnp.where(inside, theta, 0.5)
         found = _log_part(a, s, x) + _log_part(b, s, 1.0 - x) - _log_scale(s)
         return jnp.where(inside, found, -jnp.inf)

@@ -29,6 +29,7 @@ from blr_optax.families._numerics.special import (
     inverse_log_minus_digamma,
     log_gamma,
     log_minus_digamma,
+    log_power,
     relative_excess,
     stirling,
     stirling_curvature,
@@ -164,11 +165,14 @@ class Gamma(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: GammaNatural, theta: Array) -> Array:
-        inside = theta > 0
-        x = jnp.where(inside, theta, 1.0)
-        log_x = jnp.log(x)
-        found = _log_density(1.0 + lam.log, self.mean(lam), x, log_x) - log_x
-        return jnp.where(inside, found, -jnp.inf)
+        """log q; at 0 that is log b for a = 1, infinite for a < 1."""
+        inside, end = (theta > 0) & (theta < jnp.inf), theta == 0
+        x, zero = jnp.where(inside, theta, 1.0), jnp.where(end, theta, 1.0)
+        log_x, a = jnp.log(x), 1.0 + lam.log
+        found = _log_density(a, self.mean(lam), x, log_x) - log_x
+        # Gamma(1) = 1: only there is it finite.
+        limit = log_power(lam.log, zero) + lam.linear * zero + a * jnp.log(-lam.linear)
+        return jnp.where(end, limit, jnp.where(inside, found, -jnp.inf))
 
     def entropy(self, lam: GammaNatural) -> Array:
         return log_entropy(1.0 + lam.log) + self.expectation(lam).log
@@ -289,7 +293,7 @@ class InverseGamma(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: InverseGammaNatural, theta: Array) -> Array:
-        inside = theta > 0
+        inside = (theta > 0) & (theta < jnp.inf)
         x = jnp.where(inside, theta, 1.0)
         log_x, gamma = jnp.log(x), self._gamma(lam)
         found = _log_density(1.0 + gamma.log, Gamma().mean(gamma), 1.0 / x, -log_x) - log_x

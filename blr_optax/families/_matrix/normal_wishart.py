@@ -183,9 +183,13 @@ class NormalWishart(ExponentialFamily):
         precision = jnp.where(inside[..., None, None], precision, eye)
         (log_det, _), apart = WISHART.sufficient_statistics(precision), x - m
         square = kappa * _dot(apart, matvec(precision, apart))
-        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) + log_det - square)
-        found = normal + WISHART.log_prob(self.wishart(lam), precision)
-        return jnp.where(inside, found, -jnp.inf)
+        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) - square)
+        found = normal + 0.5 * log_det + WISHART.log_prob(self.wishart(lam), precision)
+        # At a singular precision the power of both determinants counts.
+        square = kappa * _dot(apart, matvec(theta.precision, apart))
+        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) - square)
+        limit = normal + WISHART.log_edge(self.wishart(lam), theta.precision, lam.log_det)
+        return jnp.where(inside, found, limit)
 
     def entropy(self, lam: NormalWishartNatural) -> Array:
         wishart, (m, kappa) = self.wishart(lam), self.normal(lam)

@@ -10,12 +10,14 @@ by their recurrences; as much of both as the precision of a asks for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -88,6 +90,24 @@ def relative_excess(
     y = jnp.where(near, d / (b + a), 0.0)
     log_ratio = jnp.log(b / a) if log_ratio is None else log_ratio
     return jnp.where(near, y, 1.0) * (d / a - jnp.where(near, _atanh_excess(y), log_ratio))
+
+
+@jax.custom_jvp
+def log_power(k: Float[Array, ...], x: Float[Array, ...]) -> Float[Array, ...]:
+    """log x^k for x >= 0, with 0^0 = 1: zero where k is, also at x = 0."""
+    return jnp.where(k == 0, 0.0, k * jnp.log(x))
+
+
+@functools.partial(log_power.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> Any:
+    (k, x), (dk, dx) = primals, tangents
+    change = jnp.zeros(jnp.broadcast_shapes(jnp.shape(k), jnp.shape(x)), jnp.result_type(k, x))
+    if not isinstance(dk, SymbolicZero):
+        change += dk * jnp.log(x)
+    if not isinstance(dx, SymbolicZero):
+        flat = k == 0
+        change += dx * jnp.where(flat, 0.0, k / jnp.where(flat, 1.0, x))
+    return log_power(k, x), change
 
 
 def _recurrence(
