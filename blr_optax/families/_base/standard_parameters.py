@@ -82,9 +82,26 @@ def _is_distribution(p: Array) -> Bool[Array, ...]:
 
 REAL = Parameter("finite", jnp.isfinite)
 POSITIVE = Parameter("positive and finite", positive)
-COUNT = Parameter("a positive integer", lambda n: positive(n) & (n == jnp.round(n)))
-FRACTION = Parameter("strictly between 0 and 1", lambda p: (p > 0) & (p < 1))
-DISTRIBUTION = Parameter("positive and sum to 1", _is_distribution, "K")
+COUNT = Parameter(
+    "a whole number of at least zero",
+    lambda n: (n >= 0) & jnp.isfinite(n) & (n == jnp.round(n)),
+)
+# At these ends a natural parameter is infinite: what is certain is no member of the family.
+FRACTION = Parameter(
+    "strictly between 0 and 1 (at 0 or 1, a certain outcome, lambda is infinite)",
+    lambda p: (p > 0) & (p < 1),
+)
+DISTRIBUTION = Parameter(
+    "positive and sum to 1 (at a probability of 0 lambda is infinite; leave the category out)",
+    _is_distribution,
+    "K",
+)
+COUNT_RATE = Parameter(
+    "positive and finite (at 0, where all counts are 0, lambda = log(rate) is infinite)", positive
+)
+SUCCESSES = Parameter(
+    "positive and finite (with 0 successes to wait for there is nothing to count)", positive
+)
 DEFINITE = Parameter("symmetric positive definite", symmetric_definite, "d d")
 
 

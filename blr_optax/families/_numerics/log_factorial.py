@@ -98,7 +98,8 @@ def log_poisson(x: Array, mean: Array | float, log_mean: Array | float) -> Float
 def log_split(x: Array, y: Array, p: Array, not_p: Array, log_p: Array, log_not_p: Array) -> Array:
     """log of (x + y choose x) p^x (1 - p)^y, x and y real: two Poisson counts, given their sum."""
     n = x + y
-    parts = deviance(x, n * p, jnp.log(n) + log_p) + deviance(y, n * not_p, jnp.log(n) + log_not_p)
+    log_n = jnp.log(trials(n))
+    parts = deviance(x, n * p, log_n + log_p) + deviance(y, n * not_p, log_n + log_not_p)
     mixed = log_factorial_excess(n) - log_factorial_excess(x) - log_factorial_excess(y) - parts
     # A compiler need not round log n! twice in the same way.
     return jnp.where(x * y > 0, mixed, x * log_p + y * log_not_p)
@@ -129,6 +130,11 @@ def _(primals: tuple, tangents: tuple) -> tuple:
 def failures(x: Float[Array, ...]) -> Float[Array, ...]:
     """(1 - p) / p, the mean number of failures per success."""
     return jnp.exp(x) / -jnp.expm1(x)
+
+
+def trials(n: Float[Array, ...]) -> Float[Array, ...]:
+    """Return a number of trials that may be divided by: one where there are none."""
+    return jnp.where(n > 0, n, 1.0)
 
 
 def is_count(x: Float[Array, ...]) -> Bool[Array, ...]:
@@ -195,7 +201,8 @@ def chances(p: Float[Array, "... K"], counts: Int[np.ndarray, "values K"]) -> Ar
         jnp.asarray(x, p.dtype).reshape(len(rows), *[1] * (p.ndim - 1), *x.shape[1:])
         for x in (np.array(ways, np.float64), counts)
     )
-    return coefficients * jnp.prod(p**powers, -1)
+    # The derivative of p^0 at p = 0 would be NaN.
+    return coefficients * jnp.prod(jnp.where(powers > 0, p, 1.0) ** powers, -1)
 
 
 def slope(f: Callable, x: Array) -> Array:
