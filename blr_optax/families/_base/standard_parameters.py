@@ -22,6 +22,7 @@ import numpy as np
 
 from blr_optax._validate import concrete, require
 from blr_optax.families._base import domain
+from blr_optax.families._base.kept import check_kept
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
@@ -44,12 +45,16 @@ class Parameter:
         test: whether values are in it.
         axes: names of its trailing axes; a name has one size in all parameters of a family.
         least: the smallest size of those axes.
+        location: whether zero is a value like any other.
+        unique: whether members that are equal have equal values (unlike logits, up to a constant).
     """
 
     valid: str
     test: Callable[[Array], Array]
     axes: str = ""
     least: int = 1
+    location: bool = False
+    unique: bool = True
 
     def over(self, axes: str, least: int = 1) -> Parameter:
         """Return the same with trailing axes, such as "d d"."""
@@ -80,7 +85,7 @@ def _is_distribution(p: Array) -> Bool[Array, ...]:
     return jnp.all(p > 0, axis=-1) & (jnp.abs(jnp.sum(p, axis=-1) - 1.0) < 1e-4)
 
 
-REAL = Parameter("finite", jnp.isfinite)
+REAL = Parameter("finite", jnp.isfinite, location=True)
 POSITIVE = Parameter("positive and finite", positive)
 COUNT = Parameter(
     "a whole number of at least zero",
@@ -205,7 +210,8 @@ def checked(
 
     Returns:
         The decorator. Its `natural` raises ValueError for keywords, types, shapes and (concrete)
-        values that are wrong; alternatives that were not given are not handed over.
+        values that are wrong, and for values that lambda cannot hold (`check_kept`); alternatives
+        that were not given are not handed over.
     """
 
     def decorate(natural: Any) -> Any:
@@ -231,6 +237,7 @@ def checked(
                 require(f"{who}: {name}", x, own[name].valid, own[name].test)
                 shape = (*batch, *(sizes[axis] for axis in own[name].axes.split()))
                 arrays[name] = jnp.broadcast_to(x, shape)
+            check_kept(who, self, natural, arrays, own)
             return natural(self, **arrays)
 
         return checked_natural

@@ -27,6 +27,7 @@ from blr_optax.families._continuous.gamma import (
     InverseGammaNatural,
 )
 from blr_optax.families._continuous.joint import (
+    FAR,
     MARGIN,
     MeanPrecision,
     MeanVariance,
@@ -92,6 +93,7 @@ class NormalGamma(ExponentialFamily):
         "precision": domain.negative(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, rate=POSITIVE)
     def natural(
@@ -281,6 +283,7 @@ class NormalInverseGamma(ExponentialFamily):
         "reciprocal": domain.negative(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, scale=POSITIVE)
     def natural(

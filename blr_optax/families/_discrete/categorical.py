@@ -106,7 +106,10 @@ def full_logits(linear: Float[Array, "... learnt"]) -> Float[Array, "... K"]:
     return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
 
 
-LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
+LABEL = {
+    "logits": dataclasses.replace(REAL, unique=False).over("K", least=2),
+    "probabilities": DISTRIBUTION.over("K", least=2),
+}
 
 
 def linear_from(

@@ -21,7 +21,7 @@ from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._continuous.gaussian import matvec, solve
-from blr_optax.families._continuous.joint import MARGIN, MeanPrecision, retract_shortened
+from blr_optax.families._continuous.joint import FAR, MARGIN, MeanPrecision, retract_shortened
 from blr_optax.families._matrix.wishart import (
     Wishart,
     WishartExpectation,
@@ -98,6 +98,7 @@ class NormalWishart(ExponentialFamily):
         "matrix": domain.negative_definite(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL.over("d"), kappa=POSITIVE, scale=DEFINITE, degrees=REAL)
     def natural(
