@@ -57,15 +57,16 @@ def _sizes(name: str, given: Values, axes: Mapping[str, list[str]], spread: np.n
     if len(mine) == 2 and mine[0] == mine[1]:
         root = np.sqrt(np.diagonal(x, axis1=-2, axis2=-1))
         return root[..., :, None] * root[..., None, :]
-    if mine and np.any(x <= 0):  # the coordinates of a vector share one size
-        return np.max(np.abs(x), axis=tuple(range(1, x.ndim)), keepdims=True) + spread
-    return np.abs(x) + (0.0 if np.all(x > 0) else np.finfo(x.dtype).tiny ** 0.5)
+    size, floor = np.abs(x), 0.0 if np.all(x > 0) else np.finfo(x.dtype).tiny ** 0.5
+    if mine and floor:  # the coordinates of a vector share one size
+        return np.max(size, axis=tuple(range(1, x.ndim)), keepdims=True) + spread + floor
+    return size + floor
 
 
-def _spread(back: Values, axes: Mapping[str, list[str]]) -> Any:
+def _spread(back: Values) -> Any:
     """Return standard deviations, where a matrix of (co)variances tells them."""
     for name in ("covariance", "scale"):
-        if name in back and len(axes.get(name, [])) == 2:
+        if name in back and back[name].ndim == 3:
             return np.sqrt(np.abs(np.diagonal(back[name], axis1=-2, axis2=-1)))
     return np.zeros(())
 
@@ -74,7 +75,7 @@ def _errors(found: Any, given: Values, own: Mapping[str, Parameter]) -> Values:
     """Return the relative error of every parameter that comes back, for each batch element."""
     at, up, down, _ = found
     axes = {name: parameter.axes.split() for name, parameter in own.items()}
-    spread = _spread(at, axes)
+    spread = _spread(at)
     errors = {}
     for name, x in given.items():
         if name not in at or not own[name].unique:

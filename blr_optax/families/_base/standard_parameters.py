@@ -237,8 +237,9 @@ def checked(
                 require(f"{who}: {name}", x, own[name].valid, own[name].test)
                 shape = (*batch, *(sizes[axis] for axis in own[name].axes.split()))
                 arrays[name] = jnp.broadcast_to(x, shape)
+            lam = natural(self, **arrays)
             check_kept(who, self, natural, arrays, own)
-            return natural(self, **arrays)
+            return lam
 
         return checked_natural
 
