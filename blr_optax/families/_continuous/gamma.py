@@ -45,10 +45,17 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 1e-20  # a ratio below this is nothing beside one, and may underflow in float32
 
 
-def mean_excess(m: Array, x: Array, log_x: Array) -> Float[Array, ...]:
-    """E(m, x) = x / m - 1 - log(x / m), also where the ratio underflows."""
+def mean_excess(
+    m: Array, x: Array, log_x: Array, difference: Array | None = None
+) -> Float[Array, ...]:
+    """E(m, x) = x / m - 1 - log(x / m), also where the ratio underflows.
+
+    `difference` is x - m, where it is known to more digits.
+    """
     low = x < NEGLIGIBLE * m
-    return jnp.where(low, jnp.log(m) - log_x - 1.0, relative_excess(m, jnp.where(low, m, x)))
+    off = None if difference is None else jnp.where(low, 0.0, difference)
+    found = relative_excess(m, jnp.where(low, m, x), difference=off)
+    return jnp.where(low, jnp.log(m) - log_x - 1.0, found)
 
 
 def log_entropy(a: Float[Array, ...]) -> Float[Array, ...]:
@@ -107,7 +114,8 @@ class Gamma(ExponentialFamily):
 
     log q(x) = (a - 1) log x - b x + a log b - log Gamma(a).
 
-    Standard parameters: `concentration` a and `rate` b.
+    Standard parameters: `concentration` a and `rate` b. lambda holds a from 3e-5 on in float32
+    (6e-14 in float64) to 0.1 %; smaller ones are refused.
 
     lambda: log = a - 1, linear = -b. mu: log = E[log x], linear = E[x].
 
@@ -224,7 +232,8 @@ class InverseGamma(ExponentialFamily):
 
     log q(x) = -(a + 1) log x - b / x + a log b - log Gamma(a).
 
-    Standard parameters: `concentration` a and `scale` b.
+    Standard parameters: `concentration` a and `scale` b. lambda holds a from 6e-5 on in float32
+    (1.2e-13 in float64) to 0.1 %; smaller ones are refused.
 
     lambda: log = -a - 1, reciprocal = -b. mu: log = E[log x], reciprocal = E[1 / x].
 

@@ -4,7 +4,8 @@
 
 lambda mixes the coordinates: linear = kappa m, quadratic = -kappa / 2, and the coefficient of tau
 (of 1 / v) is -(b + kappa m^2 / 2). Everything is written in (m, kappa) and the gamma density of
-tau; b is what is left of lambda, and loses digits where kappa m^2 is large beside it.
+tau; b is what is left of lambda, and loses digits where kappa m^2 is large beside it: there
+`families.Centered` counts x from a point near m.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 lambda mixes the coordinates: its matrix is -(W^{-1} + kappa m m^T) / 2. Everything is written in
 (m, kappa) and the Wishart density of Lambda; W^{-1} is what is left of lambda, and loses digits
-where kappa m m^T is large beside it.
+where kappa m m^T is large beside it: there `families.Centered` counts x from a point near m.
 """
 
 from __future__ import annotations

@@ -77,10 +77,15 @@ def exp_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(near, exp_excess_near(jnp.where(near, x, 0.0)), jnp.expm1(x) - x)
 
 
-def deviance(x: Array, mean: Array | float, log_mean: Array | float) -> Float[Array, ...]:
-    """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit."""
+def deviance(
+    x: Array, mean: Array | float, log_mean: Array | float, difference: Array | None = None
+) -> Float[Array, ...]:
+    """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit.
+
+    `difference` is m - x, where it is known to more digits.
+    """
     positive = jnp.where(x > 0, x, 1.0)
-    excess = relative_excess(positive, mean, log_mean - jnp.log(positive))
+    excess = relative_excess(positive, mean, log_mean - jnp.log(positive), difference)
     return jnp.where(x > 0, positive * excess, mean)
 
 
@@ -99,7 +104,10 @@ def log_split(x: Array, y: Array, p: Array, not_p: Array, log_p: Array, log_not_
     """log of (x + y choose x) p^x (1 - p)^y, x and y real: two Poisson counts, given their sum."""
     n = x + y
     log_n = jnp.log(trials(n))
-    parts = deviance(x, n * p, log_n + log_p) + deviance(y, n * not_p, log_n + log_not_p)
+    # Both counts are off by one and the same number; the smaller tells it to more digits.
+    off = jnp.where(x < y, n * p - x, y - n * not_p)
+    parts = deviance(x, n * p, log_n + log_p, off)
+    parts += deviance(y, n * not_p, log_n + log_not_p, -off)
     mixed = log_factorial_excess(n) - log_factorial_excess(x) - log_factorial_excess(y) - parts
     # A compiler need not round log n! twice in the same way.
     return jnp.where(x * y > 0, mixed, x * log_p + y * log_not_p)

@@ -81,11 +81,17 @@ def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def relative_excess(
-    a: Array, b: Array | float, log_ratio: Array | float | None = None
+    a: Array,
+    b: Array | float,
+    log_ratio: Array | float | None = None,
+    difference: Array | None = None,
 ) -> Float[Array, ...]:
-    """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit."""
+    """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit.
+
+    `log_ratio` and `difference` are log(b / a) and b - a, where they are known to more digits.
+    """
     # As above with x = b / a - 1.
-    d = b - a
+    d = b - a if difference is None else difference
     near = jnp.abs(d) < NEAR * a
     y = jnp.where(near, d / (b + a), 0.0)
     log_ratio = jnp.log(b / a) if log_ratio is None else log_ratio
@@ -175,6 +181,19 @@ stirling_slope.defjvp(
 stirling_curvature.defjvp(
     lambda primal, tangent: (stirling_curvature(*primal), tangent[0] * _stirling_third(*primal))
 )
+
+
+def stirling_slope_change(a: Array, b: Array, d: Array) -> Float[Array, ...]:
+    """r'(b) - r'(a) with b = a + d, to the digits of d >= 0 where that is small beside a."""
+    near = d < (0.05 if _single(jnp.result_type(d)) else 0.02) * a
+    step = jnp.where(near, d, 0.0)
+    # The integral of r'' between them, by Gauss's rule.
+    nodes, weights = np.polynomial.legendre.leggauss(2 if _single(jnp.result_type(d)) else 4)
+    bends = sum(
+        float(0.5 * w) * stirling_curvature(a + float(0.5 * (t + 1.0)) * step)
+        for t, w in zip(nodes, weights, strict=True)
+    )
+    return jnp.where(near, bends * step, stirling_slope(b) - stirling_slope(a))
 
 
 def log_gamma(a: Float[Array, ...]) -> Float[Array, ...]:
