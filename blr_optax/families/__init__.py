@@ -35,6 +35,7 @@ from blr_optax.families._discrete.bernoulli import Bernoulli, Rademacher
 from blr_optax.families._discrete.categorical import Categorical
 from blr_optax.families._discrete.counts import Binomial, Geometric, NegativeBinomial, Poisson
 from blr_optax.families._discrete.multinomial import Multinomial
+from blr_optax.families._lifts.centered import Centered
 from blr_optax.families._lifts.leafwise import Leafwise, LeafwiseNatural
 from blr_optax.families._lifts.mean_field import MeanField
 from blr_optax.families._lifts.product import Product, ProductExpectation, ProductNatural
@@ -53,6 +54,7 @@ __all__ = [
     "Beta",
     "Binomial",
     "Categorical",
+    "Centered",
     "ConditionalFamily",
     "Family",
     "Dirichlet",

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
-from blr_optax.families import Family, Leafwise, MeanField, Product, Raveled, SideBySide, get
+from blr_optax.families import (
+    Centered,
+    Family,
+    Leafwise,
+    MeanField,
+    Product,
+    Raveled,
+    SideBySide,
+    get,
+)
 
 if TYPE_CHECKING:
     from blr_optax._typing import NaturalParameters, Params, PyTree
@@ -71,10 +80,22 @@ def check_like(name: str, given: Distribution | None, family: Any, params: Param
             f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "
             f"params has {family.Natural.__name__}."
         )
+    own, ours = _counted_from(given.family), _counted_from(family)
+    if own != ours:
+        raise ValueError(
+            f"{name}: its statistics are counted from {own}, the rule's from {ours}: give both the "
+            "same families.Centered(family, at=...)."
+        )
     if not family.location:
         return  # nothing to compare with: `check_params` compares the mean
     like = jax.eval_shape(lambda p: first_natural(family, p, None, None), params)
     check_shapes(name, given, like)
+
+
+def _counted_from(family: Family) -> Any:
+    """Return the point from which a family's statistics are counted, see `Centered`."""
+    lifted = family.family if isinstance(family, (MeanField, Raveled)) else family
+    return lifted.at if isinstance(lifted, Centered) else "the origin"
 
 
 def check_shapes(name: str, given: Distribution, like: PyTree) -> None:

@@ -187,7 +187,7 @@ def test_values_outside_the_range_are_named_in_eager_mode_and_pass_traced(name):
     [
         ("normal", {"variance": -1.0}, ["variance must be positive", "-1.0"]),
         ("bernoulli", {"probability": 1}, ["strictly between 0 and 1", "1.0"]),
-        ("binomial", {"total": 2.5}, ["total must be a positive integer", "2.5"]),
+        ("binomial", {"total": 2.5}, ["total must be a whole number of at least zero", "2.5"]),
         ("categorical", {"probabilities": [0.5, 0.6]}, ["positive and sum to 1", "0.6"]),
         ("categorical", {"probabilities": [1.0]}, ["[..., K] with K >= 2", "(1,)"]),
         ("dirichlet", {"concentration": 1.0}, ["[..., K] with K >= 2", "()"]),

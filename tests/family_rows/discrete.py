@@ -71,7 +71,7 @@ BAD_WAIT = tuple(("probability", {"probability": p}) for p in (0.0, 1.0, np.nan)
 def with_total(bad, total=3):
     """The same bad parameters with a good total, and bad totals."""
     good = {"logit": 0.0} if bad is BAD_CHOICE else {"logits": np.zeros(2)}
-    totals = tuple(("total", {**good, "total": n}) for n in (0, -1, 2.5, np.nan))
+    totals = tuple(("total", {**good, "total": n}) for n in (-1, 2.5, np.nan))
     return (*((name, {**s, "total": total}) for name, s in bad), *totals)
 
 

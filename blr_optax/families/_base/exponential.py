@@ -201,8 +201,11 @@ class ExponentialFamily(Family):
         return (lam, converged) if with_status else lam
 
     def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
-        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta)."""
-        exponent = self.inner(lam, self.sufficient_statistics(theta, lam))
+        """log q(theta) = <lambda, T(theta)> - A(lambda) + log h(theta), with 0 log 0 = 0."""
+        t = self.sufficient_statistics(theta, lam)
+        none = lambda a, x: jnp.where((a == 0) & jnp.isinf(x), 0.0, x)  # noqa: E731
+        kept = {n: jax.tree.map(none, getattr(lam, n), getattr(t, n)) for n in self.domains}
+        exponent = self.inner(lam, t._replace(**kept))
         return exponent - self.log_partition(lam) + self.log_base_measure(lam, theta)
 
     def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:

@@ -40,6 +40,7 @@ class Family:
         location: whether `natural_at` can centre a member at a point.
         exponential: whether lambda has arithmetic and a map to mu, see `exponential`.
         conditional: whether it is learnt block by block, see `conditional`.
+        when_lost: how to go on where lambda cannot hold standard parameters, in words for errors.
     """
 
     Natural: ClassVar[type]
@@ -48,6 +49,7 @@ class Family:
     location: ClassVar[bool] = False
     exponential: ClassVar[bool] = False
     conditional: ClassVar[bool] = False
+    when_lost: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the family a static node of any pytree."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from blr_optax._validate import concrete, require
 from blr_optax.families._base import domain
+from blr_optax.families._base.kept import check_kept
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool
@@ -44,12 +45,16 @@ class Parameter:
         test: whether values are in it.
         axes: names of its trailing axes; a name has one size in all parameters of a family.
         least: the smallest size of those axes.
+        location: whether zero is a value like any other.
+        unique: whether members that are equal have equal values (unlike logits, up to a constant).
     """
 
     valid: str
     test: Callable[[Array], Array]
     axes: str = ""
     least: int = 1
+    location: bool = False
+    unique: bool = True
 
     def over(self, axes: str, least: int = 1) -> Parameter:
         """Return the same with trailing axes, such as "d d"."""
@@ -80,11 +85,28 @@ def _is_distribution(p: Array) -> Bool[Array, ...]:
     return jnp.all(p > 0, axis=-1) & (jnp.abs(jnp.sum(p, axis=-1) - 1.0) < 1e-4)
 
 
-REAL = Parameter("finite", jnp.isfinite)
+REAL = Parameter("finite", jnp.isfinite, location=True)
 POSITIVE = Parameter("positive and finite", positive)
-COUNT = Parameter("a positive integer", lambda n: positive(n) & (n == jnp.round(n)))
-FRACTION = Parameter("strictly between 0 and 1", lambda p: (p > 0) & (p < 1))
-DISTRIBUTION = Parameter("positive and sum to 1", _is_distribution, "K")
+COUNT = Parameter(
+    "a whole number of at least zero",
+    lambda n: (n >= 0) & jnp.isfinite(n) & (n == jnp.round(n)),
+)
+# At these ends a natural parameter is infinite: what is certain is no member of the family.
+FRACTION = Parameter(
+    "strictly between 0 and 1 (at 0 or 1, a certain outcome, lambda is infinite)",
+    lambda p: (p > 0) & (p < 1),
+)
+DISTRIBUTION = Parameter(
+    "positive and sum to 1 (at a probability of 0 lambda is infinite; leave the category out)",
+    _is_distribution,
+    "K",
+)
+COUNT_RATE = Parameter(
+    "positive and finite (at 0, where all counts are 0, lambda = log(rate) is infinite)", positive
+)
+SUCCESSES = Parameter(
+    "positive and finite (with 0 successes to wait for there is nothing to count)", positive
+)
 DEFINITE = Parameter("symmetric positive definite", symmetric_definite, "d d")
 
 
@@ -188,7 +210,8 @@ def checked(
 
     Returns:
         The decorator. Its `natural` raises ValueError for keywords, types, shapes and (concrete)
-        values that are wrong; alternatives that were not given are not handed over.
+        values that are wrong, and for values that lambda cannot hold (`check_kept`); alternatives
+        that were not given are not handed over.
     """
 
     def decorate(natural: Any) -> Any:
@@ -214,7 +237,9 @@ def checked(
                 require(f"{who}: {name}", x, own[name].valid, own[name].test)
                 shape = (*batch, *(sizes[axis] for axis in own[name].axes.split()))
                 arrays[name] = jnp.broadcast_to(x, shape)
-            return natural(self, **arrays)
+            lam = natural(self, **arrays)
+            check_kept(who, self, natural, arrays, own)
+            return lam
 
         return checked_natural
 

@@ -190,7 +190,7 @@ class InverseGaussian(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: InverseGaussianNatural, theta: Array) -> Array:
-        inside = theta > 0
+        inside = (theta > 0) & (theta < jnp.inf)
         x = jnp.where(inside, theta, 1.0)
         m, s = self.standard(lam).values()
         apart = (x - m) / m

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from blr_optax._typing import NaturalParameters, PyTree
 
 
+FAR = (
+    ", or where the mean is far from zero count it from a point: families.Centered(family, at=...)"
+)
 MARGIN = 64  # roundings: compiled and plain code round differently
 
 

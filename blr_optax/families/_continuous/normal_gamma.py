@@ -4,7 +4,8 @@
 
 lambda mixes the coordinates: linear = kappa m, quadratic = -kappa / 2, and the coefficient of tau
 (of 1 / v) is -(b + kappa m^2 / 2). Everything is written in (m, kappa) and the gamma density of
-tau; b is what is left of lambda, and loses digits where kappa m^2 is large beside it.
+tau; b is what is left of lambda, and loses digits where kappa m^2 is large beside it: there
+`families.Centered` counts x from a point near m.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from blr_optax.families._continuous.gamma import (
     InverseGammaNatural,
 )
 from blr_optax.families._continuous.joint import (
+    FAR,
     MARGIN,
     MeanPrecision,
     MeanVariance,
     retract_shortened,
 )
-from blr_optax.families._numerics.special import LOG_2PI, relative_excess
+from blr_optax.families._numerics.special import LOG_2PI, log_power, relative_excess
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool
@@ -92,6 +94,7 @@ class NormalGamma(ExponentialFamily):
         "precision": domain.negative(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, rate=POSITIVE)
     def natural(
@@ -161,11 +164,17 @@ class NormalGamma(ExponentialFamily):
         return (lam, proper & self.in_domain(lam)) if with_status else lam
 
     def log_prob(self, lam: NormalGammaNatural, theta: MeanPrecision) -> Array:
-        (m, kappa), (x, tau) = self.normal(lam), theta
-        inside = tau > 0
-        tau = jnp.where(inside, tau, 1.0)
-        normal = 0.5 * (jnp.log(kappa * tau) - LOG_2PI - kappa * tau * jnp.square(x - m))
-        return jnp.where(inside, normal + GAMMA.log_prob(self.gamma(lam), tau), -jnp.inf)
+        """log q; at tau = 0 that is finite for a = 1/2, infinite below."""
+        (m, kappa), (x, tau), gamma = self.normal(lam), theta, self.gamma(lam)
+        inside, end = tau > 0, tau == 0
+        inner, zero = jnp.where(inside, tau, 1.0), jnp.where(end, tau, 1.0)
+        square = 0.5 * kappa * jnp.square(x - m)
+        normal = 0.5 * (jnp.log(kappa * inner) - LOG_2PI) - inner * square
+        found = normal + GAMMA.log_prob(gamma, inner)
+        # Gamma(1/2)^2 = pi.
+        limit = log_power(lam.log, zero) + (lam.log + 0.5) * jnp.log(-gamma.linear)
+        limit += 0.5 * (jnp.log(kappa / jnp.pi) - LOG_2PI) + zero * (gamma.linear - square)
+        return jnp.where(end, limit, jnp.where(inside, found, -jnp.inf))
 
     def entropy(self, lam: NormalGammaNatural) -> Array:
         gamma, (_, kappa) = self.gamma(lam), self.normal(lam)
@@ -275,6 +284,7 @@ class NormalInverseGamma(ExponentialFamily):
         "reciprocal": domain.negative(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL, kappa=POSITIVE, concentration=POSITIVE, scale=POSITIVE)
     def natural(
@@ -336,7 +346,7 @@ class NormalInverseGamma(ExponentialFamily):
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: NormalInverseGammaNatural, theta: MeanVariance) -> Array:
-        inside = theta.variance > 0
+        inside = (theta.variance > 0) & (theta.variance < jnp.inf)
         v = jnp.where(inside, theta.variance, 1.0)
         turned = MeanPrecision(theta.mean, 1.0 / v)
         found = NORMAL_GAMMA.log_prob(self._precise(lam), turned) - 2.0 * jnp.log(v)

@@ -25,6 +25,7 @@ from blr_optax.families._numerics.special import (
     NEAR,
     excess_near,
     log_gamma,
+    log_power,
     relative_excess,
     stirling_divergence,
 )
@@ -367,7 +368,7 @@ class Weibull(RateFamily):
 
     def log_base_measure(self, lam: WeibullNatural, theta: Array) -> Array:
         """log k + (k - 1) log x."""
-        return jnp.log(lam.shape) + (lam.shape - 1.0) * jnp.log(theta)
+        return jnp.log(lam.shape) + log_power(lam.shape - 1.0, theta)
 
     def expected_log_base_measure(self, lam: WeibullNatural) -> Array:
         """log k + (k - 1) E[log x], with E[log x] = log scale - euler / k."""
@@ -380,10 +381,14 @@ class Weibull(RateFamily):
         return WeibullNatural(slope, jnp.zeros_like(lam.shape))
 
     def log_prob(self, lam: WeibullNatural, theta: Array) -> Array:
-        inside = theta > 0
+        """log q; at 0 that is -log scale for k = 1, infinite for k < 1."""
+        inside, end = (theta > 0) & (theta < jnp.inf), theta == 0
         log_x = jnp.log(jnp.where(inside, theta, 1.0))
         log_t = lam.shape * log_x + jnp.log(-lam.power)
-        return jnp.where(inside, jnp.log(lam.shape) + log_t - log_x - jnp.exp(log_t), -jnp.inf)
+        found = jnp.where(inside, log_t - log_x - jnp.exp(log_t), -jnp.inf)
+        zero = jnp.where(end, theta, 1.0)
+        limit = log_power(lam.shape - 1.0, zero) + jnp.log(-lam.power) + lam.power * zero
+        return jnp.log(lam.shape) + jnp.where(end, limit, found)
 
     def kl(self, lam_p: WeibullNatural, lam_q: WeibullNatural) -> Array:
         """KL(p || q), also when the known shapes differ."""

@@ -171,7 +171,7 @@ class VonMisesFisher(ExponentialFamily):
     event_ndim: ClassVar[int] = 1
 
     @checked(
-        direction=Parameter("finite and not zero", _is_direction, "d", least=2),
+        direction=Parameter("finite and not zero", _is_direction, "d", 2, unique=False),
         concentration=Parameter("non-negative and finite", lambda k: (k >= 0) & jnp.isfinite(k)),
     )
     def natural(self, *, direction: ArrayLike, concentration: ArrayLike) -> VonMisesFisherNatural:

@@ -106,7 +106,10 @@ def full_logits(linear: Float[Array, "... learnt"]) -> Float[Array, "... K"]:
     return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
 
 
-LABEL = {"logits": REAL.over("K", least=2), "probabilities": DISTRIBUTION.over("K", least=2)}
+LABEL = {
+    "logits": dataclasses.replace(REAL, unique=False).over("K", least=2),
+    "probabilities": DISTRIBUTION.over("K", least=2),
+}
 
 
 def linear_from(
@@ -167,7 +170,8 @@ class Simplex(ExponentialFamily):
 
     def inverse_fisher_product(self, lam: NaturalParameters, v: PyTree) -> NaturalParameters:
         """(v_k / p_k + sum_j v_j / p_K) / n, in O(K)."""
-        m = self.mean(lam)
+        # Without draws F is zero, and so is what is left to turn.
+        m = jnp.where(self._total(lam) > 0, self.mean(lam), jnp.inf)
         change = v.linear / m[..., :-1] + jnp.sum(v.linear, -1, keepdims=True) / m[..., -1:]
         return self.Natural(change, *map(jnp.zeros_like, lam[1:]))
 

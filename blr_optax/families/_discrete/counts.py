@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from blr_optax.families._base import domain
 from blr_optax.families._base.parameters import parameters
-from blr_optax.families._base.standard_parameters import COUNT, FRACTION, POSITIVE, REAL, checked
+from blr_optax.families._base.standard_parameters import (
+    COUNT,
+    COUNT_RATE,
+    FRACTION,
+    REAL,
+    SUCCESSES,
+    checked,
+)
 from blr_optax.families._discrete.bernoulli import (
     Scalar,
     binary_entropy,
@@ -56,7 +63,9 @@ class Binomial(Scalar):
 
     log q(theta) = log(n! / (theta! (n - theta)!)) + theta logit - n log(1 + exp(logit)).
 
-    Standard parameters: `logit` or `probability`, and `total` (n, known).
+    Standard parameters: `logit` or `probability`, and `total` (n, known). Where that is 0 the count
+    is 0 for any logit: the row says nothing, its natural gradients are zero, and no lambda belongs
+    to its mu. Counts are exact up to 2^24 in float32, and multiples of 2, 4, ... beyond.
 
     lambda: linear = logit, total = n. mu: linear = n p, the mean, total = n.
 
@@ -79,7 +88,7 @@ class Binomial(Scalar):
     def natural(
         self, *, total: ArrayLike, logit: Alternative = None, probability: Alternative = None
     ) -> BinomialNatural:
-        """lambda from the logit or probability, and the known total (a positive integer)."""
+        """lambda from the logit or probability, and the known total (0, 1, 2, ...)."""
         return BinomialNatural(logit_from(logit, probability), jnp.asarray(total))
 
     def standard(self, lam: BinomialNatural) -> dict[str, Array]:
@@ -116,8 +125,15 @@ class Binomial(Scalar):
 
     def base_measure_gradient(self, lam: BinomialNatural) -> BinomialNatural:
         n = lam.total
-        slope = lf.slope(lambda p: lf.log_coefficient(p, n), self._rare(lam)) / n
+        slope = lf.slope(lambda p: lf.log_coefficient(p, n), self._rare(lam)) / lf.trials(n)
         return BinomialNatural(jnp.where(lam.linear > 0, -slope, slope), jnp.zeros_like(n))
+
+    def inverse_fisher_product(
+        self, lam: BinomialNatural, v: BinomialExpectation
+    ) -> BinomialNatural:
+        """F^{-1} v; zero where there are no trials, and F is zero."""
+        fisher = jnp.where(lam.total > 0, self.variance(lam), jnp.inf)
+        return BinomialNatural(v.linear / fisher, jnp.zeros_like(lam.total))
 
     def natural_from_expectation(
         self, mu: BinomialExpectation, with_status: bool = False
@@ -131,7 +147,7 @@ class Binomial(Scalar):
         many = n * rare > lf.large(n.dtype)
         v = jnp.where(many, self.variance(lam), 1e4)
         exact = n * binary_entropy(lam.linear) - lf.log_coefficient(rare, n)
-        return jnp.where(many, lf.entropy_series(v, -1.0 / n), exact)
+        return jnp.where(many, lf.entropy_series(v, -1.0 / lf.trials(n)), exact)
 
     def kl(self, lam_p: BinomialNatural, lam_q: BinomialNatural) -> Array:
         """KL(p || q) for one and the same total."""
@@ -149,7 +165,7 @@ class Binomial(Scalar):
     def probabilities(self, mu: BinomialExpectation, total: int | None = None) -> Array:
         """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
         n = lf.common_total(mu.total, total)
-        p = jnp.stack([mu.linear, n - mu.linear], -1) / n
+        p = jnp.stack([mu.linear, n - mu.linear], -1) / max(n, 1)
         return lf.chances(p, lf.compositions(n, 2)) * jnp.where(mu.total == n, 1.0, jnp.nan)
 
 
@@ -188,7 +204,7 @@ class Poisson(Scalar):
     domains: ClassVar[dict] = {"linear": domain.real()}
     constant_base_measure: ClassVar[bool] = False
 
-    @checked(rate=POSITIVE)
+    @checked(rate=COUNT_RATE)
     def natural(self, *, rate: ArrayLike) -> PoissonNatural:
         """lambda from the rate (> 0)."""
         return PoissonNatural(jnp.log(rate))
@@ -363,7 +379,7 @@ class NegativeBinomial(Waiting):
     known: ClassVar[tuple[str, ...]] = ("total",)
     constant_base_measure: ClassVar[bool] = False
 
-    @checked(probability=FRACTION, total=POSITIVE)
+    @checked(probability=FRACTION, total=SUCCESSES)
     def natural(self, *, probability: ArrayLike, total: ArrayLike) -> NegativeBinomialNatural:
         """lambda from the probability of success, in (0, 1), and the known total (> 0)."""
         return NegativeBinomialNatural(jnp.log1p(jnp.negative(probability)), jnp.asarray(total))

@@ -51,7 +51,9 @@ class Multinomial(Simplex):
     log q(theta) = log(n! / prod_k theta_k!) + sum_k theta_k log p_k.
 
     Standard parameters: `logits` (K, up to a common constant) or `probabilities` (K), and `total`
-    (n, known). T is the first K - 1 counts.
+    (n, known). T is the first K - 1 counts. Where n is 0 all counts are, whatever the logits: the
+    row says nothing, its natural gradients are zero, and no lambda belongs to its mu. Counts are
+    exact up to 2^24 in float32; beyond, the sum of theta need only be n up to rounding.
 
     lambda: linear = log(p_k / p_K) [..., K - 1], total = n. mu: linear = n p_k, total = n.
 
@@ -74,7 +76,7 @@ class Multinomial(Simplex):
     def natural(
         self, *, total: ArrayLike, logits: Alternative = None, probabilities: Alternative = None
     ) -> MultinomialNatural:
-        """lambda from K logits or probabilities, and the known total (a positive integer)."""
+        """lambda from K logits or probabilities, and the known total (0, 1, 2, ...)."""
         return MultinomialNatural(linear_from(logits, probabilities), jnp.asarray(total))
 
     def log_partition(self, lam: MultinomialNatural) -> Array:
@@ -89,7 +91,7 @@ class Multinomial(Simplex):
     def log_base_measure(self, lam: MultinomialNatural, theta: Array) -> Array:
         """log(n! / prod_k theta_k!)."""
         x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
-        share = jnp.where(x > 0, x / n[..., None], 1.0)
+        share = jnp.where(x > 0, x / lf.trials(n)[..., None], 1.0)
         parts = jnp.sum(x * jnp.log(share) + lf.log_factorial_excess(x), -1)
         return jnp.where(_counts_to(x, n), lf.log_factorial_excess(n) - parts, -jnp.inf)
 
@@ -109,7 +111,7 @@ class Multinomial(Simplex):
         slope = lf.slope(lambda q: lf.binomial_log_falling(q, n), rest(logits))[..., None]
         n = n[..., None]
         slope -= lf.slope(lambda p: lf.binomial_log_factorial(p, n), softmax(logits))
-        slope = jnp.where(likeliest(logits), 0.0, slope) / n
+        slope = jnp.where(likeliest(logits), 0.0, slope) / lf.trials(n)
         return MultinomialNatural(slope[..., :-1] - slope[..., -1:], jnp.zeros_like(lam.total))
 
     def log_prob(self, lam: MultinomialNatural, theta: Array) -> Array:
@@ -117,7 +119,7 @@ class Multinomial(Simplex):
         x, n = jnp.asarray(theta, lam.linear.dtype), lam.total
         log_p = log_softmax(full_logits(lam.linear))
         excess = lf.log_factorial_excess(n) - jnp.sum(lf.log_factorial_excess(x), -1)
-        parts = lf.deviance(x, self.mean(lam), log_p + jnp.log(n)[..., None])
+        parts = lf.deviance(x, self.mean(lam), log_p + jnp.log(lf.trials(n))[..., None])
         mixed = jnp.max(x, -1) < n
         found = jnp.where(mixed, excess - jnp.sum(parts, -1), jnp.sum(x * log_p, -1))
         return jnp.where(_counts_to(x, n), found, -jnp.inf)
@@ -127,9 +129,10 @@ class Multinomial(Simplex):
         m, (log_factorials, log_h) = self.mean(lam), self._log_factorials(lam)
         # E log x_k! - (m log m - m) per category, of the order of log m; their sum is the entropy.
         many = m > lf.large(m.dtype)
-        few = log_factorials - m * (log_softmax(logits) + jnp.log(n)[..., None] - 1.0)
+        some = lf.trials(n)[..., None]
+        few = log_factorials - m * (log_softmax(logits) + jnp.log(some) - 1.0)
         high = jnp.where(many, m, 1e4)
-        part = jnp.where(many, lf.factorial_series(high, 1.0 - high / n[..., None]), few)
+        part = jnp.where(many, lf.factorial_series(high, 1.0 - high / some), few)
         spread = jnp.sum(part, -1) - lf.log_factorial_excess(n)
         return jnp.where(n * rest(logits) > 1.0, spread, n * choice_entropy(logits) - log_h)
 
@@ -150,11 +153,13 @@ class Multinomial(Simplex):
         """Those of `support`, polynomials of mu; NaN where n is another than `total`."""
         n = lf.common_total(mu.total, total)
         last = n - jnp.sum(mu.linear, -1, keepdims=True)
-        p = jnp.concatenate([mu.linear, last], -1) / n
+        p = jnp.concatenate([mu.linear, last], -1) / max(n, 1)
         counts = lf.compositions(n, p.shape[-1])
         return lf.chances(p, counts) * jnp.where(mu.total == n, 1.0, jnp.nan)
 
 
 def _counts_to(x: Float[Array, "... K"], n: Array) -> Bool[Array, ...]:
-    """Whether x is counts whose sum is n."""
-    return jnp.all(lf.is_count(x), -1) & (jnp.sum(x, -1) == n)
+    """Whether x is counts whose sum is n, up to rounding where numbers of that size are rounded."""
+    eps = float(jnp.finfo(x.dtype).eps)
+    slack = jnp.where(eps * n <= 2.0, 0.0, eps * n * x.shape[-1])
+    return jnp.all(lf.is_count(x), -1) & (jnp.abs(jnp.sum(x, -1) - n) <= slack)

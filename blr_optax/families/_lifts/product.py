@@ -80,7 +80,7 @@ class Product(Independent, ExponentialFamily):
         is_dict = isinstance(factors, Mapping)
         families = {name: get(f) for name, f in factors.items()} if is_dict else {}
         if not families or not all(
-            isinstance(family, ExponentialFamily) for family in families.values()
+            isinstance(family, Family) and family.exponential for family in families.values()
         ):
             raise ValueError(
                 f"Product: give a dict of exponential families, by name; got {factors!r}."

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-from blr_optax.families._base.family import Family, derived
+from blr_optax.families._lifts.viewed import Viewed
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree, TreeDef
+    from blr_optax._typing import NaturalParameters, PyTree, TreeDef
+    from blr_optax.families._base.family import Family
 
 
 @dataclasses.dataclass(frozen=True)
-class Raveled(Family):
+class Raveled(Viewed):
     """A vector family over the flat vector of a pytree: theta, mean and samples are trees.
 
     lambda and mu are those of the wrapped family, leaves in the order of the tree; what concerns
@@ -59,16 +60,6 @@ class Raveled(Family):
         leaves, treedef = jax.tree.flatten(theta)
         return cls(family, treedef, tuple(jnp.shape(leaf) for leaf in leaves))
 
-    def __getattr__(self, name: str) -> Any:
-        """Ask the wrapped family, for what concerns lambda and mu alone."""
-        if name.startswith("_") or name == "family":
-            raise AttributeError(name)
-        return getattr(self.family, name)
-
-    Natural = derived(lambda self: self.family.Natural)
-    location = derived(lambda self: self.family.location)
-    exponential = derived(lambda self: self.family.exponential)
-    conditional = derived(lambda self: self.family.conditional)
     event_ndim = 0  # an event is a tree
 
     def ravel(self, theta: PyTree) -> Array:
@@ -96,51 +87,10 @@ class Raveled(Family):
             standard = {**standard, "mean": self.ravel(mean)}
         return self.family.natural(**standard)
 
-    def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
-        return self.family.standard(lam)
-
-    def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
-        return self.family.natural_at(self.ravel(location), like)
-
-    def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
-        return self.unravel(self.family.sample(key, lam, shape))
-
-    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Array:
-        return self.family.log_prob(lam, self.ravel(theta))
-
-    def mean(self, lam: NaturalParameters) -> PyTree:
-        return self.unravel(self.family.mean(lam))
+    inward, outward = ravel, unravel
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         return self.unravel(self.family.variance(lam))
-
-    def in_domain(self, lam: NaturalParameters) -> Array:
-        return self.family.in_domain(lam)
-
-    def entropy(self, lam: NaturalParameters) -> Array:
-        return self.family.entropy(lam)
-
-    def kl(self, lam_p: NaturalParameters, lam_q: NaturalParameters) -> Array:
-        return self.family.kl(lam_p, lam_q)
-
-    def combine(self, *terms: tuple[PyTree, PyTree]) -> NaturalParameters:
-        return self.family.combine(*terms)
-
-    def check_sizes(self, *lams: NaturalParameters) -> None:
-        self.family.check_sizes(*lams)
-
-    def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
-        return self.family.expectation(lam)
-
-    # Of exponential families.
-
-    def sufficient_statistics(
-        self, theta: PyTree, lam: NaturalParameters = None
-    ) -> ExpectationParameters:
-        return self.family.sufficient_statistics(self.ravel(theta), lam)
-
-    def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
-        return self.family.log_base_measure(lam, self.ravel(theta))
 
     def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:
         return self.unravel(self.family.displace(lam, self.ravel(z)))

@@ -4,7 +4,7 @@
 
 lambda mixes the coordinates: its matrix is -(W^{-1} + kappa m m^T) / 2. Everything is written in
 (m, kappa) and the Wishart density of Lambda; W^{-1} is what is left of lambda, and loses digits
-where kappa m m^T is large beside it.
+where kappa m m^T is large beside it: there `families.Centered` counts x from a point near m.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._continuous.gaussian import matvec, solve
-from blr_optax.families._continuous.joint import MARGIN, MeanPrecision, retract_shortened
+from blr_optax.families._continuous.joint import FAR, MARGIN, MeanPrecision, retract_shortened
 from blr_optax.families._matrix.wishart import (
     Wishart,
     WishartExpectation,
@@ -98,6 +98,7 @@ class NormalWishart(ExponentialFamily):
         "matrix": domain.negative_definite(),
     }
     joint: ClassVar[bool] = True
+    when_lost: ClassVar[str] = FAR
 
     @checked(mean=REAL.over("d"), kappa=POSITIVE, scale=DEFINITE, degrees=REAL)
     def natural(
@@ -183,9 +184,13 @@ class NormalWishart(ExponentialFamily):
         precision = jnp.where(inside[..., None, None], precision, eye)
         (log_det, _), apart = WISHART.sufficient_statistics(precision), x - m
         square = kappa * _dot(apart, matvec(precision, apart))
-        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) + log_det - square)
-        found = normal + WISHART.log_prob(self.wishart(lam), precision)
-        return jnp.where(inside, found, -jnp.inf)
+        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) - square)
+        found = normal + 0.5 * log_det + WISHART.log_prob(self.wishart(lam), precision)
+        # At a singular precision the power of both determinants counts.
+        square = kappa * _dot(apart, matvec(theta.precision, apart))
+        normal = 0.5 * (m.shape[-1] * (jnp.log(kappa) - LOG_2PI) - square)
+        limit = normal + WISHART.log_edge(self.wishart(lam), theta.precision, lam.log_det)
+        return jnp.where(inside, found, limit)
 
     def entropy(self, lam: NormalWishartNatural) -> Array:
         wishart, (m, kappa) = self.wishart(lam), self.normal(lam)

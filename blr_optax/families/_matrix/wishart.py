@@ -39,12 +39,13 @@ from blr_optax.families._numerics.special import (
     excess_near,
     log_gamma,
     log_minus_digamma,
+    log_power,
     stirling,
     stirling_divergence,
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, ArrayLike, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
 
     from blr_optax._typing import DTypeLike, NaturalParameters, PyTree
 
@@ -86,6 +87,15 @@ def _relative_spread(r: Array, log_det: Array) -> Float[Array, ...]:
     near = jnp.linalg.norm(r, axis=(-2, -1)) < NEAR
     small = jnp.where(near[..., None, None], _symmetric(r), 0.0)
     return jnp.where(near, _matrix_excess(small), _trace(r) - log_det)
+
+
+def singular(x: Float[Array, "... d d"]) -> Bool[Array, ...]:
+    """Whether a symmetric matrix is singular, up to rounding, with eigenvalues of at least zero."""
+    definite = domain.positive_definite().contains
+    rounding = 4 * x.shape[-1] * jnp.finfo(x.dtype).eps
+    size = jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1)), jnp.finfo(x.dtype).tiny / rounding)
+    up = (rounding * size)[..., None, None] * jnp.eye(x.shape[-1], dtype=x.dtype)
+    return definite(x + up) & ~definite(x)
 
 
 def _gap_terms(b: Array, d: int) -> tuple[Array, Array]:
@@ -144,9 +154,10 @@ class Wishart(ExponentialFamily):
     lambda: log_det = (nu - d - 1) / 2, matrix = -V^{-1} / 2 [..., d, d]. mu: log_det = E[log|X|],
     matrix = E[X].
 
-    Draws near the edge of the domain are singular to the precision of the numbers, and `log_prob`
-    is -inf there: in float32 for 1% of the draws at nu = d - 1/2 and 14% at nu = d - 4/5 (2% in
-    float64), so that estimators which need the density of draws are biased.
+    Where X is singular the density is finite for nu = d + 1 and infinite below that. Draws near the
+    edge of the domain are singular to the precision of the numbers: in float32 1% of them at
+    nu = d - 1/2 and 14% at nu = d - 4/5 (2% in float64), so that estimators which need the density
+    of draws are biased.
 
     Example:
       >>> import jax.numpy as jnp, blr_optax as blr
@@ -229,7 +240,14 @@ class Wishart(ExponentialFamily):
         root = jnp.linalg.cholesky(jnp.where(inside[..., None, None], theta, eye))
         half, log_det = _transpose(root) @ jnp.linalg.cholesky(-lam.matrix), factor_log_det(root)
         found = self.log_density(lam, half, log_det) - 0.5 * (eye.shape[-1] + 1.0) * log_det
-        return jnp.where(inside, found, -jnp.inf)
+        return jnp.where(inside, found, self.log_edge(lam, theta, lam.log_det))
+
+    def log_edge(self, lam: WishartNatural, theta: Array, power: Array) -> Array:
+        """log q at a singular X, with |X|^power in place of |X|^(nu - d - 1)/2; elsewhere -inf."""
+        edge = singular(theta)
+        exponent = jnp.sum(lam.matrix * theta, axis=(-2, -1)) - self.log_partition(lam)
+        found = exponent + log_power(power, jnp.where(edge, 0.0, jnp.ones_like(exponent)))
+        return jnp.where(edge, found, -jnp.inf)
 
     def log_density(self, lam: WishartNatural, half: Array, log_det: Array) -> Array:
         """log q(X) + (d + 1) / 2 log|X|, at half^T half = K^T X K for M = K K^T and log|X|."""

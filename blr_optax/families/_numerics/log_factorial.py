@@ -77,10 +77,15 @@ def exp_excess(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(near, exp_excess_near(jnp.where(near, x, 0.0)), jnp.expm1(x) - x)
 
 
-def deviance(x: Array, mean: Array | float, log_mean: Array | float) -> Float[Array, ...]:
-    """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit."""
+def deviance(
+    x: Array, mean: Array | float, log_mean: Array | float, difference: Array | None = None
+) -> Float[Array, ...]:
+    """x log(x / m) - x + m for a count x >= 0: at least zero, to the last digit.
+
+    `difference` is m - x, where it is known to more digits.
+    """
     positive = jnp.where(x > 0, x, 1.0)
-    excess = relative_excess(positive, mean, log_mean - jnp.log(positive))
+    excess = relative_excess(positive, mean, log_mean - jnp.log(positive), difference)
     return jnp.where(x > 0, positive * excess, mean)
 
 
@@ -98,7 +103,11 @@ def log_poisson(x: Array, mean: Array | float, log_mean: Array | float) -> Float
 def log_split(x: Array, y: Array, p: Array, not_p: Array, log_p: Array, log_not_p: Array) -> Array:
     """log of (x + y choose x) p^x (1 - p)^y, x and y real: two Poisson counts, given their sum."""
     n = x + y
-    parts = deviance(x, n * p, jnp.log(n) + log_p) + deviance(y, n * not_p, jnp.log(n) + log_not_p)
+    log_n = jnp.log(trials(n))
+    # Both counts are off by one and the same number; the smaller tells it to more digits.
+    off = jnp.where(x < y, n * p - x, y - n * not_p)
+    parts = deviance(x, n * p, log_n + log_p, off)
+    parts += deviance(y, n * not_p, log_n + log_not_p, -off)
     mixed = log_factorial_excess(n) - log_factorial_excess(x) - log_factorial_excess(y) - parts
     # A compiler need not round log n! twice in the same way.
     return jnp.where(x * y > 0, mixed, x * log_p + y * log_not_p)
@@ -129,6 +138,11 @@ def _(primals: tuple, tangents: tuple) -> tuple:
 def failures(x: Float[Array, ...]) -> Float[Array, ...]:
     """(1 - p) / p, the mean number of failures per success."""
     return jnp.exp(x) / -jnp.expm1(x)
+
+
+def trials(n: Float[Array, ...]) -> Float[Array, ...]:
+    """Return a number of trials that may be divided by: one where there are none."""
+    return jnp.where(n > 0, n, 1.0)
 
 
 def is_count(x: Float[Array, ...]) -> Bool[Array, ...]:
@@ -195,7 +209,8 @@ def chances(p: Float[Array, "... K"], counts: Int[np.ndarray, "values K"]) -> Ar
         jnp.asarray(x, p.dtype).reshape(len(rows), *[1] * (p.ndim - 1), *x.shape[1:])
         for x in (np.array(ways, np.float64), counts)
     )
-    return coefficients * jnp.prod(p**powers, -1)
+    # The derivative of p^0 at p = 0 would be NaN.
+    return coefficients * jnp.prod(jnp.where(powers > 0, p, 1.0) ** powers, -1)
 
 
 def slope(f: Callable, x: Array) -> Array:

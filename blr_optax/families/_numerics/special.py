@@ -10,12 +10,14 @@ by their recurrences; as much of both as the precision of a asks for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -79,15 +81,39 @@ def excess_near(x: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def relative_excess(
-    a: Array, b: Array | float, log_ratio: Array | float | None = None
+    a: Array,
+    b: Array | float,
+    log_ratio: Array | float | None = None,
+    difference: Array | None = None,
 ) -> Float[Array, ...]:
-    """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit."""
+    """b / a - 1 - log(b / a) for positive a and b: at least zero, to the last digit.
+
+    `log_ratio` and `difference` are log(b / a) and b - a, where they are known to more digits.
+    """
     # As above with x = b / a - 1.
-    d = b - a
+    d = b - a if difference is None else difference
     near = jnp.abs(d) < NEAR * a
     y = jnp.where(near, d / (b + a), 0.0)
     log_ratio = jnp.log(b / a) if log_ratio is None else log_ratio
     return jnp.where(near, y, 1.0) * (d / a - jnp.where(near, _atanh_excess(y), log_ratio))
+
+
+@jax.custom_jvp
+def log_power(k: Float[Array, ...], x: Float[Array, ...]) -> Float[Array, ...]:
+    """log x^k for x >= 0, with 0^0 = 1: zero where k is, also at x = 0."""
+    return jnp.where(k == 0, 0.0, k * jnp.log(x))
+
+
+@functools.partial(log_power.defjvp, symbolic_zeros=True)
+def _(primals: Any, tangents: Any) -> Any:
+    (k, x), (dk, dx) = primals, tangents
+    change = jnp.zeros(jnp.broadcast_shapes(jnp.shape(k), jnp.shape(x)), jnp.result_type(k, x))
+    if not isinstance(dk, SymbolicZero):
+        change += dk * jnp.log(x)
+    if not isinstance(dx, SymbolicZero):
+        flat = k == 0
+        change += dx * jnp.where(flat, 0.0, k / jnp.where(flat, 1.0, x))
+    return log_power(k, x), change
 
 
 def _recurrence(
@@ -155,6 +181,19 @@ stirling_slope.defjvp(
 stirling_curvature.defjvp(
     lambda primal, tangent: (stirling_curvature(*primal), tangent[0] * _stirling_third(*primal))
 )
+
+
+def stirling_slope_change(a: Array, b: Array, d: Array) -> Float[Array, ...]:
+    """r'(b) - r'(a) with b = a + d, to the digits of d >= 0 where that is small beside a."""
+    near = d < (0.05 if _single(jnp.result_type(d)) else 0.02) * a
+    step = jnp.where(near, d, 0.0)
+    # The integral of r'' between them, by Gauss's rule.
+    nodes, weights = np.polynomial.legendre.leggauss(2 if _single(jnp.result_type(d)) else 4)
+    bends = sum(
+        float(0.5 * w) * stirling_curvature(a + float(0.5 * (t + 1.0)) * step)
+        for t, w in zip(nodes, weights, strict=True)
+    )
+    return jnp.where(near, bends * step, stirling_slope(b) - stirling_slope(a))
 
 
 def log_gamma(a: Float[Array, ...]) -> Float[Array, ...]:
