@@ -37,7 +37,17 @@ LAYERS = [
     {"state"},
     {"rule"},
     {"optimizers", "inference", "interop"},
-    {"_predict", "_table", "metrics", "models", "memory", "continual", "plots"},
+    {
+        "_averages",
+        "_predict",
+        "_reads",
+        "_table",
+        "metrics",
+        "models",
+        "memory",
+        "continual",
+        "plots",
+    },
     {"__init__"},
     {"_demo"},
 ]
