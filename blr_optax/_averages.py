@@ -43,15 +43,15 @@ class Task(NamedTuple):
 
     Attributes:
         statistics: `statistics(reads, weights, inputs)`, a tuple of arrays for one sample.
-        finish: `finish(average)`, the result.
+        finish: `finish(average)`, the result; None for all samples, stacked on a leading axis.
         spread: whether the sum of squares of the first statistic is wanted.
         reads: the user's functions, and last what of the inputs is no array, see `split`.
         samples: how many samples.
         chunk: how many at once.
     """
 
-    statistics: Callable[..., tuple]
-    finish: Callable[..., Any]
+    statistics: Callable[..., Any]
+    finish: Callable[..., Any] | None
     spread: bool
     reads: Reads
     samples: int
@@ -66,8 +66,8 @@ class Task(NamedTuple):
         """Return the numbers of the samples by chunk; those beyond the last one do not count."""
         return np.arange(self.chunks * -(-self.samples // self.chunks)).reshape(self.chunks, -1)
 
-    def part(self, index: Array, key: Array, q: Any, arrays: list[Array]) -> Average:
-        """Return the average over one chunk."""
+    def part(self, index: Array, key: Array, q: Any, arrays: list[Array]) -> Any:
+        """Return the average over one chunk, or all its samples."""
         *functions, (tree, others) = self.reads.functions
         inputs = tree.unflatten(joined(others, arrays))
 
@@ -75,6 +75,9 @@ class Task(NamedTuple):
             weights = draw(q, jax.random.fold_in(key, s), s)
             return self.statistics(functions, weights, inputs)
 
+        found = jax.vmap(one)(index)
+        if self.finish is None:
+            return found
         used = index < self.samples
         count = jnp.sum(used, dtype=jnp.int32)
 
@@ -84,7 +87,6 @@ class Task(NamedTuple):
             shifted = jnp.where(used.reshape(-1, *[1] * (x.ndim - 1)), x - x[0], 0)
             return x[0] + jnp.sum(shifted, 0) / count.astype(x.dtype)
 
-        found = jax.vmap(one)(index)
         means = tuple(map(mean, found))
         if not self.spread:
             return Average(count, means, jnp.zeros(()))
@@ -116,17 +118,23 @@ def draw(q: Any, key: Array, s: Array) -> PyTree:
 class Program(NamedTuple):
     """A task, compiled: a chunk of it, and the result."""
 
-    part: Callable[..., Average]
+    part: Callable[..., Any]
     finish: Callable[..., Any]
 
 
 @functools.lru_cache(maxsize=PROGRAMS)
 def program(task: Task) -> Program:
     """Return the program of a task, the same one for the same functions."""
-    return Program(jax.jit(task.part), jax.jit(task.finish))
+    finish = task.finish or functools.partial(stacked, task.samples)
+    return Program(jax.jit(task.part), jax.jit(finish))
 
 
 add = jax.jit(merged)
+
+
+def stacked(samples: int, parts: list[PyTree]) -> PyTree:
+    """Return all samples of the chunks, on one leading axis."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[:samples], *parts)
 
 
 def split(inputs: tuple) -> tuple[tuple, list[Any]]:
@@ -148,7 +156,7 @@ ARRAY = object()  # stands for an array among what is none
 
 
 def averaged(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:
-    """Return `task.finish` of the average over all samples."""
+    """Return `task.finish` of the average over all samples, or all of them."""
     if not concrete(key, q, arrays) or task.reads.traced:
         return traced(task, key, q, arrays)
     if not all(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves(q)):
@@ -156,7 +164,7 @@ def averaged(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:
         return jax.jit(lambda key, arrays: traced(task, key, q, arrays))(key, arrays)
     compiled = program(task)
     parts = (compiled.part(index, key, q, arrays) for index in task.indices())
-    return compiled.finish(functools.reduce(add, parts))
+    return compiled.finish(functools.reduce(add, parts) if task.finish else list(parts))
 
 
 NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
@@ -166,6 +174,9 @@ def traced(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:
     """`averaged`, as part of the caller's program."""
     part = functools.partial(task.part, key=key, q=q, arrays=arrays)
     indices = jnp.asarray(task.indices())
+    if task.finish is None:
+        found = jax.lax.map(part, indices)
+        return stacked(task.samples, [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)])
     if task.chunks <= UNROLLED_CHUNKS:
         return task.finish(functools.reduce(merged, map(part, indices)))
     # Zeros like the shapes, as these know how the outputs are sharded.

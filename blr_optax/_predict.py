@@ -24,6 +24,7 @@ import numpy as np
 from blr_optax import metrics
 from blr_optax._averages import Average, Task, averaged, default_chunk, in_batches, split
 from blr_optax._distribution import Distribution
+from blr_optax._ensemble import Ensemble, ensemble
 from blr_optax._random import canonical_key
 from blr_optax._reads import Reads
 from blr_optax._validate import check_count, concrete, holds, require
@@ -79,7 +80,7 @@ def binary_link(logits: Float[ArrayLike, "*n"]) -> Float[Array, "*n 2"]:
 
 def predict(
     key: KeyLike,
-    q: Sampler,
+    q: Sampler | Sequence[PyTree],
     apply: Callable[..., Float[Array, "*n k"]],
     *inputs: PyTree,
     samples: int = 64,
@@ -95,8 +96,9 @@ def predict(
 
     Args:
         key: typed key or integer seed. Sample ``s`` uses ``fold_in(key, s)``.
-        q: The posterior over weights. One whose class jax does not know as a tree is a constant of
-            the program, which then is compiled at every call.
+        q: The posterior over weights, or a list of them, or an `Ensemble`, whose members take
+            turns (`samples` is rounded up to a multiple of their number). One whose class jax does
+            not know as a tree is a constant of the program, then compiled at every call.
         apply: ``apply(weights, *inputs) -> logits``, classes on the last axis, any axes before it
             (examples, pixels, tokens).
         *inputs: Passed on to `apply`.
@@ -136,8 +138,8 @@ def predict(
             "link=jax.nn.sigmoid gives one number per output, not a distribution over the last "
             "axis; use link=blr_optax.binary_link, which returns both classes."
         )
-    options = _Options(samples, chunk, batch_size, progress)
-    found = _run(_classes, _split_entropy, False, key, q, (apply, link), inputs, options)
+    options = Options(samples, chunk, batch_size, progress)
+    found = run(_classes, _split_entropy, False, key, q, (apply, link), inputs, options)
     if concrete(found.already):
         if np.all(found.already == 1) and link is jax.nn.softmax:
             warnings.warn(
@@ -195,7 +197,7 @@ def _split_entropy(average: Average) -> _Checked:
 
 def predict_regression(
     key: KeyLike,
-    q: Sampler,
+    q: Sampler | Sequence[PyTree],
     apply: Callable[..., PyTree],
     *inputs: PyTree,
     noise_variance: Float[ArrayLike, "*#n"] | Callable[..., Float[Array, "*#n"]] | None = None,
@@ -245,9 +247,9 @@ def predict_regression(
     given = None if learnt else noise_variance
     if given is not None:
         require("noise_variance", given, "at least zero, a variance", lambda v: v >= 0)
-    options = _Options(samples, chunk, batch_size, progress)
+    options = Options(samples, chunk, batch_size, progress)
     functions = (apply, learnt, given is not None)
-    found = _run(_mean_and_noise, _moments, True, key, q, functions, inputs, options)
+    found = run(mean_and_noise, _moments, True, key, q, functions, inputs, options)
     if concrete(found.aleatoric) and np.any(found.aleatoric < 0):
         raise ValueError(
             "predict_regression: a variance of the noise is negative. The second output of apply "
@@ -260,7 +262,7 @@ def predict_regression(
     return found._replace(aleatoric=jnp.broadcast_to(noise, found.epistemic.shape))
 
 
-def _mean_and_noise(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> tuple[Array, ...]:
+def mean_and_noise(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> tuple[Array, ...]:
     """Return the mean of an observation, and its variance about that, at one sample."""
     apply, learnt, given = functions
     mean, noise = mean_and_variance(apply(weights, *inputs))
@@ -304,7 +306,7 @@ def _moments(average: Average) -> RegressionPredictive:
     return RegressionPredictive(mean, epistemic, noise)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """How the samples and the inputs are gone through."""
 
     samples: int
@@ -313,33 +315,37 @@ class _Options(NamedTuple):
     progress: bool
 
 
-def _run(
-    statistics: Callable[..., tuple],
-    finish: Callable[..., Any],
+def run(
+    statistics: Callable[..., Any],
+    finish: Callable[..., Any] | None,
     spread: bool,
     key: KeyLike,
-    q: Sampler,
+    q: Sampler | Sequence[PyTree],
     functions: tuple,
     inputs: tuple,
-    options: _Options,
+    options: Options,
 ) -> Any:
-    """Return the result of an average over samples of the weights, over batches of the inputs."""
+    """Return what is made of samples of the weights, over batches of the inputs."""
     key = _one_key(key)
-    _check_sampler(q)
     check_count("samples", options.samples)
+    one: Any = q
+    if isinstance(one, (list, tuple)) and not hasattr(one, "sample"):
+        one = ensemble(one)
+    _check_sampler(one)
+    samples = one.draws(options.samples) if isinstance(one, Ensemble) else options.samples
     chunk = default_chunk(options.chunk)
     if options.progress and options.batch_size is None:
         raise ValueError("progress=True shows batches: give batch_size=, the size of one.")
 
-    def run(*inputs: PyTree) -> Any:
+    def whole(*inputs: PyTree) -> Any:
         others, arrays = split(inputs)
         reads = Reads(*functions, others)
-        task = Task(statistics, finish, spread, reads, options.samples, chunk)
-        return averaged(task, key, q, arrays)
+        task = Task(statistics, finish, spread, reads, samples, chunk)
+        return averaged(task, key, one, arrays)
 
     if options.batch_size is None:
-        return run(*inputs)
-    return in_batches(run, inputs, options.batch_size, options.progress)
+        return whole(*inputs)
+    return in_batches(whole, inputs, options.batch_size, options.progress)
 
 
 def _wide(x: Array) -> Array:
@@ -353,12 +359,14 @@ def _floating(x: ArrayLike) -> Array:
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
-def _check_sampler(q: Sampler) -> None:
+def _check_sampler(q: Any) -> None:
     if not hasattr(q, "sample"):
         raise ValueError(
             "q must have a method sample(key, shape), as posterior(opt_state, params) has; got "
             f"{type(q).__name__}."
         )
+    if isinstance(q, Ensemble):
+        q = q.members
     if isinstance(q, Distribution) and not holds(q.family.in_domain, q.natural):
         q.sample(0)  # which says what is wrong
 

@@ -39,7 +39,9 @@ LAYERS = [
     {"optimizers", "inference", "interop"},
     {
         "_averages",
+        "_ensemble",
         "_predict",
+        "_predict_distribution",
         "_reads",
         "_table",
         "metrics",

@@ -1,6 +1,7 @@
 """Distribution functions, quantiles and intervals of marginals against scipy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
