@@ -5,7 +5,15 @@ lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 
 from blr_optax import estimators, families, metrics, plots, rule, state
 from blr_optax._distribution import Distribution, distribution
-from blr_optax._predict import Predictive, binary_link, predict, predict_regression
+from blr_optax._ensemble import Ensemble, ensemble
+from blr_optax._predict import (
+    Predictive,
+    RegressionPredictive,
+    binary_link,
+    predict,
+    predict_regression,
+)
+from blr_optax._predict_distribution import PredictiveMixture, predict_distribution
 from blr_optax._table import TableRow, table
 from blr_optax.interop import TorchIvon, from_torch_ivon, linen, nnx, to_torch_ivon
 
@@ -67,7 +75,10 @@ __all__ = [
     "Estimate",
     "PerExample",
     "Distribution",
+    "Ensemble",
     "Predictive",
+    "PredictiveMixture",
+    "RegressionPredictive",
     "StepInfo",
     "TableRow",
     "TorchIvon",
@@ -79,6 +90,7 @@ __all__ = [
     "diagnostics",
     "distribution",
     "dropout",
+    "ensemble",
     "estimate",
     "estimators",
     "evon",
@@ -109,6 +121,7 @@ __all__ = [
     "plots",
     "posterior",
     "predict",
+    "predict_distribution",
     "predict_regression",
     "random_signs",
     "reseed",

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._random import canonical_key
-from blr_optax._validate import holds
+from blr_optax._validate import holds, require
 from blr_optax.families import Family, MeanField, get
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
 
     from blr_optax._typing import ExpectationParameters, KeyLike, NaturalParameters, PyTree
 
@@ -103,9 +103,61 @@ class Distribution:
         theta = self.family.sample(canonical_key(key), self._proper("sample"), shape)
         return self._as_weights(theta)
 
+    def part(self, *path: str | int) -> Distribution:
+        """Return the posterior of the weights below a path: keys, attribute names, indices.
+
+        Without what stands elsewhere in the tree, frozen or not: `q.part("head")` is the marginal
+        of `theta["head"]`. Families whose marginals are of no known family raise ValueError.
+
+        Example:
+          >>> import jax.numpy as jnp, blr_optax as blr
+          >>> mean = {"body": jnp.zeros(3), "head": {"w": jnp.ones(2), "b": 0.5}}
+          >>> q = blr.distribution("normal", mean=mean, precision=4.0)
+          >>> print(q.part("head").mean["w"], q.part("head", "b").mean)
+          [1. 1.] 0.5
+        """
+        if not path:
+            raise ValueError('Distribution.part: give a path, such as q.part("head").')
+        return Distribution(*self.family.part(self.natural, path))
+
     def log_prob(self, theta: PyTree) -> Float[Array, ...]:
         """log q(theta)."""
         return self.family.log_prob(self._proper("log_prob"), theta)
+
+    def cdf(self, theta: PyTree) -> PyTree:
+        """P(theta_i <= theta) of every coordinate alone, in the shape of theta.
+
+        Of families whose marginals have a distribution function; others raise ValueError.
+        """
+        return self.family.cdf(self._proper("cdf"), theta)
+
+    def icdf(self, p: ArrayLike) -> PyTree:
+        """Return the quantiles of every coordinate at p: a number, or an array whose axes lead.
+
+        Example:
+          >>> import blr_optax as blr
+          >>> q = blr.distribution("gamma", concentration=1.0, rate=2.0)  # F(x) = 1 - exp(-2 x)
+          >>> print(q.icdf([0.5, 0.95]).round(4), q.cdf(1.0).round(4))
+          [0.3466 1.4979] 0.8647
+        """
+        p = jnp.asarray(p)
+        require(
+            "Distribution.icdf: p", p, "in [0, 1], a probability", lambda p: (p >= 0) & (p <= 1)
+        )
+        return self.family.icdf(self._proper("icdf"), p)
+
+    def interval(self, level: float = 0.95) -> tuple[PyTree, PyTree]:
+        """Both ends of every coordinate's central interval of probability `level`.
+
+        Example:
+          >>> import blr_optax as blr
+          >>> low, high = blr.distribution("normal", mean=1.0, variance=4.0).interval()
+          >>> print(low.round(2), high.round(2))  # 1 -+ 1.96 * 2
+          -2.92 4.92
+        """
+        if not 0 <= level <= 1:
+            raise ValueError(f"Distribution.interval: level={level}; give a fraction, not percent.")
+        return self.icdf(0.5 - 0.5 * level), self.icdf(0.5 + 0.5 * level)
 
     def entropy(self) -> Float[Array, ...]:
         """H(q) in nats."""

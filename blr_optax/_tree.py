@@ -173,6 +173,35 @@ def paths(tree: PyTree) -> set[str]:
     return {leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def subtree(tree: PyTree, path: tuple[str | int, ...], who: str) -> PyTree:
+    """Return what stands at a path of keys, attribute names and indices; a hole where it ends.
+
+    Raises:
+        ValueError: when nothing is there.
+    """
+    for depth, step in enumerate(path):
+        if is_hole(tree):
+            return tree
+        children = (
+            {
+                getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))): child
+                for (key,), child in jax.tree_util.tree_flatten_with_path(
+                    tree, is_leaf=lambda node, tree=tree: node is not tree
+                )[0]
+                if key
+            }
+            if not jax.tree_util.all_leaves([tree])
+            else {}
+        )
+        if step not in children:
+            raise ValueError(
+                f"{who}: nothing at {step!r} below {'/'.join(map(str, path[:depth])) or 'the root'}"
+                f"; there are {list(children)}."
+            )
+        tree = children[step]
+    return tree
+
+
 def is_hole(leaf: Any) -> bool:
     """Whether a node stands for a leaf that was masked away."""
     return isinstance(leaf, optax.MaskedNode)

@@ -91,7 +91,7 @@ def entropy(probs: Probs) -> Scores:
     >>> entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
     [0.6931..., 0.0]
     """
-    probs = jnp.asarray(probs)
+    probs = _wide(probs)
     return jnp.sum(-probs * jnp.log(jnp.where(probs == 0, 1, probs)), axis=-1)
 
 
@@ -388,6 +388,12 @@ def regression(
         coverage=jnp.mean(jnp.abs(z.ravel()) <= q[:, None], axis=1, dtype=z.dtype),
         width=2 * q * std.mean(),
     )
+
+
+def _wide(x: ArrayLike) -> Array:
+    """Return numbers in float32 or wider: sums in half precision lose their digits."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _examples(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+
+from blr_optax.families._numerics.quantiles import quantile
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
 
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
@@ -41,6 +44,7 @@ class Family:
         exponential: whether lambda has arithmetic and a map to mu, see `exponential`.
         conditional: whether it is learnt block by block, see `conditional`.
         when_lost: how to go on where lambda cannot hold standard parameters, in words for errors.
+        support_of_marginals: "real", "positive" or "unit" (0 to 1), of families with a `cdf`.
     """
 
     Natural: ClassVar[type]
@@ -50,6 +54,7 @@ class Family:
     exponential: ClassVar[bool] = False
     conditional: ClassVar[bool] = False
     when_lost: ClassVar[str] = ""
+    support_of_marginals: ClassVar[str] = "real"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Make the family a static node of any pytree."""
@@ -92,6 +97,43 @@ class Family:
     def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether lambda is a proper member, per batch element."""
         raise NotImplementedError
+
+    def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
+        """Return P(theta_i <= theta) for every coordinate i alone, where that is known."""
+        raise ValueError(
+            f"{type(self).__name__} has no distribution function of its marginals in closed form: "
+            "count samples, jnp.mean(q.sample(key, (4096,)) <= theta, axis=0)."
+        )
+
+    def icdf(self, lam: NaturalParameters, p: ArrayLike) -> PyTree:
+        """Return every coordinate's quantile at p, whose axes lead, where `cdf` is known."""
+        like = jax.eval_shape(self.mean, lam)
+        p = jnp.asarray(p, like.dtype)
+        p = p.reshape(*p.shape, *[1] * like.ndim)
+        return self.quantile(
+            lam, jnp.broadcast_to(p, (*p.shape[: p.ndim - like.ndim], *like.shape))
+        )
+
+    def quantile(self, lam: NaturalParameters, p: Array) -> Array:
+        """Return the quantiles at p, one for every coordinate; p has their shape.
+
+        This is a search; families with a formula override it.
+        """
+        if type(self).cdf is Family.cdf:
+            raise ValueError(
+                f"{type(self).__name__} has no quantiles of its marginals in closed form: take "
+                "those of samples, jnp.quantile(q.sample(key, (4096,)), p, axis=0)."
+            )
+        return quantile(lambda x: self.cdf(lam, x), p, self.support_of_marginals)
+
+    def part(
+        self, lam: NaturalParameters, path: tuple[str | int, ...]
+    ) -> tuple[Family, NaturalParameters]:
+        """Return the marginal over the subtree at a path of theta, where a family holds it."""
+        raise ValueError(
+            f"{type(self).__name__} has no parts by path: theta is no tree, or the marginal of a "
+            "part is not of a known family. Take that part of q.sample(key, shape)."
+        )
 
     def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         """Return a lambda centred at `location`, with the scale of `like` (else one)."""

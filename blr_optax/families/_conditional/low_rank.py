@@ -37,6 +37,7 @@ from blr_optax.families._base.conditional import (
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, REAL, checked
 from blr_optax.families._continuous.gaussian import matvec
+from blr_optax.families._numerics.quantiles import GaussianMarginals
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class LowRankNoise(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianLowRank(ConditionalFamily):
+class GaussianLowRank(GaussianMarginals, ConditionalFamily):
     """The Gaussian with precision diag(u) + W W^T; the rank is the number of columns of W.
 
     log q(theta) = -(theta - m)^T S (theta - m) / 2 + log det(S / 2 pi) / 2.

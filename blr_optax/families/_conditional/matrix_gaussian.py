@@ -33,6 +33,7 @@ from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import ConditionalFamily, move_field, normals
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, REAL, checked
+from blr_optax.families._numerics.quantiles import GaussianMarginals
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _contract(
 
 
 @dataclasses.dataclass(frozen=True)
-class MatrixGaussian(ConditionalFamily):
+class MatrixGaussian(GaussianMarginals, ConditionalFamily):
     """The matrix Gaussian; an event is a matrix [n, p].
 
     log q(theta) = (p log det P + n log det Q - n p log 2 pi - tr(P D Q D^T)) / 2, D = theta - M.

@@ -179,6 +179,10 @@ class Mixture(ConditionalFamily):
         theta = self.family.sample(draw, lam.components, shape)
         return jnp.take_along_axis(theta, index[..., None, None], axis=-2)[..., 0, :]
 
+    def cdf(self, lam: MixtureNatural, theta: Array) -> Array:
+        weights = jnp.exp(self.log_weights(lam))[..., None]
+        return jnp.sum(weights * self.family.cdf(lam.components, theta[..., None, :]), axis=-2)
+
     def mean(self, lam: MixtureNatural) -> Array:
         weights = jnp.exp(self.log_weights(lam))[..., None]
         return jnp.sum(weights * self.family.mean(lam.components), axis=-2)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import betainc
 
 from blr_optax._validate import require
 from blr_optax.families._base import domain
@@ -158,6 +159,18 @@ class StudentT(ConditionalFamily):
 
     def in_domain(self, lam: StudentTNatural) -> Bool[Array, ...]:
         return GAUSSIAN.in_domain(self._inner(lam)) & domain.positive().contains(lam.shape)
+
+    def cdf(self, lam: StudentTNatural, theta: Array) -> Array:
+        """Those of the coordinates, Student-t of the same degrees, by the incomplete beta."""
+        m, v, scale = self.standard(lam).values()
+        v = v[..., None]
+        t = (theta - m) / jnp.sqrt(jnp.diagonal(scale, axis1=-2, axis2=-1))
+        near = t * t < v
+        # Of t^2 / (v + t^2) near the centre, of v / (v + t^2) in the tails: no digits are lost.
+        middle = betainc(0.5, 0.5 * v, t * t / (v + t * t))
+        tail = 0.5 * betainc(0.5 * v, 0.5, v / (v + t * t))
+        below = jnp.where(near, 0.5 - 0.5 * middle, tail)
+        return jnp.where(t < 0, below, jnp.where(near, 0.5 + 0.5 * middle, 1.0 - tail))
 
     def sample(self, key: Array, lam: StudentTNatural, shape: tuple[int, ...] = ()) -> Array:
         hidden, draw = jax.random.split(key)

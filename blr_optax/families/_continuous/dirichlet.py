@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import betainc
 
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
@@ -227,6 +228,7 @@ class Dirichlet(ExponentialFamily):
 
     Natural: ClassVar[type] = DirichletNatural
     Expectation: ClassVar[type] = DirichletExpectation
+    support_of_marginals: ClassVar[str] = "unit"
     domains: ClassVar[dict] = {"log": domain.above(-1.0, 1)}
     event_ndim: ClassVar[int] = 1
 
@@ -301,6 +303,11 @@ class Dirichlet(ExponentialFamily):
     ) -> DirichletNatural:
         return DirichletNatural(_inverse_fisher(1.0 + lam.log, v.log))
 
+    def cdf(self, lam: DirichletNatural, theta: Array) -> Array:
+        """Those of the parts, which are beta(a_k, s - a_k)."""
+        a = self.standard(lam)["concentration"]
+        return betainc(a, _rest(a), jnp.clip(theta, 0.0, 1.0))
+
     def sample(self, key: Array, lam: DirichletNatural, shape: tuple[int, ...] = ()) -> Array:
         g, c, log_x = gamma_log_draw(key, 1.0 + lam.log, shape)
         # Relative to the largest, so that not all parts underflow.
@@ -347,6 +354,7 @@ class Beta(ExponentialFamily):
 
     Natural: ClassVar[type] = BetaNatural
     Expectation: ClassVar[type] = BetaExpectation
+    support_of_marginals: ClassVar[str] = "unit"
     domains: ClassVar[dict] = {"log": domain.above(-1.0), "log1m": domain.above(-1.0)}
 
     @checked(alpha=POSITIVE, beta=POSITIVE)
@@ -420,6 +428,11 @@ class Beta(ExponentialFamily):
     def inverse_fisher_product(self, lam: BetaNatural, v: BetaExpectation) -> BetaNatural:
         solved = _inverse_fisher(1.0 + self._pair(lam).log, self._pair(v).log)
         return BetaNatural(solved[..., 0], solved[..., 1])
+
+    def cdf(self, lam: BetaNatural, theta: Array) -> Array:
+        """Return the regularised incomplete beta function."""
+        alpha, beta = self.standard(lam).values()
+        return betainc(alpha, beta, jnp.clip(theta, 0.0, 1.0))
 
     def sample(self, key: Array, lam: BetaNatural, shape: tuple[int, ...] = ()) -> Array:
         x = Dirichlet().sample(key, self._pair(lam), shape)[..., 0]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import gammainc, gammaincc
 
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
@@ -129,6 +130,7 @@ class Gamma(ExponentialFamily):
 
     Natural: ClassVar[type] = GammaNatural
     Expectation: ClassVar[type] = GammaExpectation
+    support_of_marginals: ClassVar[str] = "positive"
     domains: ClassVar[dict] = {"log": domain.above(-1.0), "linear": domain.negative()}
 
     @checked(concentration=POSITIVE, rate=POSITIVE)
@@ -202,6 +204,11 @@ class Gamma(ExponentialFamily):
         log = (a * v.log - b * v.linear) / trigamma_excess(a)
         return GammaNatural(log, b * (b * v.linear - log) / a)
 
+    def cdf(self, lam: GammaNatural, theta: Array) -> Array:
+        """Return the regularised incomplete gamma function of b x."""
+        a, b = self.standard(lam).values()
+        return gammainc(a, b * jnp.maximum(theta, 0.0))
+
     def sample(self, key: Array, lam: GammaNatural, shape: tuple[int, ...] = ()) -> Array:
         a, b = jnp.broadcast_arrays(1.0 + lam.log, -lam.linear)
         g, c, log_x = gamma_log_draw(key, a, shape)
@@ -247,6 +254,7 @@ class InverseGamma(ExponentialFamily):
 
     Natural: ClassVar[type] = InverseGammaNatural
     Expectation: ClassVar[type] = InverseGammaExpectation
+    support_of_marginals: ClassVar[str] = "positive"
     domains: ClassVar[dict] = {
         "log": domain.Domain(sign=-1, bound=-1.0),
         "reciprocal": domain.negative(),
@@ -327,6 +335,13 @@ class InverseGamma(ExponentialFamily):
         solved = Gamma().inverse_fisher_product(self._gamma(lam), turned)
         return InverseGammaNatural(-solved.log, solved.linear)
 
+    def cdf(self, lam: InverseGammaNatural, theta: Array) -> Array:
+        """Return the probability that 1 / x is at least 1 / theta."""
+        a, b = self.standard(lam).values()
+        positive = theta > 0
+        above = gammaincc(a, b / jnp.where(positive, theta, 1.0))
+        return jnp.where(positive, above, 0.0)
+
     def sample(self, key: Array, lam: InverseGammaNatural, shape: tuple[int, ...] = ()) -> Array:
         a, b = jnp.broadcast_arrays(-1.0 - lam.log, -lam.reciprocal)
         g, c, log_x = gamma_log_draw(key, a, shape)
@@ -399,6 +414,12 @@ class Exponential(RateFamily):
 
     def entropy(self, lam: ExponentialNatural) -> Array:
         return 1.0 - jnp.log(-lam.linear)
+
+    def cdf(self, lam: ExponentialNatural, theta: Array) -> Array:
+        return -jnp.expm1(-self.standard(lam)["rate"] * jnp.maximum(theta, 0.0))
+
+    def quantile(self, lam: ExponentialNatural, p: Array) -> Array:
+        return -jnp.log1p(-p) / self.standard(lam)["rate"]
 
     def sample(self, key: Array, lam: ExponentialNatural, shape: tuple[int, ...] = ()) -> Array:
         mean = self.mean(lam)

@@ -31,6 +31,7 @@ from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
+from blr_optax.families._numerics.quantiles import GaussianMarginals
 from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, relative_excess
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class GaussianExpectation(NamedTuple):
     quadratic: Array
 
 
-class GaussianFamily(ExponentialFamily):
+class GaussianFamily(GaussianMarginals, ExponentialFamily):
     """What Gaussian families share: the geometry that estimators and retractions use.
 
     `curvature` says in which form H is wanted: "matrix", "diagonal", or "none".

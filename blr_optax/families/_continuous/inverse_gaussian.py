@@ -124,6 +124,7 @@ class InverseGaussian(ExponentialFamily):
 
     Natural: ClassVar[type] = InverseGaussianNatural
     Expectation: ClassVar[type] = InverseGaussianExpectation
+    support_of_marginals: ClassVar[str] = "positive"
     domains: ClassVar[dict] = {"linear": domain.negative(), "reciprocal": domain.negative()}
     constant_base_measure: ClassVar[bool] = False
 
@@ -220,6 +221,16 @@ class InverseGaussian(ExponentialFamily):
         m, s = self.standard(lam).values()
         reciprocal = 0.5 * s * s * (v.linear / m / m + v.reciprocal)
         return InverseGaussianNatural((reciprocal + s * v.linear / m) / m / m, reciprocal)
+
+    def cdf(self, lam: InverseGaussianNatural, theta: Array) -> Array:
+        """Phi(r (x / m - 1)) + exp(2 s / m) Phi(-r (x / m + 1)) with r = sqrt(s / x)."""
+        m, s = self.standard(lam).values()
+        positive = theta > 0
+        x = jnp.where(positive, theta, 1.0)
+        r = jnp.sqrt(s / x)
+        ahead, behind = r * (x / m - 1.0), -r * (x / m + 1.0)
+        second = jnp.exp(2.0 * s / m + jax.scipy.special.log_ndtr(behind))
+        return jnp.where(positive, jax.scipy.special.ndtr(ahead) + second, 0.0)
 
     def sample(self, key: Array, lam: InverseGaussianNatural, shape: tuple[int, ...] = ()) -> Array:
         """Choose one root of a quadratic (Michael, Schucany and Haas 1976)."""

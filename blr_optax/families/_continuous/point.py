@@ -68,6 +68,12 @@ class Point(ExponentialFamily):
     def sample(self, key: Array, lam: PointNatural, shape: tuple[int, ...] = ()) -> Array:
         return jnp.broadcast_to(lam.value, shape + jnp.shape(lam.value))
 
+    def cdf(self, lam: PointNatural, theta: Array) -> Array:
+        return (theta >= lam.value).astype(jnp.result_type(lam.value))
+
+    def quantile(self, lam: PointNatural, p: Array) -> Array:
+        return jnp.broadcast_to(lam.value, p.shape)
+
     def mean(self, lam: PointNatural) -> Array:
         return lam.value
 

@@ -152,6 +152,14 @@ class LogNormal(ExponentialFamily):
         bend = 0.5 * (v.log_squared - 2.0 * m * v.log) / spread / spread
         return LogNormalNatural(v.log / spread - 2.0 * m * bend, bend)
 
+    def cdf(self, lam: LogNormalNatural, theta: Array) -> Array:
+        """Return P(log x <= log theta), 0 for what is not positive."""
+        log_x = jnp.log(jnp.maximum(theta, 0.0))
+        return Normal().cdf(GaussianNatural(*lam), log_x)
+
+    def quantile(self, lam: LogNormalNatural, p: Array) -> Array:
+        return jnp.exp(Normal().quantile(GaussianNatural(*lam), p))
+
     def sample(self, key: Array, lam: LogNormalNatural, shape: tuple[int, ...] = ()) -> Array:
         return jnp.exp(Normal().sample(key, GaussianNatural(*lam), shape))
 
@@ -281,6 +289,20 @@ class Laplace(RateFamily):
         shift = jnp.where(near, excess_near(jnp.where(near, fall, 0.0)), fall + u)
         return relative_excess(b_p, b_q) + shift * b_q / b_p
 
+    def cdf(self, lam: LaplaceNatural, theta: Array) -> Array:
+        """exp(-|z|) / 2 below the location, and its complement above."""
+        standard = self.standard(lam)
+        z = (theta - standard["location"]) / standard["scale"]
+        tail = 0.5 * jnp.exp(-jnp.abs(z))
+        return jnp.where(z < 0, tail, 1.0 - tail)
+
+    def quantile(self, lam: LaplaceNatural, p: Array) -> Array:
+        """Return location -+ scale log(2 min(p, 1 - p))."""
+        standard = self.standard(lam)
+        size = jnp.log(2.0 * jnp.minimum(p, 1.0 - p))
+        away = standard["scale"] * jnp.where(p < 0.5, size, -size)
+        return standard["location"] + away
+
     def sample(self, key: Array, lam: LaplaceNatural, shape: tuple[int, ...] = ()) -> Array:
         batch = jnp.broadcast_shapes(lam.deviation.shape, lam.location.shape)
         z = jax.random.laplace(key, shape + batch, lam.deviation.dtype)
@@ -398,6 +420,16 @@ class Weibull(RateFamily):
         bend = _log_gamma_divergence(jnp.ones_like(ratio), ratio)
         drift = (1.0 - ratio) * (jnp.log(b_p) + np.euler_gamma) + jnp.log(ratio) + bend
         return relative_excess(b_p * jnp.exp(-drift), b_q) + bend
+
+    def cdf(self, lam: WeibullNatural, theta: Array) -> Array:
+        """Return 1 - exp(-(x / scale)^k)."""
+        standard = self.standard(lam)
+        x = jnp.maximum(theta, 0.0) / standard["scale"]
+        return -jnp.expm1(-(x ** standard["shape"]))
+
+    def quantile(self, lam: WeibullNatural, p: Array) -> Array:
+        standard = self.standard(lam)
+        return standard["scale"] * (-jnp.log1p(-p)) ** (1.0 / standard["shape"])
 
     def sample(self, key: Array, lam: WeibullNatural, shape: tuple[int, ...] = ()) -> Array:
         batch = jnp.broadcast_shapes(lam.power.shape, lam.shape.shape)

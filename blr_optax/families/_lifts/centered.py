@@ -26,6 +26,8 @@ from blr_optax.families._lifts.viewed import Viewed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from jaxtyping import ArrayLike
+
     from blr_optax._typing import NaturalParameters, PyTree
 
 
@@ -108,3 +110,9 @@ class Centered(Viewed):
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         return self.family.variance(lam)
+
+    def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
+        return self.family.cdf(lam, self.inward(theta))
+
+    def icdf(self, lam: NaturalParameters, p: ArrayLike) -> PyTree:
+        return self.outward(self.family.icdf(lam, p))

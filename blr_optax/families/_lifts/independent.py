@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, ArrayLike, Bool, Float
 
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
     from blr_optax.families._base.family import Family
@@ -97,6 +97,12 @@ class Independent:
 
     def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         return self._sum("log_prob", lam, theta)
+
+    def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
+        return self._theta("cdf", lam, theta)
+
+    def icdf(self, lam: NaturalParameters, p: ArrayLike) -> PyTree:
+        return self._theta("icdf", lam, p=p)
 
     def entropy(self, lam: NaturalParameters) -> Float[Array, ...]:
         return self._sum("entropy", lam)

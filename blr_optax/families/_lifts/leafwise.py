@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _tree
 from blr_optax.families._base.conditional import ConditionalFamily
 from blr_optax.families._base.family import derived
 from blr_optax.families._base.parameters import parameters
@@ -93,6 +94,15 @@ class Leafwise(Independent, ConditionalFamily):
         """Return the tree of its leaves as matrices; leading sample axes stay."""
         pairs = zip(matrices, self.shapes, strict=True)
         return self.treedef.unflatten([x.reshape(*x.shape[:-2], *shape) for x, shape in pairs])
+
+    def part(
+        self, lam: LeafwiseNatural, path: tuple[str | int, ...]
+    ) -> tuple[Leafwise, LeafwiseNatural]:
+        """Return the leaves below the path, which are independent of the others."""
+        index = self.treedef.unflatten(range(len(self.shapes)))
+        kept, tree = jax.tree.flatten(_tree.subtree(index, path, "part"))
+        family = Leafwise(self.family, tree, tuple(self.shapes[i] for i in kept))
+        return family, LeafwiseNatural(tuple(lam.members[i] for i in kept))
 
     def members(self, like: PyTree) -> list[ConditionalFamily]:
         return [self.family] * len(self.shapes)

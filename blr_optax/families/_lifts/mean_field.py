@@ -125,6 +125,12 @@ class MeanField(Independent, ExponentialFamily):
             return None
         return self, self.Natural(*map(_tree.fill, lam, other_lam))
 
+    def part(
+        self, lam: NaturalParameters, path: tuple[str | int, ...]
+    ) -> tuple[Family, NaturalParameters]:
+        """Return the leaves below the path, which are independent of the others."""
+        return self, self.Natural(*(_tree.subtree(field, path, "part") for field in lam))
+
     def natural(self, **standard: PyTree) -> NaturalParameters:
         """lambda from standard parameters: each a tree like the parameters, or a number."""
         who = f"mean field of {name_of(self.family)}.natural"

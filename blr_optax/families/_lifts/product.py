@@ -98,6 +98,14 @@ class Product(Independent, ExponentialFamily):
     )
     elementwise = False
 
+    def part(
+        self, lam: NaturalParameters, path: tuple[str | int, ...]
+    ) -> tuple[Family, NaturalParameters]:
+        """Return the factor of a name, or a part of it."""
+        own = _tree.subtree(lam.parts, path[:1], "part")
+        family = dict(self.factors)[str(path[0])]
+        return family.part(own, path[1:]) if path[1:] else (family, own)
+
     def members(self, like: PyTree) -> list[ExponentialFamily]:
         return [family for _, family in self.factors]
 

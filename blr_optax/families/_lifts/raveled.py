@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _tree
 from blr_optax.families._lifts.viewed import Viewed
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike
 
     from blr_optax._typing import NaturalParameters, PyTree, TreeDef
     from blr_optax.families._base.family import Family
+
+# Standard parameters, by how a part of the coordinates has its own.
+PER_COORDINATE, MATRICES, WHOLE = (
+    ("mean", "variance"),
+    ("covariance", "scale"),
+    ("weights", "degrees"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,31 @@ class Raveled(Viewed):
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         return self.unravel(self.family.variance(lam))
+
+    def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
+        return self.unravel(self.family.cdf(lam, self.ravel(theta)))
+
+    def icdf(self, lam: NaturalParameters, p: ArrayLike) -> PyTree:
+        return self.unravel(self.family.icdf(lam, p))
+
+    def part(
+        self, lam: NaturalParameters, path: tuple[str | int, ...]
+    ) -> tuple[Family, NaturalParameters]:
+        """Return the marginal over the leaves below the path, of Gaussians and what is of them."""
+        standard = self.standard(lam)
+        if not set(standard) <= {*PER_COORDINATE, *MATRICES, *WHOLE}:
+            return super().part(lam, path)
+        size = sum(map(math.prod, self.shapes))
+        kept = _tree.subtree(self.unravel(jnp.arange(size)), path, "part")
+        i = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(kept)])
+
+        def own(name: str, x: Array) -> Array:
+            if name in WHOLE:
+                return x
+            return x[..., i] if name in PER_COORDINATE else x[..., i[:, None], i]
+
+        family = Raveled.like(self.family, kept)
+        return family, self.family.natural(**{name: own(name, x) for name, x in standard.items()})
 
     def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:
         return self.unravel(self.family.displace(lam, self.ravel(z)))

@@ -21,7 +21,7 @@ from blr_optax.families._base.parameters import parameters
 from blr_optax.families._lifts.independent import Independent
 
 if TYPE_CHECKING:
-    from blr_optax._typing import PyTree
+    from blr_optax._typing import NaturalParameters, PyTree
 
     pass
 
@@ -101,6 +101,19 @@ class SideBySide(Independent, ExponentialFamily):
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """One tree: at every leaf that of the part that has it."""
         return _tree.fill(*parts) if kind is None else kind(tuple(parts))
+
+    def part(
+        self, lam: NaturalParameters, path: tuple[str | int, ...]
+    ) -> tuple[Family, NaturalParameters]:
+        """Those that have leaves below the path; one alone is no longer beside another."""
+        found = self._each("part", lam, path=path)
+        found = [(family, own) for family, own in found if jax.tree.leaves(own)]
+        if not found:
+            raise ValueError(f"part: nothing at {'/'.join(map(str, path))}.")
+        if len(found) == 1:
+            return found[0]
+        families, parts = zip(*found, strict=True)
+        return SideBySide(families), SideBySideNatural(parts)
 
     def natural(self, *parts: PyTree) -> SideBySideNatural:
         """Return lambda, from every part's lambda, in order."""
