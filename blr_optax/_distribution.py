@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _tree
 from blr_optax._random import canonical_key
 from blr_optax._validate import holds, require
 from blr_optax.families import Family, MeanField, get
@@ -118,7 +119,12 @@ class Distribution:
         """
         if not path:
             raise ValueError('Distribution.part: give a path, such as q.part("head").')
-        return Distribution(*self.family.part(self.natural, path))
+        part = Distribution(*self.family.part(self.natural, path))
+        if self.dtypes is None:
+            return part
+        treedef = jax.tree.structure(jax.eval_shape(self.family.mean, self.natural))
+        kept = _tree.subtree(treedef.unflatten(self.dtypes), path, "part")
+        return dataclasses.replace(part, dtypes=tuple(jax.tree.leaves(kept)))
 
     def log_prob(self, theta: PyTree) -> Float[Array, ...]:
         """log q(theta)."""

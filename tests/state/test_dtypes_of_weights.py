@@ -61,6 +61,13 @@ def test_every_leaf_has_its_own():
     assert dtypes(q.natural) == dtypes(q.standard()) == dtypes(q.variance) == {"float32"}
 
 
+def test_a_part_keeps_its_own():
+    weights = {"half": jnp.ones(2, jnp.float16), "single": jnp.ones(3)}
+    q = blr.posterior(blr.ivon(0.1, ess=10.0).init(weights), weights)
+    assert q.part("half").mean.dtype == jnp.float16
+    assert q.part("single").sample(0).dtype == jnp.float32
+
+
 def test_a_posterior_of_wide_weights_is_as_before():
     weights = jnp.ones(3)
     q = blr.posterior(blr.ivon(0.1, ess=10.0).init(weights), weights)
