@@ -15,11 +15,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from blr_optax import _tree
 from blr_optax._validate import check_positive
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
-    from blr_optax._typing import DTypeLike, Hyperparameter, PyTree, Scalar, ScalarOrSchedule
+    from blr_optax._typing import (
+        DTypeLike,
+        Hyperparameter,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+    )
     from blr_optax.rule import WithPosteriorState
 
 
@@ -27,6 +35,9 @@ class AdamReader(PointReader):
     """Precision ess (sqrt(v_hat + eps_root) + eps) + prior."""
 
     who = "adam"
+
+    def part(self, state: WithPosteriorState, params: Params) -> PyTree:  # noqa: D102
+        return _tree.matching_leaves(params, optax.tree.get(state.inner, "nu"), "params")
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         hyper = state.hyper
@@ -60,6 +71,9 @@ class RmspropReader(PointReader):
     def __hash__(self) -> int:
         """Of the choices."""
         return hash(self.choices)
+
+    def part(self, state: WithPosteriorState, params: Params) -> PyTree:  # noqa: D102
+        return _tree.matching_leaves(params, optax.tree.get(state.inner, "nu"), "params")
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         eps_in_sqrt, centered, bias_correction = self.choices

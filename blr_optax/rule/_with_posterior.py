@@ -26,34 +26,13 @@ if TYPE_CHECKING:
     from blr_optax._typing import Params, PyTree, ScalarOrSchedule, Updates
 
 
-@jax.tree_util.register_static
-class Covered:
-    """The paths of the parameters that a state was made for, as a static pytree node.
-
-    Plain SGD keeps no tree that would tell, and a group of `optax.partition` must not claim the
-    others' leaves. Equal to a `Covered` without paths, so that the empty placeholder with which
-    `optax.tree.map_params` calls `init` fits any state.
-    """
-
-    def __init__(self, paths: frozenset[str]) -> None:
-        self.paths = paths
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Covered) and (
-            not self.paths or not other.paths or self.paths == other.paths
-        )
-
-    def __hash__(self) -> int:
-        return hash(Covered)
-
-
 class WithPosteriorState(NamedTuple):
     """State of an optimizer that follows optax's and carries a posterior.
 
     Attributes:
         count: steps made, without skipped ones (int32).
         reader: static, how the precision is read off `inner`.
-        covered: static, the parameters that the state was made for.
+        covered: the parameters that the state was made for, see `_tree.coverage`.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
         skipped: steps skipped because the gradient was not finite (int32).
@@ -61,7 +40,7 @@ class WithPosteriorState(NamedTuple):
 
     count: Array
     reader: PointReader
-    covered: Covered
+    covered: PyTree
     hyper: dict[str, Array]
     inner: PyTree
     skipped: Array
@@ -73,7 +52,7 @@ class PointReader(Reader):
     who = "with_posterior"  # the optimizer's name, in errors
 
     def part(self, state: WithPosteriorState, params: Params) -> PyTree:
-        return _tree.mask_to(params, state.covered.paths)
+        return _tree.covered_part(state.covered, params, self.who)
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:
         """Total posterior precision, a tree like `mean`."""
@@ -121,8 +100,8 @@ def with_posterior(
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)
-        paths = Covered(frozenset(_tree.paths(params)))
-        return WithPosteriorState(count, reader, paths, numbers(count), inner, skipped)
+        covered = _tree.coverage(params)
+        return WithPosteriorState(count, reader, covered, numbers(count), inner, skipped)
 
     def update_fn(
         updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
