@@ -162,7 +162,7 @@ class Known(NamedTuple):
 
 
 def coverage(params: Params) -> PyTree:
-    """What a state keeps to tell later which leaves it was made for, where no other tree tells.
+    """Return what a state keeps to tell which leaves it was made for, where no other tree does.
 
     Their number when nothing was masked away, else a tree of `Known` and `MaskedNode`. The
     placeholder with which `optax.tree.map_params` calls `init` gives a number, one leaf, in whose

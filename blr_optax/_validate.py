@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,11 @@ def at(hyper: Hyperparameter, count: Any) -> PyTree:
     return hyper(count) if callable(hyper) else hyper
 
 
+def is_finite(number: Any) -> Any:
+    """Whether a number or an array is finite; a whole number of Python may be of any size."""
+    return math.isfinite(number) if isinstance(number, (int, float)) else jnp.isfinite(number)
+
+
 def check_positive(
     name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
 ) -> None:
@@ -68,6 +74,8 @@ def check_positive(
             raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
         if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
             raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")
+        if not holds(is_finite, number):
+            raise ValueError(f"{name}={number} must be finite.")
 
 
 def check_number(name: str, number: Any, *, zero: bool = False) -> None:
@@ -83,10 +91,10 @@ def is_zero(hyper: Hyperparameter) -> bool:
 
 
 def check_unit_interval(name: str, number: Any) -> None:
-    """Raise ValueError for a plain number outside [0, 1), or what is not a number."""
+    """Raise ValueError for a concrete number outside [0, 1), or what is not a number."""
     if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
         raise ValueError(f"{name}={number!r} must be a number or a schedule.")
-    if isinstance(number, (int, float)) and not 0.0 <= number < 1.0:
+    if not callable(number) and not holds(lambda x: (x >= 0) & (x < 1), number):
         raise ValueError(f"{name}={number} must be in [0, 1).")
 
 
@@ -110,12 +118,28 @@ def all_finite(*trees: PyTree) -> PyTree:
 
     Sizes are compared over the leading axes first, whole rows at a time.
     """
-
-    def rows(x: Array) -> Array:
-        return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
-
-    checks = [jnp.all(jnp.isfinite(rows(x))) for x in jax.tree.leaves(trees)]
+    checks = [jnp.all(jnp.isfinite(_largest(x))) for x in jax.tree.leaves(trees)]
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def within_reach(grads: Updates, growth: Any, squares: bool) -> Array:
+    """One boolean: whether all entries are finite, `growth` times as large, or squared.
+
+    Both in the gradient's own type, in which optax forms them. The cost is `all_finite`'s.
+    """
+
+    def check(x: Array) -> Array:
+        size = _largest(x)
+        size = jnp.square(1.01 * size) if squares else (growth * size).astype(size.dtype)
+        return jnp.all(jnp.isfinite(size))
+
+    checks = [check(x) for x in jax.tree.leaves(grads)]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def _largest(x: Array) -> Array:
+    """|x|, maximised over the leading axes."""
+    return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
 
 
 def squares_finite(grads: Updates, curvature: PyTree = None) -> PyTree:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._validate import check_positive
+from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def rmsprop(
         prior_precision: total precision of a zero-mean prior, added to the posterior's.
 
     Raises:
-        ValueError: for ess or prior_precision out of range, or integer parameters.
+        ValueError: for numbers out of range, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.2. Special case of `blr_update` with family
     "gaussian_diagonal", `delta(squared_gradient(...))`, up to the square root.
@@ -137,8 +137,14 @@ def rmsprop(
       >>> print(blr.posterior(state, params).variance)  # 1 / (10 * 2)
       [0.05]
     """
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_unit_interval("decay", decay)
+    check_positive("eps", eps, zero=True, scalar=True)
     check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("initial_scale", initial_scale, zero=True)
+    if momentum is not None:
+        check_unit_interval("momentum", momentum)
     inner = optax.rmsprop(
         learning_rate,
         decay,
@@ -183,7 +189,7 @@ def adam(
         prior_precision: total precision of a zero-mean prior, added to the posterior's.
 
     Raises:
-        ValueError: for ess or prior_precision out of range, or integer parameters.
+        ValueError: for numbers out of range, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023). Special case of
     `blr_update` with family "gaussian_diagonal", `delta(squared_gradient(...))`, up to the root and
@@ -196,6 +202,11 @@ def adam(
       >>> print(updates.round(3), blr.posterior(state, params).variance.round(4))
       [-0.1] [0.05]
     """
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_unit_interval("b1", b1)
+    check_unit_interval("b2", b2)
+    check_positive("eps", eps, zero=True, scalar=True)
+    check_positive("eps_root", eps_root, zero=True, scalar=True)
     check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
     inner = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)

@@ -27,7 +27,7 @@ from blr_optax._typing import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
-from blr_optax.optimizers.sgd import StepSizeReader
+from blr_optax.optimizers.sgd import StepSizeReader, growth
 from blr_optax.optimizers.vogn import (
     check_one_start,
     curvature_at_start,
@@ -102,7 +102,7 @@ def sam(
     """SAM, sharpness-aware minimisation: SGD with the gradient at the worst point within a ball.
 
     m_a = m + r g / |g|;  u <- beta u + grad l(m_a) + weight_decay m;  m <- m - lr u;
-    q = N(m, lr / ess).
+    q = N(m, lr / ess), the point m where a schedule reaches 0.
 
     Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
     `update(est.grad, opt_state, params, statistic=est.statistic)`. m-sharpness with M sub-batches:
@@ -145,6 +145,7 @@ def sam(
             optax.sgd(learning_rate, momentum, nesterov),
         ),
         SamReader(float(rho)),
+        growth=growth(learning_rate, momentum),
         ess=ess,
         step_size=learning_rate,
     )

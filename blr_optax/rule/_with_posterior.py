@@ -1,7 +1,8 @@
 """`with_posterior`: an optax transformation that also carries the posterior the rule assigns to it.
 
-The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite moves
-nothing, neither the weights nor that transformation's state, and is counted. The posterior is a
+The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite, or so
+large that its statistics are not, moves nothing, neither the weights nor that transformation's
+state, and is counted. The posterior is a
 mean-field normal centred at the parameters whose precision is a function of that state.
 """
 
@@ -16,14 +17,16 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import all_finite, at, zero_unless
+from blr_optax._validate import at, within_reach, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
-    from blr_optax._typing import Params, PyTree, ScalarOrSchedule, Updates
+    from blr_optax._typing import Params, PyTree, Scalar, ScalarOrSchedule, Updates
 
 
 class WithPosteriorState(NamedTuple):
@@ -35,7 +38,7 @@ class WithPosteriorState(NamedTuple):
         covered: the parameters that the state was made for, see `_tree.coverage`.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
-        skipped: steps skipped because the gradient was not finite (int32).
+        skipped: steps skipped because the gradient or its statistics were not finite (int32).
     """
 
     count: Array
@@ -66,15 +69,22 @@ class PointReader(Reader):
 
 
 def with_posterior(
-    tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
+    tx: optax.GradientTransformation,
+    reader: PointReader,
+    *,
+    growth: Callable[[Array], Scalar] | None = None,
+    **hyper: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `tx` so that its state carries the posterior that `reader` reads off it.
 
-    A step whose gradient is not finite is skipped: `tx` keeps its state.
+    A step whose gradient is not finite, or no longer when `tx` has squared or summed it, is
+    skipped: `tx` keeps its state.
 
     Args:
         tx: any optax transformation that evaluates the loss at its parameters.
         reader: how the precision follows from its state.
+        growth: of a `tx` that takes no squares, from the count to the factor by which its sums may
+            exceed a gradient. By default squares must be finite.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
 
     Raises:
@@ -106,7 +116,8 @@ def with_posterior(
     def update_fn(
         updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
-        finite = all_finite(updates)
+        factor = 1.0 if growth is None else growth(state.count)
+        finite = within_reach(updates, factor, squares=growth is None)
         out, inner = tx.update(updates, state.inner, params, **extra)
         # Skipped steps do not count: `tx`, whose schedules and averages the reader reads, has none.
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
