@@ -142,20 +142,31 @@ def _largest(x: Array) -> Array:
     return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
 
 
-def squares_finite(grads: Updates, curvature: PyTree = None) -> PyTree:
+def squares_finite(grads: Updates, curvature: PyTree = None) -> Array:
     """One boolean: whether all entries, and what follows from squares of gradients, are finite.
 
     A gradient that is finite but so large that its square is not within reach of the curvatures'
-    arithmetic counts as non-finite. One pass over both trees: a second would read them again.
+    arithmetic counts as non-finite.
+    """
+    return finite_and_square(grads, curvature)[0]
+
+
+def finite_and_square(grads: Updates, curvature: PyTree = None) -> tuple[Array, Array]:
+    """(`squares_finite`, sum of all squares of the gradients).
+
+    One pass over both trees: a second would read them again.
     """
     leaves = jax.tree.leaves(grads)
     beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
-    checks = []
+    checks, squares = [jnp.array(True)], [jnp.zeros((), jnp.float32)]
     for g, c in zip(leaves, beside, strict=True):
-        size = g * g if c is None else g * g + jnp.abs(c)
-        rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
+        leading = tuple(range(jnp.ndim(g) - 1))
+        # It never binds: a maximum keeps XLA from summing the squares once more, for their total.
+        square = jnp.maximum(jnp.sum(g * g, axis=leading), 0.0)
+        rows = square if c is None else square + jnp.sum(jnp.abs(c), axis=tuple(range(c.ndim - 1)))
         checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
-    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+        squares.append(jnp.sum(square))
+    return functools.reduce(jnp.logical_and, checks), functools.reduce(jnp.add, squares)
 
 
 def zero_unless(finite: Any, tree: PyTree) -> PyTree:

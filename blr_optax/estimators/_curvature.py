@@ -48,11 +48,13 @@ class Curvature:
         name: by which every function that takes a curvature knows it, and conditional families.
         needs_loss: whether the gradient alone is not enough.
         diagonal_only: whether there is no matrix.
+        order: k, where the curvature grows with the k-th power of the gradient.
     """
 
     name: ClassVar[str]
     needs_loss: ClassVar[bool]
     diagonal_only: ClassVar[bool] = False
+    order: ClassVar[int] = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Curvatures are closed over and compared, never traced."""
@@ -115,6 +117,7 @@ class SquaredGradient(Curvature):
 
     name = "squared_gradient"
     needs_loss = False
+    order = 2
 
     def scale(self, at: Sample) -> PyTree:
         """c: the batch size, or the official code's effective sample size."""
@@ -170,6 +173,7 @@ class PerExampleSquares(Curvature):
 
     name = "per_example_squares"
     needs_loss = True
+    order = 2
 
     def matrix(self, at: Sample) -> Array:
         """Plain per-example gradients: the matrix has no shortcut."""

@@ -29,6 +29,9 @@ and, every so many steps, after the step so that a step has one basis,
 
 The last line is the diagonal q in the new basis that is closest to the old q (least KL(new || old))
 and keeps p positive; it also undoes swaps of eigenvectors. The first basis is the identity.
+
+Above 500 lines, since the basis and the Gaussian along it are one state, and a fifth of the file is
+the contract of `evon` and `orthogonalize`.
 """
 
 from __future__ import annotations
@@ -43,7 +46,12 @@ import optax.contrib
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import check_positive, check_unit_interval, is_zero
+from blr_optax._validate import (
+    check_positive,
+    check_unit_interval,
+    finite_and_square,
+    is_zero,
+)
 from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
@@ -60,6 +68,7 @@ from blr_optax.optimizers._posteriors.rotated import (
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES, shorten, times
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
@@ -187,6 +196,7 @@ def scale_by_eigenbasis(
     clip_curvature: float | None,
     refresh_every: int,
     max_size: int,
+    clip_spikes: float | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_precision` with momentum, in a basis that follows the gradients; see `evon`.
@@ -198,10 +208,15 @@ def scale_by_eigenbasis(
         clip_curvature: bound on the curvature's size, in units of p; None for none.
         refresh_every: steps between power iterations.
         max_size: the longest side that gets a basis.
+        clip_spikes: as in `scale_by_precision`.
         options: others of `scale_by_precision`.
     """
     inner: Any = scale_by_precision(
-        ess=ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
+        ess=ess,
+        weight_decay=weight_decay,
+        momentum=optax.ema(b1, debias=debias),
+        clip_spikes=clip_spikes,
+        **options,
     )
     reader = EigenbasisReader()
 
@@ -260,7 +275,8 @@ def scale_by_eigenbasis(
 
         finite = after.skipped == gaussian.skipped
         made = gaussian.count - gaussian.skipped
-        factors = _averaged(state.factors, raw, bases, beta, finite)
+        short, _ = shorten(gaussian.spikes, clip_spikes, finite_and_square(raw)[1], finite)
+        factors = _averaged(state.factors, times(short, raw), bases, beta, finite)
         now = (finite & (made % refresh_every == 0)).astype(jnp.int32)
         moving = (bases, after.precision, after.momentum.ema)
         bases, precision, ema = jax.lax.switch(
@@ -330,6 +346,7 @@ def evon(
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -361,6 +378,8 @@ def evon(
         rescale_lr: multiply the learning rate by hess_init + weight_decay, as IVON does.
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -419,6 +438,7 @@ def evon(
             b2=b2,
             hess_init=hess_init,
             curvature=curvature,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

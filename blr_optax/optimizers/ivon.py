@@ -24,6 +24,7 @@ from blr_optax import _tree
 from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule import scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -101,6 +102,7 @@ def ivon(
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -132,6 +134,8 @@ def ivon(
         prior: any mean-field Gaussian posterior, also an improper one (a prior times a site), or
             one of one number for all parameters; a weight_decay given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -171,6 +175,7 @@ def ivon(
             init=init,
             momentum=optax.ema(b1, debias=debias),
             curvature=curvature,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
@@ -193,6 +198,7 @@ def soba(
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -203,7 +209,7 @@ def soba(
     Args:
         learning_rate: lr, a number or schedule; 1 - b2 makes it the natural step of the rule.
         ess, hess_init, b2, weight_decay, prior_precision, curvature: as in `ivon`.
-        prior, init, key, generator: as in `ivon`.
+        prior, init, clip_spikes, key, generator: as in `ivon`.
 
     Raises:
         ValueError: as `ivon`.
@@ -234,6 +240,7 @@ def soba(
         curvature=curvature,
         prior=prior,
         init=init,
+        clip_spikes=clip_spikes,
         key=key,
         generator=generator,
     )

@@ -23,6 +23,7 @@ import optax
 
 from blr_optax._validate import at, check_positive, check_unit_interval
 from blr_optax.rule import EmpiricalPrior, scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state import posterior
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def ivon_lora(
     b2: Scalar = 0.99999,
     clip_radius: Hyperparameter = None,
     prior_in_mean: bool = False,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,6 +72,8 @@ def ivon_lora(
         b2: decay of the precision.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
         prior_in_mean: let the prior pull the mean as well, + d_i m in the numerator, as in `ivon`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -117,6 +121,7 @@ def ivon_lora(
             weight_decay=EmpiricalPrior(),
             prior_in_mean=prior_in_mean,
             momentum=optax.ema(b1, debias=True),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

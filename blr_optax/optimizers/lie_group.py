@@ -44,7 +44,7 @@ from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
-    squares_finite,
+    finite_and_square,
     zero_unless,
 )
 from blr_optax.families import MeanField, Normal
@@ -57,6 +57,14 @@ from blr_optax.optimizers._posteriors.moved_noise import (
 )
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule._precision import filled
+from blr_optax.rule._spikes import (
+    CLIP_SPIKES,
+    SpikesState,
+    check_bound,
+    first_spikes,
+    shorten,
+    times,
+)
 from blr_optax.state import Reader
 from blr_optax.state._reading import noise_of
 
@@ -90,6 +98,7 @@ class LieAdditiveState(NamedTuple):
         noise_scale: s of the coming step.
         momentum: state of the gradients' average, float32 or wider.
         skipped: steps skipped because something was not finite (int32).
+        spikes: the gradients' length so far; () without a bound.
     """
 
     count: Array
@@ -98,13 +107,14 @@ class LieAdditiveState(NamedTuple):
     noise_scale: Array
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 class LieAffineState(NamedTuple):
     """State of `lie_affine`.
 
     Attributes:
-        count, key, reader, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped, spikes: as in `LieAdditiveState`.
         noise_scale: s, constant.
         ess: effective sample size of the coming step.
         spread: A, a tree like the parameters, float32 or wider.
@@ -121,6 +131,7 @@ class LieAffineState(NamedTuple):
     scale_momentum: PyTree
     mean_momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,24 +220,34 @@ def gradients(who: str, like: PyTree, updates: Updates, params: Params) -> PyTre
 
 
 def gated_evidence(
-    grads: Updates, like: PyTree, state: OptState, params: Params, statistic: PyTree
-) -> tuple[Array, PyTree, PyTree]:
-    """(finite, gradients, statistic), the last two zero unless all their entries are finite.
+    grads: Updates,
+    like: PyTree,
+    state: OptState,
+    params: Params,
+    statistic: PyTree,
+    spikes: SpikesState | tuple[()],
+    clip_spikes: float | None,
+) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
+    """(finite, gradients, statistic, spikes), the trees zero unless all their entries are finite.
 
-    A statistic that is not given is derived from the gradients and this step's noise.
+    Those of a gradient that is far too long are shortened. A statistic that is not given is derived
+    from the gradients and this step's noise.
     """
     if statistic is None:
-        finite = squares_finite(grads)
-        grads, noise = zero_unless(finite, grads), noise_of(state)
+        finite, square = finite_and_square(grads)
+        factor, spikes = shorten(spikes, clip_spikes, square, finite)
+        grads, noise = times(factor, zero_unless(finite, grads)), noise_of(state)
         weights = state.reader.weights(state, params, noise)
-        return finite, grads, state.reader.statistic(state, params, weights, grads, noise)
+        statistic = state.reader.statistic(state, params, weights, grads, noise)
+        return finite, grads, statistic, spikes
     axes = state.reader.noise_axes
     statistic = _tree.matching_leaves(statistic, like, "statistic", leading=axes)
     statistic = optax.tree.cast_like(statistic, like)
     if axes:
         jax.tree.map(lambda c: check_pair("statistic", c), statistic)
-    finite = squares_finite(grads, statistic)
-    return finite, *zero_unless(finite, (grads, statistic))
+    finite, square = finite_and_square(grads, statistic)
+    factor, spikes = shorten(spikes, clip_spikes, square, finite)
+    return finite, *times(factor, zero_unless(finite, (grads, statistic))), spikes
 
 
 def check_pair(name: str, leaf: Array) -> None:
@@ -296,6 +317,7 @@ def lie_additive(
     noise: str | Callable = "gaussian",
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = 0.0,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -314,6 +336,8 @@ def lie_additive(
             function that makes draws of mean zero of standard normals, elementwise.
         momentum: b, decay of the gradients' average, not debiased; 0 for none.
         weight_decay: d, per example; a number, prefix tree or schedule.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -335,6 +359,7 @@ def lie_additive(
     """
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
     check_positive("noise_scale", noise_scale, scalar=True)
+    check_bound(clip_spikes)
     reader = AdditiveReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAdditiveState:
@@ -342,7 +367,13 @@ def lie_additive(
         average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
         return LieAdditiveState(
-            count, first_key, reader, number(noise_scale, count), average, skipped
+            count,
+            first_key,
+            reader,
+            number(noise_scale, count),
+            average,
+            skipped,
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -350,8 +381,9 @@ def lie_additive(
     ) -> tuple[Any, LieAdditiveState]:
         like = state.momentum.ema
         grads = gradients("lie_additive", like, updates, params)
-        finite = squares_finite(grads)
-        grads = zero_unless(finite, grads)
+        finite, square = finite_and_square(grads)
+        factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+        grads = times(factor, zero_unless(finite, grads))
         decay = _spread_decay(weight_decay, like, state.count)
         grads = jax.tree.map(lambda g, d, m: g + d * m.astype(g.dtype), grads, decay, params)
         averaged, average = average_of(momentum, grads, state.momentum, finite)
@@ -364,6 +396,7 @@ def lie_additive(
             noise_scale=number(noise_scale, count),
             momentum=average,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     perturbed = transformation(init_fn, update_fn)
@@ -381,6 +414,7 @@ def lie_affine(
     b2: Scalar = 0.999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -412,6 +446,8 @@ def lie_affine(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -446,6 +482,7 @@ def lie_affine(
             "noise_scale is the first one and no schedule: the rule moves it from there."
         )
     check_positive("noise_scale", noise_scale, scalar=True)
+    check_bound(clip_spikes)
     reader = AffineReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAffineState:
@@ -460,6 +497,7 @@ def lie_affine(
             optax.ema(b2, debias=False).init(_zeros(params)),
             optax.ema(b1, debias=False).init(_zeros(params)),
             jnp.zeros((), jnp.int32),
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -471,7 +509,9 @@ def lie_affine(
         **extra: Any,
     ) -> tuple[Any, LieAffineState]:
         grads = gradients("lie_affine", state.spread, updates, params)
-        finite, grads, products = gated_evidence(grads, state.spread, state, params, statistic)
+        finite, grads, products, spikes = gated_evidence(
+            grads, state.spread, state, params, statistic, state.spikes, clip_spikes
+        )
         decay = _spread_decay(weight_decay, state.spread, state.count)
 
         def turn(a: Array, c: Array, d: Array) -> Array:
@@ -507,6 +547,7 @@ def lie_affine(
             scale_momentum=scale_momentum,
             mean_momentum=mean_momentum,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     return transformation(init_fn, update_fn)
@@ -516,7 +557,7 @@ class LieMultiplicativeState(NamedTuple):
     """State of `lie_multiplicative`.
 
     Attributes:
-        count, key, reader, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped, spikes: as in `LieAdditiveState`.
         ess: effective sample size of the coming step.
         plus: g+, a tree like the parameters, float32 or wider.
         minus: g-, likewise.
@@ -531,6 +572,7 @@ class LieMultiplicativeState(NamedTuple):
     minus: PyTree
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -597,6 +639,7 @@ def lie_multiplicative(
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -624,6 +667,8 @@ def lie_multiplicative(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -652,6 +697,7 @@ def lie_multiplicative(
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
     check_positive("ess", ess, scalar=True)
     check_positive("init_offset", init_offset)
+    check_bound(clip_spikes)
     law = as_law(noise, positive=True)
     reader = MultiplicativeReader(law, generator)
 
@@ -676,6 +722,7 @@ def lie_multiplicative(
             gain(-1.0),
             optax.ema(momentum, debias=False).init((_zeros(params), _zeros(params))),
             jnp.zeros((), jnp.int32),
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -687,7 +734,9 @@ def lie_multiplicative(
         **extra: Any,
     ) -> tuple[Any, LieMultiplicativeState]:
         grads = gradients("lie_multiplicative", state.plus, updates, params)
-        finite, _, products = gated_evidence(grads, state.plus, state, params, statistic)
+        finite, _, products, spikes = gated_evidence(
+            grads, state.plus, state, params, statistic, state.spikes, clip_spikes
+        )
         decay = _spread_decay(weight_decay, state.plus, state.count)
 
         def turn(side: int) -> Callable:
@@ -723,6 +772,7 @@ def lie_multiplicative(
             minus=minus,
             momentum=average,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     return transformation(init_fn, update_fn)

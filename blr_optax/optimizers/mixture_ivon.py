@@ -39,6 +39,7 @@ from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._precision import prior_of_step
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
@@ -292,6 +293,7 @@ def mixture_ivon(
     rescale_lr: bool = True,
     debias: bool = True,
     prior: Distribution | None = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -314,7 +316,7 @@ def mixture_ivon(
     Args:
         learning_rate, hess_init, b1, b2, clip_radius: as in `ivon`, over the stacked parameters.
         weight_decay, prior_precision: as in `ivon`.
-        rescale_lr, debias, key, generator: as in `ivon`.
+        rescale_lr, debias, clip_spikes, key, generator: as in `ivon`.
         ess: effective sample size, as in `ivon`; may be a schedule.
         weight_rate: rho of the mixing weights, a number or schedule; 0 keeps them equal. Above 0,
             `update` needs `losses=`, the mean loss of every component, [K]: `est.aux` of a loss
@@ -362,6 +364,7 @@ def mixture_ivon(
             b2=b2,
             hess_init=hess_init,
             momentum=optax.ema(b1, debias=debias),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

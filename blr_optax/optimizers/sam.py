@@ -33,6 +33,7 @@ from blr_optax.optimizers.vogn import (
     curvature_at_start,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def bsam(
     damping: Hyperparameter = 0.1,
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -203,6 +205,8 @@ def bsam(
             large where gradients vanish.
         prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise; None evaluates at the mean.
 
@@ -245,6 +249,7 @@ def bsam(
             damping=damping,
             prior_in_momentum=True,
             adversary=float(rho),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

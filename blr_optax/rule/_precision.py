@@ -42,11 +42,11 @@ from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
+    finite_and_square,
     holds,
     is_zero,
     near,
     positive,
-    squares_finite,
     zero_unless,
 )
 from blr_optax.estimators._curvature import (
@@ -61,6 +61,14 @@ from blr_optax.estimators._curvature import (
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
 from blr_optax.rule._natural_step import own_part, spread
+from blr_optax.rule._spikes import (
+    CLIP_SPIKES,
+    SpikesState,
+    check_bound,
+    first_spikes,
+    shorten,
+    times,
+)
 from blr_optax.state._reader import Reader, refuse_one_gradient
 from blr_optax.state._reading import noise_of
 
@@ -293,6 +301,7 @@ class ScaleByPrecisionState(NamedTuple):
         prior: natural parameters of the prior, trees like the parameters; () without one.
         momentum: state of the momentum transformation.
         skipped: steps skipped because something was not finite (int32).
+        spikes: the gradients' length so far, see `_spikes`; () without a bound.
     """
 
     count: Array
@@ -303,32 +312,41 @@ class ScaleByPrecisionState(NamedTuple):
     prior: PyTree
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 # The step, an equation each. `state` is the state before it; leaf functions take arrays.
 
 
 def gated_evidence(
-    state: ScaleByPrecisionState, params: Params, updates: Updates, statistic: PyTree
-) -> tuple[Array, PyTree, PyTree]:
-    """(finite, g, c): gradient and curvature, both zero unless all their entries are finite.
+    state: ScaleByPrecisionState,
+    params: Params,
+    updates: Updates,
+    statistic: PyTree,
+    clip_spikes: float | None,
+) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
+    """(finite, g, c, spikes): gradient and curvature, zero unless all their entries are finite.
 
-    A curvature that is not given is derived from the gradient and this step's noise.
+    Those of a gradient that is far too long are shortened. A curvature that is not given is derived
+    from the gradient and this step's noise.
     """
     refuse_one_gradient(state.reader, statistic)
     g = _tree.matching_leaves(updates, state.precision, "grads")
     g = optax.tree.cast_like(g, state.precision)
     if statistic is None:
         weights = state.reader.weights(state, params, noise_of(state))
-        finite = squares_finite(g)
-        g = zero_unless(finite, g)
-        return finite, g, state.reader.curvature(state, params, weights, g)
+        finite, square = finite_and_square(g)
+        factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+        g = times(factor, zero_unless(finite, g))
+        return finite, g, state.reader.curvature(state, params, weights, g), spikes
     c = _tree.matching_leaves(statistic, state.precision, "statistic")
     c = optax.tree.cast_like(c, state.precision)
-    finite = squares_finite(g, c)
+    finite, square = finite_and_square(g, c)
     if isinstance(state.reader.kind, NEVER_NEGATIVE):
         finite &= jnp.all(jnp.array([jnp.all(x >= 0) for x in jax.tree.leaves(c)]))
-    return finite, *zero_unless(finite, (g, c))
+    factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+    g, c = zero_unless(finite, (g, c))
+    return finite, times(factor, g), times(factor**state.reader.kind.order, c), spikes
 
 
 def prior_of_step(
@@ -453,6 +471,7 @@ def scale_by_precision(
     prior_in_mean: bool = True,
     denominator: Callable[[Array, PyTree, Array], Array] | None = None,
     adversary: float | None = None,
+    clip_spikes: float | None = CLIP_SPIKES,
     generator: str | None = "hash",
     key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -493,6 +512,10 @@ def scale_by_precision(
         denominator: what divides the direction in place of the precision, a function of the new
             curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
         adversary: r, for bSAM: `estimate` takes the gradient at m + r g / p, with g at the sample.
+        clip_spikes: the longest gradient that is taken as it is, in units of the root mean square
+            length of the last hundred: one that is longer, of a bad batch, is shortened to that,
+            its curvature accordingly, and counted in `spikes.shortened`. Ordinary training does
+            not meet 30; the first 20 gradients are never shortened. None for no bound.
         generator: "hash" (fast) or "jax"; None for no noise, the delta method.
         key: typed key or integer seed.
 
@@ -522,6 +545,7 @@ def scale_by_precision(
     check_positive("weight_decay", weight_decay, zero=True)
     check_unit_interval("b2", b2)
     check_positive("damping", damping, zero=True)
+    check_bound(clip_spikes)
     if generator is not None:
         check_generator(generator)
     if step not in STEPS:
@@ -555,6 +579,7 @@ def scale_by_precision(
             prior=prior_,
             momentum=inner.init(jax.tree.map(lambda m: filled(m, 0.0), params)),
             skipped=jnp.zeros((), jnp.int32),
+            spikes=first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -570,7 +595,7 @@ def scale_by_precision(
                 "scale_by_precision (in ivon, soba, vogn, ogn): update needs params, "
                 "update(grads, state, params)."
             )
-        finite, g, c = gated_evidence(state, params, updates, statistic)
+        finite, g, c, spikes = gated_evidence(state, params, updates, statistic, clip_spikes)
         d0 = prior_of_step(state, params, weight_decay)
         pull = prior_pull(state, params, d0) if prior_in_mean else optax.tree.zeros_like(g)
         if prior_in_momentum:
@@ -597,6 +622,7 @@ def scale_by_precision(
             momentum=average,
             ess=jnp.array(at(ess, count), state.ess.dtype),
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
         if plain and (callable(ess) or callable(weight_decay)):
             after = _with_moved_prior(after, weight_decay, d0)
