@@ -50,6 +50,22 @@ def is_finite(number: Any) -> Any:
     return math.isfinite(number) if isinstance(number, (int, float)) else jnp.isfinite(number)
 
 
+def refuse_short(name: str, number: Any) -> None:
+    """Raise ValueError for one number in a type below float32, such as `inject_hyperparams` makes.
+
+    In bfloat16 a decay of 0.999 is 1, and nothing that is decayed with it ever learns.
+    """
+    dtype = getattr(number, "dtype", None)
+    if dtype is None or jnp.ndim(number) or not jnp.issubdtype(dtype, jnp.floating):
+        return
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} is a {dtype} number, too coarse for what it does (a decay of 0.999 is 1 "
+            "there). optax.inject_hyperparams casts to the weights' type: give it "
+            "hyperparam_dtype=jnp.float32."
+        )
+
+
 def check_positive(
     name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
 ) -> None:
@@ -59,6 +75,7 @@ def check_positive(
     """
     if hyper is None:
         raise ValueError(f"{name}=None must be a number, an array or a schedule.")
+    refuse_short(name, hyper)
     if scalar and not callable(hyper) and not isinstance(hyper, (str, bool)):
         one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
         if not one or jnp.ndim(hyper):
@@ -94,21 +111,31 @@ def check_unit_interval(name: str, number: Any) -> None:
     """Raise ValueError for a concrete number outside [0, 1), or what is not a number."""
     if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
         raise ValueError(f"{name}={number!r} must be a number or a schedule.")
+    refuse_short(name, number)
     if not callable(number) and not holds(lambda x: (x >= 0) & (x < 1), number):
         raise ValueError(f"{name}={number} must be in [0, 1).")
 
 
-def check_count(name: str, number: Any, least: int = 1) -> None:
-    """Raise ValueError for what is not a whole number, or too small a one."""
+def check_whole(name: str, number: Any) -> int:
+    """Return a whole number of Python.
+
+    Raises:
+        ValueError: for what is none, or not known to Python.
+    """
     try:
         if isinstance(number, bool):
             raise TypeError
-        number = operator.index(number)  # of a traced one it is an error
+        return operator.index(number)  # of a traced one it is an error
     except TypeError:
         raise ValueError(
             f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
-            "static_args=."
+            f'static_args=("{name.split()[-1]}",).'
         ) from None
+
+
+def check_count(name: str, number: Any, least: int = 1) -> None:
+    """Raise ValueError for what is not a whole number, or too small a one."""
+    number = check_whole(name, number)
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}.")
 

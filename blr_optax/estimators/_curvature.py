@@ -17,6 +17,8 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from blr_optax._validate import check_count
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
@@ -272,8 +274,8 @@ def squared_gradient(batch_size: int | None = None, *, official: bool = False) -
             "squared_gradient: give batch_size=, the examples of one gradient, or official=True "
             f"(scaled by ess); got batch_size={batch_size}, official={official}."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"squared_gradient: batch_size={batch_size} must be at least 1.")
+    if batch_size is not None:
+        check_count("squared_gradient: batch_size", batch_size)
     return SquaredGradient(batch_size, official)
 
 

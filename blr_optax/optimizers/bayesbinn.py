@@ -209,7 +209,7 @@ def bayesbinn(
     kl_weight: Scalar = 1.0,
     floor: float = 1e-10,
     prior: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:

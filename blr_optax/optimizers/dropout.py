@@ -26,7 +26,15 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._typing import transformation
-from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
+from blr_optax._validate import (
+    at,
+    check_number,
+    check_positive,
+    check_whole,
+    holds,
+    squares_finite,
+    zero_unless,
+)
 from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
 from blr_optax.state._reader import (
@@ -258,6 +266,7 @@ def dropout(
     check_positive("keep_rate", keep_rate, scalar=True)
     canonical_key(key)
     check_number("dropped_variance", dropped_variance, zero=True)
+    check_whole("dropout: unit_axis", unit_axis)
     if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
     check_transformation("dropout", inner)

@@ -47,6 +47,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
 from blr_optax._validate import (
+    check_count,
     check_positive,
     check_unit_interval,
     finite_and_square,
@@ -196,7 +197,7 @@ def scale_by_eigenbasis(
     clip_curvature: float | None,
     refresh_every: int,
     max_size: int,
-    clip_spikes: float | None,
+    clip_spikes: Scalar | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_precision` with momentum, in a basis that follows the gradients; see `evon`.
@@ -346,7 +347,7 @@ def evon(
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -413,12 +414,8 @@ def evon(
         check_unit_interval("shampoo_beta", shampoo_beta)
     if clip_curvature is not None:
         check_positive("clip_curvature", clip_curvature, scalar=True)
-    for name, size in (("refresh_every", refresh_every), ("max_size", max_size)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{name}={size!r} must be a plain integer, at least 1; with inject_hyperparams "
-                'name it in static_args=("refresh_every", "max_size").'
-            )
+    check_count("refresh_every", refresh_every)
+    check_count("max_size", max_size)
     if isinstance(from_name(curvature), PerExampleSquares):
         raise ValueError(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
@@ -476,8 +473,7 @@ def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
       >>> print(bool(jnp.all(jnp.abs(jnp.diag(u) - 1.0) < 0.35)))
       True
     """
-    if steps < 1:
-        raise ValueError(f"orthogonalize: steps={steps} must be at least 1.")
+    check_count("orthogonalize: steps", steps)
 
     def axes(tree: Any) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers

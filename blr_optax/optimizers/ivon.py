@@ -102,7 +102,7 @@ def ivon(
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -198,7 +198,7 @@ def soba(
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

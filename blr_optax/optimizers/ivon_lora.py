@@ -50,7 +50,7 @@ def ivon_lora(
     b2: Scalar = 0.99999,
     clip_radius: Hyperparameter = None,
     prior_in_mean: bool = False,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -226,7 +226,7 @@ def gated_evidence(
     params: Params,
     statistic: PyTree,
     spikes: SpikesState | tuple[()],
-    clip_spikes: float | None,
+    clip_spikes: Scalar | None,
 ) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
     """(finite, gradients, statistic, spikes), the trees zero unless all their entries are finite.
 
@@ -317,7 +317,7 @@ def lie_additive(
     noise: str | Callable = "gaussian",
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = 0.0,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -414,7 +414,7 @@ def lie_affine(
     b2: Scalar = 0.999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -639,7 +639,7 @@ def lie_multiplicative(
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -293,7 +293,7 @@ def mixture_ivon(
     rescale_lr: bool = True,
     debias: bool = True,
     prior: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -177,7 +177,7 @@ def bsam(
     damping: Hyperparameter = 0.1,
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -52,7 +52,7 @@ def _perturbed(
     batch_size: int,
     momentum: optax.GradientTransformation,
     denominator: Callable,
-    clip_spikes: float | None,
+    clip_spikes: Scalar | None,
     key: KeyLike,
     generator: str,
 ) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +95,7 @@ def vadam(
     b1: float = 0.9,
     b2: float = 0.999,
     batch_size: int = 1,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -162,7 +162,7 @@ def vprop(
     prior: Distribution | None = None,
     b2: float = 0.999,
     batch_size: int = 1,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:

@@ -79,7 +79,7 @@ def vogn(
     damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -170,7 +170,7 @@ def ogn(
     damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
 ) -> optax.GradientTransformationExtraArgs:
     """OGN, online Gauss-Newton: VOGN without noise, by the delta method.
 

@@ -323,7 +323,7 @@ def gated_evidence(
     params: Params,
     updates: Updates,
     statistic: PyTree,
-    clip_spikes: float | None,
+    clip_spikes: Scalar | None,
 ) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
     """(finite, g, c, spikes): gradient and curvature, zero unless all their entries are finite.
 
@@ -471,7 +471,7 @@ def scale_by_precision(
     prior_in_mean: bool = True,
     denominator: Callable[[Array, PyTree, Array], Array] | None = None,
     adversary: float | None = None,
-    clip_spikes: float | None = CLIP_SPIKES,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     generator: str | None = "hash",
     key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:

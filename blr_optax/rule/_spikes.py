@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blr_optax._validate import check_number
+from blr_optax._validate import check_number, holds
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import PyTree
+    from blr_optax._typing import PyTree, Scalar
 
 # A length that ordinary training never meets: batch noise and the way to a minimum keep |g| within
 # a few times its root mean square, and one that doubles at every step within ten times.
@@ -46,19 +46,16 @@ class SpikesState(NamedTuple):
     shortened: Array
 
 
-def check_bound(clip_spikes: float | None) -> None:
-    """Raise ValueError unless it is a number of at least 1, or None."""
+def check_bound(clip_spikes: Scalar | None) -> None:
+    """Raise ValueError unless it is one number of at least 1, or None."""
     if clip_spikes is None:
         return
     check_number("clip_spikes", clip_spikes)
-    if not isinstance(clip_spikes, (int, float)) or clip_spikes < 1:
-        raise ValueError(
-            f"clip_spikes={clip_spikes!r} must be a plain number of at least 1, or None; with "
-            'inject_hyperparams name it in static_args=("clip_spikes",).'
-        )
+    if not holds(lambda x: x >= 1, clip_spikes):
+        raise ValueError(f"clip_spikes={clip_spikes!r} must be at least 1, or None for no bound.")
 
 
-def first_spikes(clip_spikes: float | None) -> SpikesState | tuple[()]:
+def first_spikes(clip_spikes: Scalar | None) -> SpikesState | tuple[()]:
     """Nothing is known yet; () without a bound."""
     if clip_spikes is None:
         return ()
@@ -67,7 +64,7 @@ def first_spikes(clip_spikes: float | None) -> SpikesState | tuple[()]:
 
 
 def shorten(
-    state: SpikesState | tuple[()], clip_spikes: float | None, square: Array, finite: Array
+    state: SpikesState | tuple[()], clip_spikes: Scalar | None, square: Array, finite: Array
 ) -> tuple[Array | float, SpikesState | tuple[()]]:
     """Return f of a gradient whose squares have this sum, and what is known after it."""
     if clip_spikes is None or not isinstance(state, SpikesState):
