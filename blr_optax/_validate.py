@@ -15,7 +15,7 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import Hyperparameter, PyTree, Updates
+    from blr_optax._typing import Hyperparameter, Params, PyTree, Updates
 
 
 def concrete(*values: PyTree) -> bool:
@@ -40,9 +40,71 @@ def require(name: str, value: Any, valid: str, test: Callable[[PyTree], PyTree])
         raise ValueError(f"{name} must be {valid}; got {value}.")
 
 
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a number or an array of numbers."""
+    return isinstance(leaf, (int, float)) or hasattr(leaf, "dtype")
+
+
+def is_schedule(hyper: Any) -> bool:
+    """Whether a hyper-parameter is a function of the step.
+
+    A tree of numbers may be callable as well: Equinox's modules are.
+    """
+    if not callable(hyper) or isinstance(hyper, jax.tree_util.Partial):
+        return callable(hyper)
+    leaves = jax.tree.leaves(hyper)
+    return not leaves or not all(map(is_number, leaves))
+
+
 def at(hyper: Hyperparameter, count: Any) -> PyTree:
     """Return the value of a number, array, tree or schedule at a step."""
-    return hyper(count) if callable(hyper) else hyper
+    return hyper(count) if is_schedule(hyper) else hyper
+
+
+def _first_value(name: str, schedule: Any, scalar: bool) -> Any:
+    """Return what a schedule gives for step 0.
+
+    Raises:
+        ValueError: when that is no number (without `scalar`: no tree of numbers).
+    """
+    other = (
+        f"{name}: a function must be a schedule, which takes the step and returns "
+        f"{'one number' if scalar else 'a number or a tree of numbers'}; "
+    )
+    hint = "" if scalar else " A function of params, as optax takes it for a mask, goes into mask=."
+    try:
+        with jax.ensure_compile_time_eval():
+            value = schedule(jnp.zeros((), jnp.int32))
+    except Exception as error:
+        raise ValueError(f"{other}for step 0 this one fails: {error}.{hint}") from error
+    leaves = jax.tree.leaves(value)
+    one = jax.tree_util.all_leaves([value]) and leaves and not jnp.ndim(leaves[0])
+    numbers = all(
+        is_number(x) and not jnp.issubdtype(jnp.result_type(x), jnp.bool_) for x in leaves
+    )
+    if not leaves or not numbers or (scalar and not one):
+        raise ValueError(f"{other}for step 0 this one returned {value!r}.{hint}")
+    return value
+
+
+def refuse_mask(name: str, hyper: Any, params: Params) -> None:
+    """Raise ValueError for a function of params, which a schedule is taken for.
+
+    Of the tree of params it makes a tree like it; a schedule does not.
+    """
+    if not is_schedule(hyper) or jax.tree_util.all_leaves([params]):
+        return
+    try:
+        made = jax.eval_shape(lambda tree: hyper(tree), params)
+    except Exception:
+        return
+    structure = jax.tree.structure(params)
+    if structure.num_leaves and jax.tree.structure(made) == structure:
+        raise ValueError(
+            f"{name} is a function that makes a tree like params of params. A function there is a "
+            "schedule, of the step: give the tree itself, or the number and mask=, a tree of "
+            "booleans or a function from params to one."
+        )
 
 
 def is_finite(number: Any) -> Any:
@@ -67,16 +129,27 @@ def refuse_short(name: str, number: Any) -> None:
 
 
 def check_positive(
-    name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
+    name: str,
+    hyper: Hyperparameter,
+    *,
+    zero: bool = False,
+    scalar: bool = False,
+    schedule: bool = True,
 ) -> None:
-    """Raise ValueError for concrete numbers out of range; schedules and traced ones pass.
+    """Raise ValueError for concrete numbers out of range; traced ones pass.
 
-    With `scalar` also for whatever is not one number for all weights.
+    With `scalar` also for whatever is not one number for all weights; of a schedule (refused
+    without `schedule`) the value at step 0 is checked.
     """
     if hyper is None:
         raise ValueError(f"{name}=None must be a number, an array or a schedule.")
     refuse_short(name, hyper)
-    if scalar and not callable(hyper) and not isinstance(hyper, (str, bool)):
+    if is_schedule(hyper):
+        if not schedule:
+            raise ValueError(f"{name} must be a number or a tree of numbers, not a function.")
+        hyper = _first_value(name, hyper, scalar)
+        name += " at step 0"
+    if scalar and not isinstance(hyper, (str, bool)):
         one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
         if not one or jnp.ndim(hyper):
             found = f"shape {jnp.shape(hyper)}" if one else repr(hyper)
@@ -85,8 +158,6 @@ def check_positive(
                 "numbers for other leaves: one optimizer each, in optax.partition."
             )
     for number in jax.tree.leaves(hyper):
-        if callable(number):
-            continue
         if isinstance(number, (str, bool)):
             raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
         if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
@@ -97,7 +168,7 @@ def check_positive(
 
 def check_number(name: str, number: Any, *, zero: bool = False) -> None:
     """Raise ValueError for what is not one number in range, a schedule included."""
-    if callable(number):
+    if is_schedule(number):
         raise ValueError(f"{name} must be one number, not a schedule.")
     check_positive(name, number, zero=zero, scalar=True)
 
@@ -109,10 +180,10 @@ def is_zero(hyper: Hyperparameter) -> bool:
 
 def check_unit_interval(name: str, number: Any) -> None:
     """Raise ValueError for a concrete number outside [0, 1), or what is not a number."""
-    if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
-        raise ValueError(f"{name}={number!r} must be a number or a schedule.")
+    if not is_number(number):
+        raise ValueError(f"{name}={number!r} must be one number, in [0, 1).")
     refuse_short(name, number)
-    if not callable(number) and not holds(lambda x: (x >= 0) & (x < 1), number):
+    if not holds(lambda x: (x >= 0) & (x < 1), number):
         raise ValueError(f"{name}={number} must be in [0, 1).")
 
 

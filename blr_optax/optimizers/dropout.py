@@ -32,6 +32,7 @@ from blr_optax._validate import (
     check_positive,
     check_whole,
     holds,
+    is_schedule,
     squares_finite,
     zero_unless,
 )
@@ -182,7 +183,7 @@ def _units_of(params: Params, mask: Any, unit_axis: int) -> PyTree:
     """Where the units are, a tree like params."""
     if not jax.tree.leaves(params):  # one leaf, see `_tree.coverage`; no mask fits a placeholder
         return jnp.zeros((), jnp.int32)
-    wanted = _tree.prefix_leaves(mask(params) if callable(mask) else mask, params, "mask")
+    wanted = _tree.prefix_leaves(mask(params) if is_schedule(mask) else mask, params, "mask")
 
     def units(path: Any, leaf: Array, drop: Any) -> Units:
         if isinstance(drop, str):
@@ -267,7 +268,7 @@ def dropout(
     canonical_key(key)
     check_number("dropped_variance", dropped_variance, zero=True)
     check_whole("dropout: unit_axis", unit_axis)
-    if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
+    if not is_schedule(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
     check_transformation("dropout", inner)
     inner = optax.with_extra_args_support(inner)

@@ -69,6 +69,7 @@ from blr_optax.optimizers._posteriors.rotated import (
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
+from blr_optax.rule._decay import decay_leaves, masked, moves
 from blr_optax.rule._spikes import CLIP_SPIKES, shorten, times
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
@@ -223,8 +224,8 @@ def scale_by_eigenbasis(
 
     def init_fn(params: Params) -> ScaleByEigenbasisState:
         bases = _first_bases(params, max_size)
-        if isinstance(bases, dict) and not callable(weight_decay):
-            decay = _tree.prefix_leaves(weight_decay, params, "weight_decay")
+        if isinstance(bases, dict) and not moves(weight_decay):
+            decay = decay_leaves(weight_decay, params, 0)
             for path, d in jax.tree_util.tree_leaves_with_path(decay):
                 if jnp.ndim(d) and _tree.leaf_name(path) in bases:
                     raise ValueError(
@@ -341,6 +342,7 @@ def evon(
     shampoo_beta: Scalar | None = None,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_curvature: float | None = None,
     refresh_every: int = 10,
     max_size: int = 4096,
@@ -373,6 +375,7 @@ def evon(
             tree with one number per matrix, or a schedule; 1e-6 by default.
         prior_precision: the same prior by its total precision, ess * delta, in place of
             weight_decay; a number or prefix tree.
+        mask: which leaves decay, as in `ivon`.
         clip_curvature: bound on |C| in units of p; None for none.
         refresh_every: steps between power iterations of the basis.
         max_size: a side longer than this keeps the identity as its basis.
@@ -421,7 +424,7 @@ def evon(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."
         )
-    weight_decay = per_example(weight_decay, prior_precision, None, ess, default=1e-6)
+    weight_decay = masked(per_example(weight_decay, prior_precision, None, ess, default=1e-6), mask)
     return steps_after(
         scale_by_eigenbasis(
             ess,

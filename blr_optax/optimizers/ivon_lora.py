@@ -103,12 +103,12 @@ def ivon_lora(
       True
     """
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
-    check_positive("examples", examples)
+    check_positive("examples", examples, scalar=True, schedule=False)
     check_positive("gamma", gamma, scalar=True)
-    check_positive("hess_init", hess_init)
+    check_positive("hess_init", hess_init, scalar=True, schedule=False)
     check_unit_interval("b1", b1)
     if clip_radius is not None:
-        check_positive("clip_radius", clip_radius)
+        check_positive("clip_radius", clip_radius, schedule=False)
 
     def ess(count: Any) -> Any:
         return at(gamma, count) * jnp.sqrt(examples)

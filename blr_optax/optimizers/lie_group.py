@@ -56,6 +56,7 @@ from blr_optax.optimizers._posteriors.moved_noise import (
     as_law,
 )
 from blr_optax.optimizers._zero_mean_prior import per_example
+from blr_optax.rule._decay import check_decay, decay_leaves, masked
 from blr_optax.rule._precision import filled
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,
@@ -277,7 +278,7 @@ def _zeros(params: Params) -> Any:
 
 def _spread_decay(weight_decay: Hyperparameter, like: Any, count: ArrayLike) -> Any:
     """Return the weight decay of this step, one number per leaf."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
+    decay = decay_leaves(weight_decay, like, count)
     return jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), like, decay)
 
 
@@ -317,6 +318,7 @@ def lie_additive(
     noise: str | Callable = "gaussian",
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
@@ -336,6 +338,7 @@ def lie_additive(
             function that makes draws of mean zero of standard normals, elementwise.
         momentum: b, decay of the gradients' average, not debiased; 0 for none.
         weight_decay: d, per example; a number, prefix tree or schedule.
+        mask: which leaves decay, as in `ivon`.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
@@ -358,11 +361,13 @@ def lie_additive(
       [-0.5 -0.5] [0.01 0.01]
     """
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    weight_decay = masked(weight_decay, mask)
     check_positive("noise_scale", noise_scale, scalar=True)
     check_bound(clip_spikes)
     reader = AdditiveReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAdditiveState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_additive", params, key)
         average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
@@ -414,6 +419,7 @@ def lie_affine(
     b2: Scalar = 0.999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
@@ -446,6 +452,7 @@ def lie_affine(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        mask: which leaves decay, as in `ivon`.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
@@ -475,6 +482,7 @@ def lie_affine(
     """
     weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
+    weight_decay = masked(weight_decay, mask)
     check_positive("ess", ess, scalar=True)
     check_positive("scale_rate", scale_rate, zero=True, scalar=True)
     if callable(noise_scale):
@@ -486,6 +494,7 @@ def lie_affine(
     reader = AffineReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAffineState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_affine", params, key)
         return LieAffineState(
             count,
@@ -639,6 +648,7 @@ def lie_multiplicative(
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
@@ -667,6 +677,7 @@ def lie_multiplicative(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        mask: which leaves decay, as in `ivon`.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
@@ -695,13 +706,15 @@ def lie_multiplicative(
     """
     weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    weight_decay = masked(weight_decay, mask)
     check_positive("ess", ess, scalar=True)
-    check_positive("init_offset", init_offset)
+    check_positive("init_offset", init_offset, schedule=False)
     check_bound(clip_spikes)
     law = as_law(noise, positive=True)
     reader = MultiplicativeReader(law, generator)
 
     def init_fn(params: Params) -> LieMultiplicativeState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_multiplicative", params, key)
         offset = _tree.prefix_leaves(init_offset, params, "init_offset")
 

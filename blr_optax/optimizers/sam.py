@@ -33,10 +33,13 @@ from blr_optax.optimizers.vogn import (
     curvature_at_start,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
+from blr_optax.rule._decay import check_decay, mask_leaves
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blr_optax._distribution import Distribution
     from blr_optax._typing import (
         Hyperparameter,
@@ -98,7 +101,8 @@ def sam(
     rho: float = 0.05,
     momentum: float | None = 0.9,
     nesterov: bool = False,
-    weight_decay: Hyperparameter = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SAM, sharpness-aware minimisation: SGD with the gradient at the worst point within a ball.
 
@@ -116,7 +120,9 @@ def sam(
             is rounded away where weights are larger than 256 times that; keep weights in float32.
         momentum: beta of `optax.sgd`: heavy ball, without 1 - beta. None for none.
         nesterov: as in `optax.sgd`.
-        weight_decay: added to the second gradient times the parameters, as `optax` does.
+        weight_decay: added to the second gradient times the parameters, as `optax` does; one
+            number or schedule.
+        mask: which leaves decay, as in `ivon`.
 
     Raises:
         ValueError: for arguments out of range, integer parameters, or an update without
@@ -139,10 +145,12 @@ def sam(
     _check_rho(rho)
     if momentum is not None:
         check_unit_interval("momentum", momentum)
-    check_positive("weight_decay", weight_decay, zero=True)
+    check_positive("weight_decay", weight_decay, zero=True, scalar=True)
     inner = with_posterior(
         optax.chain(
-            optax.add_decayed_weights(weight_decay),
+            optax.add_decayed_weights(
+                weight_decay, None if mask is None else lambda params: mask_leaves(mask, params)
+            ),
             optax.sgd(learning_rate, momentum, nesterov),
         ),
         SamReader(float(rho)),
@@ -162,7 +170,11 @@ def sam(
         refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
-    return transformation(inner.init, update_fn)
+    def init_fn(params: Params) -> WithPosteriorState:
+        check_decay(weight_decay, params)
+        return inner.init(params)
+
+    return transformation(init_fn, update_fn)
 
 
 def bsam(

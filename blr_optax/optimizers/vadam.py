@@ -60,7 +60,7 @@ def _perturbed(
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     prior_precision = total_precision(prior_precision, prior, ess)
     if prior is None:
-        check_positive("prior_precision", prior_precision)
+        check_positive("prior_precision", prior_precision, schedule=False)
     check_one_start("vadam, vprop", None, init_precision, prior)
     start = 0.0
     if init_precision is not None:

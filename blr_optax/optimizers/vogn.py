@@ -38,7 +38,7 @@ def curvature_at_start(
     """s_0, from the total precision of the first posterior; 1 per example without one."""
     if init_precision is None:
         return 1.0
-    check_positive("init_precision", init_precision)
+    check_positive("init_precision", init_precision, schedule=False)
 
     def leaf(first: Any, prior: Any) -> Any:
         return (first - prior) / at(ess, 0) - damping

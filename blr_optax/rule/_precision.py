@@ -44,6 +44,7 @@ from blr_optax._validate import (
     check_unit_interval,
     finite_and_square,
     holds,
+    is_schedule,
     is_zero,
     near,
     positive,
@@ -60,6 +61,7 @@ from blr_optax.estimators._curvature import (
 )
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
+from blr_optax.rule._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax.rule._natural_step import own_part, spread
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,
@@ -147,7 +149,7 @@ def prior_precision(
     weight_decay: Hyperparameter, prior: PyTree, ess: ScalarOrSchedule, like: PyTree, count: Any
 ) -> PyTree:
     """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
+    decay = decay_leaves(weight_decay, like, count)
     if prior == ():
         return decay
     return jax.tree.map(
@@ -461,6 +463,7 @@ def scale_by_precision(
     b2: Scalar = 0.99999,
     hess_init: Hyperparameter = 1.0,
     weight_decay: Hyperparameter = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     prior: Distribution | Callable[[PyTree], Distribution] | None = None,
     init: Distribution | None = None,
     momentum: optax.GradientTransformation | None = None,
@@ -495,6 +498,8 @@ def scale_by_precision(
         weight_decay: precision per example of a zero-mean prior, d0 without `prior` (the prior's
             total precision is ess * weight_decay). A number, a prefix tree, a schedule, or an
             `EmpiricalPrior`, which follows the posterior.
+        mask: which leaves decay, as in `optax.adamw`: a prefix tree of booleans or a function from
+            params to one; None for all. A `prior` is not masked.
         prior: a mean-field Gaussian posterior, also an improper one, or a function of params that
             returns one; its precision and linear term join d0.
         init: the first posterior; its mean must be the parameters, its precision replaces
@@ -541,10 +546,10 @@ def scale_by_precision(
       [2.5] [0.4]
     """
     check_positive("ess", ess, scalar=True)
-    check_positive("hess_init", hess_init, zero=True)
-    check_positive("weight_decay", weight_decay, zero=True)
+    check_positive("hess_init", hess_init, zero=True, schedule=False)
+    weight_decay = masked(weight_decay, mask)
     check_unit_interval("b2", b2)
-    check_positive("damping", damping, zero=True)
+    check_positive("damping", damping, zero=True, schedule=False)
     check_bound(clip_spikes)
     if generator is not None:
         check_generator(generator)
@@ -555,6 +560,8 @@ def scale_by_precision(
             "hess_init=0 and weight_decay=0 leave no first precision; make one positive."
         )
     plain = step in ("plain", "plain_old")
+    if isinstance(weight_decay, MaskedDecay) and isinstance(weight_decay.decay, EmpiricalPrior):
+        raise ValueError("mask= goes with a weight_decay in numbers, not with EmpiricalPrior(...).")
     if isinstance(weight_decay, EmpiricalPrior) and plain:
         raise ValueError(f"weight_decay=EmpiricalPrior(...) needs an improved step, not {step!r}.")
     reader = PrecisionReader(from_gradient(curvature), generator, step, adversary)
@@ -562,6 +569,7 @@ def scale_by_precision(
 
     def init_fn(params: Params) -> ScaleByPrecisionState:
         _tree.check_float_leaves(params, "ivon, soba, scale_by_precision")
+        check_decay(weight_decay, params)
         count = jnp.zeros((), jnp.int32)
         size = jnp.array(at(ess, count), jnp.result_type(float))
         prior_ = prior_trees(prior(params) if callable(prior) else prior, params)
@@ -624,7 +632,7 @@ def scale_by_precision(
             skipped=state.skipped + (~finite).astype(jnp.int32),
             spikes=spikes,
         )
-        if plain and (callable(ess) or callable(weight_decay)):
+        if plain and (is_schedule(ess) or moves(weight_decay)):
             after = _with_moved_prior(after, weight_decay, d0)
         return out, after
 

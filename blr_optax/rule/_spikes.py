@@ -73,7 +73,8 @@ def shorten(
     known = (state.met >= WARM_UP) & (state.square > 0)
     largest = jnp.where(known, clip_spikes**2 * state.square, jnp.inf)
     spike = finite & (square > largest)
-    factor = jnp.where(spike, jnp.sqrt(largest / square), 1.0)
+    # Chosen before the root and the quotient, whose derivatives are not finite elsewhere.
+    factor = jnp.sqrt(jnp.where(spike, largest, 1.0) / jnp.where(spike, square, 1.0))
     counts = (finite & (square > 0)).astype(jnp.int32)
     met = state.met + counts
     rate = counts / jnp.clip(met, 1, MEMORY)
