@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from blr_optax._validate import holds
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -200,6 +202,40 @@ def subtree(tree: PyTree, path: tuple[str | int, ...], who: str) -> PyTree:
             )
         tree = children[step]
     return tree
+
+
+class Known(NamedTuple):
+    """Stands for a parameter that a state was made for, in its place: `MaskedNode`'s opposite."""
+
+
+def coverage(params: Params) -> PyTree:
+    """Return what a state keeps to tell which leaves it was made for, where no other tree does.
+
+    Their number when nothing was masked away, else a tree of `Known` and `MaskedNode`. The
+    placeholder with which `optax.tree.map_params` calls `init` gives a number, one leaf, in whose
+    place `map_params` leaves whatever a state has there.
+    """
+    if any(map(is_hole, jax.tree.leaves(params, is_leaf=is_hole))):
+        return jax.tree.map(lambda _: Known(), params)
+    return jnp.array(len(jax.tree.leaves(params)), jnp.int32)
+
+
+def covered_part(coverage: PyTree, params: Params, who: str) -> PyTree:
+    """Return the leaves of params that a state was made for, `MaskedNode` elsewhere.
+
+    Raises:
+        ValueError: when params has more leaves, or less, than a state that knew all.
+    """
+    known = jax.tree_util.tree_leaves_with_path(coverage, is_leaf=lambda x: isinstance(x, Known))
+    if not all(isinstance(node, Known) for _, node in known):
+        number = len(jax.tree.leaves(params))
+        if not holds(lambda n: n == number, coverage):
+            raise ValueError(
+                f"{who}: params has {number} leaves; the state was made for another number, "
+                f"{coverage}. Pass the tree that init got."
+            )
+        return params
+    return mask_to(params, {leaf_name(path) for path, _ in known})
 
 
 def is_hole(leaf: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import Hyperparameter, PyTree, Updates
+    from blr_optax._typing import Hyperparameter, Params, PyTree, Updates
 
 
 def concrete(*values: PyTree) -> bool:
@@ -39,21 +40,116 @@ def require(name: str, value: Any, valid: str, test: Callable[[PyTree], PyTree])
         raise ValueError(f"{name} must be {valid}; got {value}.")
 
 
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a number or an array of numbers."""
+    return isinstance(leaf, (int, float)) or hasattr(leaf, "dtype")
+
+
+def is_schedule(hyper: Any) -> bool:
+    """Whether a hyper-parameter is a function of the step.
+
+    A tree of numbers may be callable as well: Equinox's modules are.
+    """
+    if not callable(hyper) or isinstance(hyper, jax.tree_util.Partial):
+        return callable(hyper)
+    leaves = jax.tree.leaves(hyper)
+    return not leaves or not all(map(is_number, leaves))
+
+
 def at(hyper: Hyperparameter, count: Any) -> PyTree:
     """Return the value of a number, array, tree or schedule at a step."""
-    return hyper(count) if callable(hyper) else hyper
+    return hyper(count) if is_schedule(hyper) else hyper
+
+
+def _first_value(name: str, schedule: Any, scalar: bool) -> Any:
+    """Return what a schedule gives for step 0.
+
+    Raises:
+        ValueError: when that is no number (without `scalar`: no tree of numbers).
+    """
+    other = (
+        f"{name}: a function must be a schedule, which takes the step and returns "
+        f"{'one number' if scalar else 'a number or a tree of numbers'}; "
+    )
+    hint = "" if scalar else " A function of params, as optax takes it for a mask, goes into mask=."
+    try:
+        with jax.ensure_compile_time_eval():
+            value = schedule(jnp.zeros((), jnp.int32))
+    except Exception as error:
+        raise ValueError(f"{other}for step 0 this one fails: {error}.{hint}") from error
+    leaves = jax.tree.leaves(value)
+    one = jax.tree_util.all_leaves([value]) and leaves and not jnp.ndim(leaves[0])
+    numbers = all(
+        is_number(x) and not jnp.issubdtype(jnp.result_type(x), jnp.bool_) for x in leaves
+    )
+    if not leaves or not numbers or (scalar and not one):
+        raise ValueError(f"{other}for step 0 this one returned {value!r}.{hint}")
+    return value
+
+
+def refuse_mask(name: str, hyper: Any, params: Params) -> None:
+    """Raise ValueError for a function of params, which a schedule is taken for.
+
+    Of the tree of params it makes a tree like it; a schedule does not.
+    """
+    if not is_schedule(hyper) or jax.tree_util.all_leaves([params]):
+        return
+    try:
+        made = jax.eval_shape(lambda tree: hyper(tree), params)
+    except Exception:
+        return
+    structure = jax.tree.structure(params)
+    if structure.num_leaves and jax.tree.structure(made) == structure:
+        raise ValueError(
+            f"{name} is a function that makes a tree like params of params. A function there is a "
+            "schedule, of the step: give the tree itself, or the number and mask=, a tree of "
+            "booleans or a function from params to one."
+        )
+
+
+def is_finite(number: Any) -> Any:
+    """Whether a number or an array is finite; a whole number of Python may be of any size."""
+    return math.isfinite(number) if isinstance(number, (int, float)) else jnp.isfinite(number)
+
+
+def refuse_short(name: str, number: Any) -> None:
+    """Raise ValueError for one number in a type below float32, such as `inject_hyperparams` makes.
+
+    In bfloat16 a decay of 0.999 is 1, and nothing that is decayed with it ever learns.
+    """
+    dtype = getattr(number, "dtype", None)
+    if dtype is None or jnp.ndim(number) or not jnp.issubdtype(dtype, jnp.floating):
+        return
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"{name} is a {dtype} number, too coarse for what it does (a decay of 0.999 is 1 "
+            "there). optax.inject_hyperparams casts to the weights' type: give it "
+            "hyperparam_dtype=jnp.float32."
+        )
 
 
 def check_positive(
-    name: str, hyper: Hyperparameter, *, zero: bool = False, scalar: bool = False
+    name: str,
+    hyper: Hyperparameter,
+    *,
+    zero: bool = False,
+    scalar: bool = False,
+    schedule: bool = True,
 ) -> None:
-    """Raise ValueError for concrete numbers out of range; schedules and traced ones pass.
+    """Raise ValueError for concrete numbers out of range; traced ones pass.
 
-    With `scalar` also for whatever is not one number for all weights.
+    With `scalar` also for whatever is not one number for all weights; of a schedule (refused
+    without `schedule`) the value at step 0 is checked.
     """
     if hyper is None:
         raise ValueError(f"{name}=None must be a number, an array or a schedule.")
-    if scalar and not callable(hyper) and not isinstance(hyper, (str, bool)):
+    refuse_short(name, hyper)
+    if is_schedule(hyper):
+        if not schedule:
+            raise ValueError(f"{name} must be a number or a tree of numbers, not a function.")
+        hyper = _first_value(name, hyper, scalar)
+        name += " at step 0"
+    if scalar and not isinstance(hyper, (str, bool)):
         one = isinstance(hyper, (int, float)) or hasattr(hyper, "dtype")
         if not one or jnp.ndim(hyper):
             found = f"shape {jnp.shape(hyper)}" if one else repr(hyper)
@@ -62,17 +158,17 @@ def check_positive(
                 "numbers for other leaves: one optimizer each, in optax.partition."
             )
     for number in jax.tree.leaves(hyper):
-        if callable(number):
-            continue
         if isinstance(number, (str, bool)):
             raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
         if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
             raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")
+        if not holds(is_finite, number):
+            raise ValueError(f"{name}={number} must be finite.")
 
 
 def check_number(name: str, number: Any, *, zero: bool = False) -> None:
     """Raise ValueError for what is not one number in range, a schedule included."""
-    if callable(number):
+    if is_schedule(number):
         raise ValueError(f"{name} must be one number, not a schedule.")
     check_positive(name, number, zero=zero, scalar=True)
 
@@ -83,24 +179,34 @@ def is_zero(hyper: Hyperparameter) -> bool:
 
 
 def check_unit_interval(name: str, number: Any) -> None:
-    """Raise ValueError for a plain number outside [0, 1), or what is not a number."""
-    if not (isinstance(number, (int, float)) or hasattr(number, "dtype") or callable(number)):
-        raise ValueError(f"{name}={number!r} must be a number or a schedule.")
-    if isinstance(number, (int, float)) and not 0.0 <= number < 1.0:
+    """Raise ValueError for a concrete number outside [0, 1), or what is not a number."""
+    if not is_number(number):
+        raise ValueError(f"{name}={number!r} must be one number, in [0, 1).")
+    refuse_short(name, number)
+    if not holds(lambda x: (x >= 0) & (x < 1), number):
         raise ValueError(f"{name}={number} must be in [0, 1).")
+
+
+def check_whole(name: str, number: Any) -> int:
+    """Return a whole number of Python.
+
+    Raises:
+        ValueError: for what is none, or not known to Python.
+    """
+    try:
+        if isinstance(number, bool):
+            raise TypeError
+        return operator.index(number)  # of a traced one it is an error
+    except TypeError:
+        raise ValueError(
+            f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
+            f'static_args=("{name.split()[-1]}",).'
+        ) from None
 
 
 def check_count(name: str, number: Any, least: int = 1) -> None:
     """Raise ValueError for what is not a whole number, or too small a one."""
-    try:
-        if isinstance(number, bool):
-            raise TypeError
-        number = operator.index(number)  # of a traced one it is an error
-    except TypeError:
-        raise ValueError(
-            f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
-            "static_args=."
-        ) from None
+    number = check_whole(name, number)
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}.")
 
@@ -110,28 +216,55 @@ def all_finite(*trees: PyTree) -> PyTree:
 
     Sizes are compared over the leading axes first, whole rows at a time.
     """
-
-    def rows(x: Array) -> Array:
-        return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
-
-    checks = [jnp.all(jnp.isfinite(rows(x))) for x in jax.tree.leaves(trees)]
+    checks = [jnp.all(jnp.isfinite(_largest(x))) for x in jax.tree.leaves(trees)]
     return functools.reduce(jnp.logical_and, checks, jnp.array(True))
 
 
-def squares_finite(grads: Updates, curvature: PyTree = None) -> PyTree:
+def within_reach(grads: Updates, growth: Any, squares: bool) -> Array:
+    """One boolean: whether all entries are finite, `growth` times as large, or squared.
+
+    Both in the gradient's own type, in which optax forms them. The cost is `all_finite`'s.
+    """
+
+    def check(x: Array) -> Array:
+        size = _largest(x)
+        size = jnp.square(1.01 * size) if squares else (growth * size).astype(size.dtype)
+        return jnp.all(jnp.isfinite(size))
+
+    checks = [check(x) for x in jax.tree.leaves(grads)]
+    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+
+
+def _largest(x: Array) -> Array:
+    """|x|, maximised over the leading axes."""
+    return jnp.max(jnp.abs(x), axis=tuple(range(jnp.ndim(x) - 1)), initial=0.0)
+
+
+def squares_finite(grads: Updates, curvature: PyTree = None) -> Array:
     """One boolean: whether all entries, and what follows from squares of gradients, are finite.
 
     A gradient that is finite but so large that its square is not within reach of the curvatures'
-    arithmetic counts as non-finite. One pass over both trees: a second would read them again.
+    arithmetic counts as non-finite.
+    """
+    return finite_and_square(grads, curvature)[0]
+
+
+def finite_and_square(grads: Updates, curvature: PyTree = None) -> tuple[Array, Array]:
+    """(`squares_finite`, sum of all squares of the gradients).
+
+    One pass over both trees: a second would read them again.
     """
     leaves = jax.tree.leaves(grads)
     beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
-    checks = []
+    checks, squares = [jnp.array(True)], [jnp.zeros((), jnp.float32)]
     for g, c in zip(leaves, beside, strict=True):
-        size = g * g if c is None else g * g + jnp.abs(c)
-        rows = jnp.sum(size, axis=tuple(range(jnp.ndim(g) - 1)))
+        leading = tuple(range(jnp.ndim(g) - 1))
+        # It never binds: a maximum keeps XLA from summing the squares once more, for their total.
+        square = jnp.maximum(jnp.sum(g * g, axis=leading), 0.0)
+        rows = square if c is None else square + jnp.sum(jnp.abs(c), axis=tuple(range(c.ndim - 1)))
         checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
-    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+        squares.append(jnp.sum(square))
+    return functools.reduce(jnp.logical_and, checks), functools.reduce(jnp.add, squares)
 
 
 def zero_unless(finite: Any, tree: PyTree) -> PyTree:

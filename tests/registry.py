@@ -27,7 +27,10 @@ class Contract(enum.Enum):
 
     EXTRA_ARGUMENTS = "`update` accepts extra arguments that it does not know, and ignores them."
     INIT_FROM_SHAPES = "`init` takes shapes in place of arrays, as `jax.eval_shape` does."
-    MAP_PARAMS = "`optax.tree.map_params` finds every field that has the structure of `params`."
+    MAP_PARAMS = (
+        "`optax.tree.map_params` finds every field that has the structure of `params`, and what it "
+        "returns is read like the state itself."
+    )
     STABLE_TYPES = (
         "`update` returns a state of the same structure, shapes, dtypes and weak types, in float32 "
         "also where float64 is allowed, and inside `cond`."

@@ -17,6 +17,8 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from blr_optax._validate import check_count
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
@@ -48,11 +50,13 @@ class Curvature:
         name: by which every function that takes a curvature knows it, and conditional families.
         needs_loss: whether the gradient alone is not enough.
         diagonal_only: whether there is no matrix.
+        order: k, where the curvature grows with the k-th power of the gradient.
     """
 
     name: ClassVar[str]
     needs_loss: ClassVar[bool]
     diagonal_only: ClassVar[bool] = False
+    order: ClassVar[int] = 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Curvatures are closed over and compared, never traced."""
@@ -115,6 +119,7 @@ class SquaredGradient(Curvature):
 
     name = "squared_gradient"
     needs_loss = False
+    order = 2
 
     def scale(self, at: Sample) -> PyTree:
         """c: the batch size, or the official code's effective sample size."""
@@ -170,6 +175,7 @@ class PerExampleSquares(Curvature):
 
     name = "per_example_squares"
     needs_loss = True
+    order = 2
 
     def matrix(self, at: Sample) -> Array:
         """Plain per-example gradients: the matrix has no shortcut."""
@@ -268,8 +274,8 @@ def squared_gradient(batch_size: int | None = None, *, official: bool = False) -
             "squared_gradient: give batch_size=, the examples of one gradient, or official=True "
             f"(scaled by ess); got batch_size={batch_size}, official={official}."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"squared_gradient: batch_size={batch_size} must be at least 1.")
+    if batch_size is not None:
+        check_count("squared_gradient: batch_size", batch_size)
     return SquaredGradient(batch_size, official)
 
 

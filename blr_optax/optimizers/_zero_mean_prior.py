@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from blr_optax._distribution import Distribution, distribution
-from blr_optax._validate import at, check_positive
+from blr_optax._validate import at, check_positive, is_schedule
 
 if TYPE_CHECKING:
     from blr_optax._typing import Hyperparameter, PyTree, ScalarOrSchedule
@@ -26,7 +26,7 @@ def decay_of(prior_precision: Hyperparameter, ess: ScalarOrSchedule) -> PyTree:
     def decay(count: Any) -> Any:
         return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
 
-    return decay if callable(ess) else decay(0)
+    return decay if is_schedule(ess) else decay(0)
 
 
 def total_precision(
@@ -35,7 +35,7 @@ def total_precision(
     """Return S_0: 1 unless given, 0 beside another prior."""
     if prior_precision is None:
         prior_precision = PRIOR_PRECISION if prior is None else 0.0
-    check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("prior_precision", prior_precision, zero=True, schedule=False)
     check_positive("ess", ess, scalar=True)
     return prior_precision
 
@@ -61,7 +61,7 @@ def per_example(
             f"weight_decay={weight_decay} and prior_precision={prior_precision} are one prior in "
             "two units, per example and total; give one of them."
         )
-    check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("prior_precision", prior_precision, zero=True, schedule=False)
     check_positive("ess", ess, scalar=True)
     return decay_of(prior_precision, ess)
 
@@ -78,5 +78,5 @@ def as_prior(prior: Distribution | None, prior_precision: Hyperparameter) -> Dis
         raise ValueError(
             f"prior= and prior_precision={prior_precision} are both a prior; give one of them."
         )
-    check_positive("prior_precision", prior_precision)
+    check_positive("prior_precision", prior_precision, schedule=False)
     return distribution("normal", mean=0.0, precision=prior_precision)

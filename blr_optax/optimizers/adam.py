@@ -15,11 +15,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blr_optax._validate import check_positive
+from blr_optax import _tree
+from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
-    from blr_optax._typing import DTypeLike, Hyperparameter, PyTree, Scalar, ScalarOrSchedule
+    from blr_optax._typing import (
+        DTypeLike,
+        Hyperparameter,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+    )
     from blr_optax.rule import WithPosteriorState
 
 
@@ -27,6 +35,9 @@ class AdamReader(PointReader):
     """Precision ess (sqrt(v_hat + eps_root) + eps) + prior."""
 
     who = "adam"
+
+    def part(self, state: WithPosteriorState, params: Params) -> PyTree:  # noqa: D102
+        return _tree.matching_leaves(params, optax.tree.get(state.inner, "nu"), "params")
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         hyper = state.hyper
@@ -60,6 +71,9 @@ class RmspropReader(PointReader):
     def __hash__(self) -> int:
         """Of the choices."""
         return hash(self.choices)
+
+    def part(self, state: WithPosteriorState, params: Params) -> PyTree:  # noqa: D102
+        return _tree.matching_leaves(params, optax.tree.get(state.inner, "nu"), "params")
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         eps_in_sqrt, centered, bias_correction = self.choices
@@ -111,7 +125,7 @@ def rmsprop(
         prior_precision: total precision of a zero-mean prior, added to the posterior's.
 
     Raises:
-        ValueError: for ess or prior_precision out of range, or integer parameters.
+        ValueError: for numbers out of range, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.2. Special case of `blr_update` with family
     "gaussian_diagonal", `delta(squared_gradient(...))`, up to the square root.
@@ -123,8 +137,14 @@ def rmsprop(
       >>> print(blr.posterior(state, params).variance)  # 1 / (10 * 2)
       [0.05]
     """
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_unit_interval("decay", decay)
+    check_positive("eps", eps, zero=True, scalar=True)
     check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
+    check_positive("initial_scale", initial_scale, zero=True)
+    if momentum is not None:
+        check_unit_interval("momentum", momentum)
     inner = optax.rmsprop(
         learning_rate,
         decay,
@@ -169,7 +189,7 @@ def adam(
         prior_precision: total precision of a zero-mean prior, added to the posterior's.
 
     Raises:
-        ValueError: for ess or prior_precision out of range, or integer parameters.
+        ValueError: for numbers out of range, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.2; Nickl et al. (2023). Special case of
     `blr_update` with family "gaussian_diagonal", `delta(squared_gradient(...))`, up to the root and
@@ -182,6 +202,11 @@ def adam(
       >>> print(updates.round(3), blr.posterior(state, params).variance.round(4))
       [-0.1] [0.05]
     """
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
+    check_unit_interval("b1", b1)
+    check_unit_interval("b2", b2)
+    check_positive("eps", eps, zero=True, scalar=True)
+    check_positive("eps_root", eps_root, zero=True, scalar=True)
     check_positive("ess", ess, scalar=True)
     check_positive("prior_precision", prior_precision, zero=True)
     inner = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)

@@ -35,11 +35,19 @@ from blr_optax._validate import (
     check_number,
     check_positive,
     check_unit_interval,
-    squares_finite,
+    finite_and_square,
 )
 from blr_optax.families import MeanField, Rademacher
 from blr_optax.rule import PointReader, with_posterior
 from blr_optax.rule._natural_step import own_part, spread
+from blr_optax.rule._spikes import (
+    CLIP_SPIKES,
+    SpikesState,
+    check_bound,
+    first_spikes,
+    shorten,
+    times,
+)
 from blr_optax.state import Reader
 from blr_optax.state._reader import check_transformation
 from blr_optax.state._reading import noise_of
@@ -83,6 +91,7 @@ class BayesBinnState(NamedTuple):
         prior: natural parameters of the prior, a tree like the parameters; () for even odds.
         momentum: average of natural gradients.
         skipped: steps skipped because something was not finite (int32).
+        spikes: the gradients' length so far; () without a bound.
     """
 
     count: Array
@@ -92,6 +101,7 @@ class BayesBinnState(NamedTuple):
     prior: PyTree
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +209,7 @@ def bayesbinn(
     kl_weight: Scalar = 1.0,
     floor: float = 1e-10,
     prior: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -222,6 +233,8 @@ def bayesbinn(
         kl_weight: r, the weight of the divergence from the prior.
         floor: c, in both places. 1e-10 is the authors'; it bounds s where lambda is large.
         prior: a mean-field posterior of signs, of an earlier task; None is even odds, lambda_0 = 0.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise; None evaluates at the mean,
             w = tanh lambda, with s = 1.
@@ -264,6 +277,7 @@ def bayesbinn(
         raise ValueError("temperature=0 has no gradient; use `ste`, or a small one such as 1e-10.")
     if generator is not None:
         check_generator(generator)
+    check_bound(clip_spikes)
     reader = BinaryReader(float(temperature), float(floor), generator)
     average = optax.ema(b1, debias=True)
 
@@ -280,6 +294,7 @@ def bayesbinn(
             prior=_prior_signs(prior, params),
             momentum=average.init(zeros),
             skipped=jnp.zeros((), jnp.int32),
+            spikes=first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -298,7 +313,9 @@ def bayesbinn(
             statistic = reader.statistic(state, params, None, grads, noise_of(state))
         statistic = _tree.matching_leaves(statistic, like, "statistic")
         in_mu, grads = (optax.tree.cast_like(x, like) for x in (statistic, grads))
-        finite = squares_finite(grads, in_mu)
+        finite, square = finite_and_square(grads, in_mu)
+        factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+        in_mu = times(factor, in_mu)
         prior_ = state.prior if jax.tree.leaves(state.prior) else jax.tree.map(lambda _: 0.0, like)
 
         def natural_gradient(g: Array, x: Array, x0: Any) -> Array:
@@ -314,6 +331,7 @@ def bayesbinn(
             ess=jnp.array(at(ess, count), state.ess.dtype),
             momentum=momentum,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     return optax.chain(

@@ -13,6 +13,7 @@ row of the table: S_j fixed for SGD, a root of squares for Adam.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,16 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._typing import transformation
-from blr_optax._validate import at, check_number, check_positive, holds, squares_finite, zero_unless
+from blr_optax._validate import (
+    at,
+    check_number,
+    check_positive,
+    check_whole,
+    holds,
+    is_schedule,
+    squares_finite,
+    zero_unless,
+)
 from blr_optax.optimizers._posteriors.unit_mixture import UnitMixture
 from blr_optax.state import posterior
 from blr_optax.state._reader import (
@@ -43,22 +53,14 @@ if TYPE_CHECKING:
 
 
 @jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class Units:
-    """For every leaf by its path, the shape of its units' masks; None where there are none.
+    """What stands for a parameter in its place: the shape of its units' masks, None without.
 
-    Equal to one without leaves, which is what optax's empty placeholder gives.
+    A node without leaves, so that shapes stay static.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...] | None]) -> None:
-        self.shapes = shapes
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Units) and (
-            not self.shapes or not other.shapes or self.shapes == other.shapes
-        )
-
-    def __hash__(self) -> int:
-        return hash(Units)
+    shape: tuple[int, ...] | None
 
 
 class UnitNoise(NamedTuple):
@@ -74,7 +76,7 @@ class DropoutState(NamedTuple):
         count: steps made (int32).
         key: typed key, constant; the masks of step t are a function of (key, t, path).
         reader: static, how the masks are drawn.
-        units: static, the units of every leaf.
+        units: static, a tree like the parameters of the units of every leaf.
         keep: the keep rate of the coming step.
         dropped_variance: 1 / s_0.
         inner: state of the inner optimizer.
@@ -84,7 +86,7 @@ class DropoutState(NamedTuple):
     count: Array
     key: Array
     reader: DropoutReader
-    units: Units
+    units: PyTree
     keep: Array
     dropped_variance: Array
     inner: PyTree
@@ -96,7 +98,7 @@ class DropoutReader(Reader):
 
     def part(self, state: DropoutState, params: Params) -> PyTree:
         """Return the leaves that the state was made for."""
-        return _tree.mask_to(params, set(state.units.shapes))
+        return _tree.mask_to(params, set(_shapes(state)))
 
     def noise(self, state: DropoutState, key: Array) -> UnitNoise:
         """Draw a normal per unit, kept when below the quantile: its mirror image is antithetic."""
@@ -106,7 +108,7 @@ class DropoutReader(Reader):
                     jax.random.fold_in(key, zlib.crc32(path.encode())),
                     jnp.zeros(shape, jnp.float32),
                 )
-                for path, shape in state.units.shapes.items()
+                for path, shape in _shapes(state).items()
                 if shape is not None
             }
         )
@@ -136,7 +138,7 @@ class DropoutReader(Reader):
         mean = jax.tree.map(lambda m: jnp.array(m, _tree.statistics_dtype(m.dtype)), params)
         inner = jax.tree.leaves(state.inner, is_leaf=carries_posterior)
         known = any(map(carries_posterior, inner))
-        family = UnitMixture(tuple(state.units.shapes.items()))
+        family = UnitMixture(tuple(_shapes(state).items()))
         return Distribution(
             family,
             family.natural(
@@ -148,6 +150,14 @@ class DropoutReader(Reader):
         )
 
 
+def _shapes(state: DropoutState) -> dict[str, tuple[int, ...] | None]:
+    """For every leaf by its path, the shape of its units' masks; None where there are none."""
+    nodes = jax.tree_util.tree_leaves_with_path(
+        state.units, is_leaf=lambda node: isinstance(node, Units)
+    )
+    return {_tree.leaf_name(path): node.shape for path, node in nodes if isinstance(node, Units)}
+
+
 def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> Any:
     """fun(which units are kept, or None without units; *leaves) at every leaf."""
     if isinstance(noise, UnitNoise):
@@ -156,11 +166,11 @@ def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> 
         normals = {
             _tree.leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(noise)
         }
-    below = jax.scipy.special.ndtri(state.keep)
+    below, shapes = jax.scipy.special.ndtri(state.keep), _shapes(state)
 
     def leaf(path: Any, *leaves: Array) -> Array:
         name = _tree.leaf_name(path)
-        shape = state.units.shapes[name]
+        shape = shapes[name]
         if shape is None:
             return fun(None, *leaves)
         u = normals[name][tuple(slice(n) for n in shape)]
@@ -169,30 +179,30 @@ def _over_units(fun: Callable, state: DropoutState, noise: Any, *trees: Any) -> 
     return jax.tree_util.tree_map_with_path(leaf, *trees)
 
 
-def _units_of(params: Params, mask: Any, unit_axis: int) -> Units:
-    """Where the units are."""
-    wanted = _tree.prefix_leaves(mask(params) if callable(mask) else mask, params, "mask")
-    shapes = {}
-    for (path, leaf), drop in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(wanted), strict=True
-    ):
+def _units_of(params: Params, mask: Any, unit_axis: int) -> PyTree:
+    """Where the units are, a tree like params."""
+    if not jax.tree.leaves(params):  # one leaf, see `_tree.coverage`; no mask fits a placeholder
+        return jnp.zeros((), jnp.int32)
+    wanted = _tree.prefix_leaves(mask(params) if is_schedule(mask) else mask, params, "mask")
+
+    def units(path: Any, leaf: Array, drop: Any) -> Units:
         if isinstance(drop, str):
             raise ValueError(
                 f"dropout: mask= has {drop!r} at {_tree.leaf_name(path)}; it takes True or False, "
                 "a tree of these, or a function from params to one."
             )
         ndim = jnp.ndim(leaf)
-        shape = None
-        if drop and ndim >= 2:
-            if not -ndim <= unit_axis < ndim:
-                raise ValueError(
-                    f"dropout: unit_axis={unit_axis} is no axis of {_tree.leaf_name(path)} with "
-                    f"shape {jnp.shape(leaf)}; leave the leaf out with mask=."
-                )
-            axis = unit_axis % ndim
-            shape = tuple(n if i == axis else 1 for i, n in enumerate(jnp.shape(leaf)))
-        shapes[_tree.leaf_name(path)] = shape
-    return Units(shapes)
+        if not drop or ndim < 2:
+            return Units(None)
+        if not -ndim <= unit_axis < ndim:
+            raise ValueError(
+                f"dropout: unit_axis={unit_axis} is no axis of {_tree.leaf_name(path)} with "
+                f"shape {jnp.shape(leaf)}; leave the leaf out with mask=."
+            )
+        axis = unit_axis % ndim
+        return Units(tuple(n if i == axis else 1 for i, n in enumerate(jnp.shape(leaf))))
+
+    return jax.tree_util.tree_map_with_path(units, params, wanted)
 
 
 def dropout(
@@ -257,7 +267,8 @@ def dropout(
     check_positive("keep_rate", keep_rate, scalar=True)
     canonical_key(key)
     check_number("dropped_variance", dropped_variance, zero=True)
-    if not callable(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
+    check_whole("dropout: unit_axis", unit_axis)
+    if not is_schedule(keep_rate) and not holds(lambda k: k <= 1, keep_rate):
         raise ValueError(f"keep_rate={keep_rate} must be in (0, 1]; it is the rate of kept units.")
     check_transformation("dropout", inner)
     inner = optax.with_extra_args_support(inner)

@@ -29,6 +29,9 @@ and, every so many steps, after the step so that a step has one basis,
 
 The last line is the diagonal q in the new basis that is closest to the old q (least KL(new || old))
 and keeps p positive; it also undoes swaps of eigenvectors. The first basis is the identity.
+
+Above 500 lines, since the basis and the Gaussian along it are one state, and a fifth of the file is
+the contract of `evon` and `orthogonalize`.
 """
 
 from __future__ import annotations
@@ -43,7 +46,13 @@ import optax.contrib
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import check_positive, check_unit_interval, is_zero
+from blr_optax._validate import (
+    check_count,
+    check_positive,
+    check_unit_interval,
+    finite_and_square,
+    is_zero,
+)
 from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
@@ -60,6 +69,8 @@ from blr_optax.optimizers._posteriors.rotated import (
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
+from blr_optax.rule._decay import decay_leaves, masked, moves
+from blr_optax.rule._spikes import CLIP_SPIKES, shorten, times
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
@@ -187,6 +198,7 @@ def scale_by_eigenbasis(
     clip_curvature: float | None,
     refresh_every: int,
     max_size: int,
+    clip_spikes: Scalar | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_precision` with momentum, in a basis that follows the gradients; see `evon`.
@@ -198,17 +210,22 @@ def scale_by_eigenbasis(
         clip_curvature: bound on the curvature's size, in units of p; None for none.
         refresh_every: steps between power iterations.
         max_size: the longest side that gets a basis.
+        clip_spikes: as in `scale_by_precision`.
         options: others of `scale_by_precision`.
     """
     inner: Any = scale_by_precision(
-        ess=ess, weight_decay=weight_decay, momentum=optax.ema(b1, debias=debias), **options
+        ess=ess,
+        weight_decay=weight_decay,
+        momentum=optax.ema(b1, debias=debias),
+        clip_spikes=clip_spikes,
+        **options,
     )
     reader = EigenbasisReader()
 
     def init_fn(params: Params) -> ScaleByEigenbasisState:
         bases = _first_bases(params, max_size)
-        if isinstance(bases, dict) and not callable(weight_decay):
-            decay = _tree.prefix_leaves(weight_decay, params, "weight_decay")
+        if isinstance(bases, dict) and not moves(weight_decay):
+            decay = decay_leaves(weight_decay, params, 0)
             for path, d in jax.tree_util.tree_leaves_with_path(decay):
                 if jnp.ndim(d) and _tree.leaf_name(path) in bases:
                     raise ValueError(
@@ -260,7 +277,8 @@ def scale_by_eigenbasis(
 
         finite = after.skipped == gaussian.skipped
         made = gaussian.count - gaussian.skipped
-        factors = _averaged(state.factors, raw, bases, beta, finite)
+        short, _ = shorten(gaussian.spikes, clip_spikes, finite_and_square(raw)[1], finite)
+        factors = _averaged(state.factors, times(short, raw), bases, beta, finite)
         now = (finite & (made % refresh_every == 0)).astype(jnp.int32)
         moving = (bases, after.precision, after.momentum.ema)
         bases, precision, ema = jax.lax.switch(
@@ -324,12 +342,14 @@ def evon(
     shampoo_beta: Scalar | None = None,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_curvature: float | None = None,
     refresh_every: int = 10,
     max_size: int = 4096,
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -355,12 +375,15 @@ def evon(
             tree with one number per matrix, or a schedule; 1e-6 by default.
         prior_precision: the same prior by its total precision, ess * delta, in place of
             weight_decay; a number or prefix tree.
+        mask: which leaves decay, as in `ivon`.
         clip_curvature: bound on |C| in units of p; None for none.
         refresh_every: steps between power iterations of the basis.
         max_size: a side longer than this keeps the identity as its basis.
         rescale_lr: multiply the learning rate by hess_init + weight_decay, as IVON does.
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -394,18 +417,14 @@ def evon(
         check_unit_interval("shampoo_beta", shampoo_beta)
     if clip_curvature is not None:
         check_positive("clip_curvature", clip_curvature, scalar=True)
-    for name, size in (("refresh_every", refresh_every), ("max_size", max_size)):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{name}={size!r} must be a plain integer, at least 1; with inject_hyperparams "
-                'name it in static_args=("refresh_every", "max_size").'
-            )
+    check_count("refresh_every", refresh_every)
+    check_count("max_size", max_size)
     if isinstance(from_name(curvature), PerExampleSquares):
         raise ValueError(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."
         )
-    weight_decay = per_example(weight_decay, prior_precision, None, ess, default=1e-6)
+    weight_decay = masked(per_example(weight_decay, prior_precision, None, ess, default=1e-6), mask)
     return steps_after(
         scale_by_eigenbasis(
             ess,
@@ -419,6 +438,7 @@ def evon(
             b2=b2,
             hess_init=hess_init,
             curvature=curvature,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
@@ -456,8 +476,7 @@ def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
       >>> print(bool(jnp.all(jnp.abs(jnp.diag(u) - 1.0) < 0.35)))
       True
     """
-    if steps < 1:
-        raise ValueError(f"orthogonalize: steps={steps} must be at least 1.")
+    check_count("orthogonalize: steps", steps)
 
     def axes(tree: Any) -> Any:
         numbers = optax.contrib.MuonDimensionNumbers

@@ -21,15 +21,27 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._validate import at, check_positive, check_unit_interval, is_zero
+from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.rule import scale_by_precision
+from blr_optax.rule._decay import decay_leaves, masked
+from blr_optax.rule._spikes import CLIP_SPIKES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
     from blr_optax._distribution import Distribution
-    from blr_optax._typing import Hyperparameter, KeyLike, Params, Scalar, ScalarOrSchedule, Updates
+    from blr_optax._typing import (
+        Hyperparameter,
+        KeyLike,
+        Params,
+        PyTree,
+        Scalar,
+        ScalarOrSchedule,
+        Updates,
+    )
     from blr_optax.estimators import Curvature
 
 
@@ -54,7 +66,7 @@ def _rescale(
         updates: Updates, state: RescaleState, params: Params = None
     ) -> tuple[Any, RescaleState]:
         h = _tree.prefix_leaves(hess_init, updates, "hess_init")
-        d = _tree.prefix_leaves(at(weight_decay, state.count), updates, "weight_decay")
+        d = decay_leaves(weight_decay, updates, state.count)
         updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
         return updates, state._replace(count=optax.safe_increment(state.count))
 
@@ -79,7 +91,7 @@ def steps_after(
         )
     parts: list[optax.GradientTransformation] = [precision]
     if clip_radius is not None:
-        check_positive("clip_radius", clip_radius)
+        check_positive("clip_radius", clip_radius, schedule=False)
         parts.append(optax.clip(clip_radius))
     if rescale_lr:
         parts.append(_rescale(hess_init, weight_decay))
@@ -95,12 +107,14 @@ def ivon(
     b2: Scalar = 0.99999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_radius: Hyperparameter = None,
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -125,6 +139,8 @@ def ivon(
             or schedule; 1e-4 by default, 0 when a prior is given.
         prior_precision: the same prior by its total precision, ess * delta, in place of
             weight_decay; a number or prefix tree.
+        mask: which leaves decay, as in `optax.adamw`: a prefix tree of booleans or a function from
+            params to one; None for all. A `prior` is not masked.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
         rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
@@ -132,6 +148,8 @@ def ivon(
         prior: any mean-field Gaussian posterior, also an improper one (a prior times a site), or
             one of one number for all parameters; a weight_decay given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -167,16 +185,18 @@ def ivon(
             b2=b2,
             hess_init=hess_init,
             weight_decay=weight_decay,
+            mask=mask,
             prior=prior,
             init=init,
             momentum=optax.ema(b1, debias=debias),
             curvature=curvature,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
         learning_rate,
         hess_init,
-        weight_decay,
+        masked(weight_decay, mask),
         clip_radius=clip_radius,
         rescale_lr=rescale_lr,
     )
@@ -190,9 +210,11 @@ def soba(
     b2: Scalar = 0.99999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     curvature: str | Curvature = "reparameterized",
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -202,8 +224,8 @@ def soba(
 
     Args:
         learning_rate: lr, a number or schedule; 1 - b2 makes it the natural step of the rule.
-        ess, hess_init, b2, weight_decay, prior_precision, curvature: as in `ivon`.
-        prior, init, key, generator: as in `ivon`.
+        ess, hess_init, b2, weight_decay, prior_precision, mask, curvature: as in `ivon`.
+        prior, init, clip_spikes, key, generator: as in `ivon`.
 
     Raises:
         ValueError: as `ivon`.
@@ -229,11 +251,13 @@ def soba(
         b2=b2,
         weight_decay=weight_decay,
         prior_precision=prior_precision,
+        mask=mask,
         rescale_lr=False,
         debias=False,
         curvature=curvature,
         prior=prior,
         init=init,
+        clip_spikes=clip_spikes,
         key=key,
         generator=generator,
     )

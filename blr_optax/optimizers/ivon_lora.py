@@ -23,6 +23,7 @@ import optax
 
 from blr_optax._validate import at, check_positive, check_unit_interval
 from blr_optax.rule import EmpiricalPrior, scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state import posterior
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def ivon_lora(
     b2: Scalar = 0.99999,
     clip_radius: Hyperparameter = None,
     prior_in_mean: bool = False,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,6 +72,8 @@ def ivon_lora(
         b2: decay of the precision.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
         prior_in_mean: let the prior pull the mean as well, + d_i m in the numerator, as in `ivon`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -99,12 +103,12 @@ def ivon_lora(
       True
     """
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
-    check_positive("examples", examples)
+    check_positive("examples", examples, scalar=True, schedule=False)
     check_positive("gamma", gamma, scalar=True)
-    check_positive("hess_init", hess_init)
+    check_positive("hess_init", hess_init, scalar=True, schedule=False)
     check_unit_interval("b1", b1)
     if clip_radius is not None:
-        check_positive("clip_radius", clip_radius)
+        check_positive("clip_radius", clip_radius, schedule=False)
 
     def ess(count: Any) -> Any:
         return at(gamma, count) * jnp.sqrt(examples)
@@ -117,6 +121,7 @@ def ivon_lora(
             weight_decay=EmpiricalPrior(),
             prior_in_mean=prior_in_mean,
             momentum=optax.ema(b1, debias=True),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

@@ -44,7 +44,7 @@ from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
-    squares_finite,
+    finite_and_square,
     zero_unless,
 )
 from blr_optax.families import MeanField, Normal
@@ -56,7 +56,16 @@ from blr_optax.optimizers._posteriors.moved_noise import (
     as_law,
 )
 from blr_optax.optimizers._zero_mean_prior import per_example
+from blr_optax.rule._decay import check_decay, decay_leaves, masked
 from blr_optax.rule._precision import filled
+from blr_optax.rule._spikes import (
+    CLIP_SPIKES,
+    SpikesState,
+    check_bound,
+    first_spikes,
+    shorten,
+    times,
+)
 from blr_optax.state import Reader
 from blr_optax.state._reading import noise_of
 
@@ -90,6 +99,7 @@ class LieAdditiveState(NamedTuple):
         noise_scale: s of the coming step.
         momentum: state of the gradients' average, float32 or wider.
         skipped: steps skipped because something was not finite (int32).
+        spikes: the gradients' length so far; () without a bound.
     """
 
     count: Array
@@ -98,13 +108,14 @@ class LieAdditiveState(NamedTuple):
     noise_scale: Array
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 class LieAffineState(NamedTuple):
     """State of `lie_affine`.
 
     Attributes:
-        count, key, reader, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped, spikes: as in `LieAdditiveState`.
         noise_scale: s, constant.
         ess: effective sample size of the coming step.
         spread: A, a tree like the parameters, float32 or wider.
@@ -121,6 +132,7 @@ class LieAffineState(NamedTuple):
     scale_momentum: PyTree
     mean_momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,24 +221,34 @@ def gradients(who: str, like: PyTree, updates: Updates, params: Params) -> PyTre
 
 
 def gated_evidence(
-    grads: Updates, like: PyTree, state: OptState, params: Params, statistic: PyTree
-) -> tuple[Array, PyTree, PyTree]:
-    """(finite, gradients, statistic), the last two zero unless all their entries are finite.
+    grads: Updates,
+    like: PyTree,
+    state: OptState,
+    params: Params,
+    statistic: PyTree,
+    spikes: SpikesState | tuple[()],
+    clip_spikes: Scalar | None,
+) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
+    """(finite, gradients, statistic, spikes), the trees zero unless all their entries are finite.
 
-    A statistic that is not given is derived from the gradients and this step's noise.
+    Those of a gradient that is far too long are shortened. A statistic that is not given is derived
+    from the gradients and this step's noise.
     """
     if statistic is None:
-        finite = squares_finite(grads)
-        grads, noise = zero_unless(finite, grads), noise_of(state)
+        finite, square = finite_and_square(grads)
+        factor, spikes = shorten(spikes, clip_spikes, square, finite)
+        grads, noise = times(factor, zero_unless(finite, grads)), noise_of(state)
         weights = state.reader.weights(state, params, noise)
-        return finite, grads, state.reader.statistic(state, params, weights, grads, noise)
+        statistic = state.reader.statistic(state, params, weights, grads, noise)
+        return finite, grads, statistic, spikes
     axes = state.reader.noise_axes
     statistic = _tree.matching_leaves(statistic, like, "statistic", leading=axes)
     statistic = optax.tree.cast_like(statistic, like)
     if axes:
         jax.tree.map(lambda c: check_pair("statistic", c), statistic)
-    finite = squares_finite(grads, statistic)
-    return finite, *zero_unless(finite, (grads, statistic))
+    finite, square = finite_and_square(grads, statistic)
+    factor, spikes = shorten(spikes, clip_spikes, square, finite)
+    return finite, *times(factor, zero_unless(finite, (grads, statistic))), spikes
 
 
 def check_pair(name: str, leaf: Array) -> None:
@@ -256,7 +278,7 @@ def _zeros(params: Params) -> Any:
 
 def _spread_decay(weight_decay: Hyperparameter, like: Any, count: ArrayLike) -> Any:
     """Return the weight decay of this step, one number per leaf."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay")
+    decay = decay_leaves(weight_decay, like, count)
     return jax.tree.map(lambda x, d: jnp.asarray(d, x.dtype), like, decay)
 
 
@@ -296,6 +318,8 @@ def lie_additive(
     noise: str | Callable = "gaussian",
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -314,6 +338,9 @@ def lie_additive(
             function that makes draws of mean zero of standard normals, elementwise.
         momentum: b, decay of the gradients' average, not debiased; 0 for none.
         weight_decay: d, per example; a number, prefix tree or schedule.
+        mask: which leaves decay, as in `ivon`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -334,15 +361,24 @@ def lie_additive(
       [-0.5 -0.5] [0.01 0.01]
     """
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    weight_decay = masked(weight_decay, mask)
     check_positive("noise_scale", noise_scale, scalar=True)
+    check_bound(clip_spikes)
     reader = AdditiveReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAdditiveState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_additive", params, key)
         average = optax.ema(momentum, debias=False).init(_zeros(params))
         skipped = jnp.zeros((), jnp.int32)
         return LieAdditiveState(
-            count, first_key, reader, number(noise_scale, count), average, skipped
+            count,
+            first_key,
+            reader,
+            number(noise_scale, count),
+            average,
+            skipped,
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -350,8 +386,9 @@ def lie_additive(
     ) -> tuple[Any, LieAdditiveState]:
         like = state.momentum.ema
         grads = gradients("lie_additive", like, updates, params)
-        finite = squares_finite(grads)
-        grads = zero_unless(finite, grads)
+        finite, square = finite_and_square(grads)
+        factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+        grads = times(factor, zero_unless(finite, grads))
         decay = _spread_decay(weight_decay, like, state.count)
         grads = jax.tree.map(lambda g, d, m: g + d * m.astype(g.dtype), grads, decay, params)
         averaged, average = average_of(momentum, grads, state.momentum, finite)
@@ -364,6 +401,7 @@ def lie_additive(
             noise_scale=number(noise_scale, count),
             momentum=average,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     perturbed = transformation(init_fn, update_fn)
@@ -381,6 +419,8 @@ def lie_affine(
     b2: Scalar = 0.999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -412,6 +452,9 @@ def lie_affine(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        mask: which leaves decay, as in `ivon`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -439,6 +482,7 @@ def lie_affine(
     """
     weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, b1=b1, b2=b2)
+    weight_decay = masked(weight_decay, mask)
     check_positive("ess", ess, scalar=True)
     check_positive("scale_rate", scale_rate, zero=True, scalar=True)
     if callable(noise_scale):
@@ -446,9 +490,11 @@ def lie_affine(
             "noise_scale is the first one and no schedule: the rule moves it from there."
         )
     check_positive("noise_scale", noise_scale, scalar=True)
+    check_bound(clip_spikes)
     reader = AffineReader(as_law(noise), generator)
 
     def init_fn(params: Params) -> LieAffineState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_affine", params, key)
         return LieAffineState(
             count,
@@ -460,6 +506,7 @@ def lie_affine(
             optax.ema(b2, debias=False).init(_zeros(params)),
             optax.ema(b1, debias=False).init(_zeros(params)),
             jnp.zeros((), jnp.int32),
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -471,7 +518,9 @@ def lie_affine(
         **extra: Any,
     ) -> tuple[Any, LieAffineState]:
         grads = gradients("lie_affine", state.spread, updates, params)
-        finite, grads, products = gated_evidence(grads, state.spread, state, params, statistic)
+        finite, grads, products, spikes = gated_evidence(
+            grads, state.spread, state, params, statistic, state.spikes, clip_spikes
+        )
         decay = _spread_decay(weight_decay, state.spread, state.count)
 
         def turn(a: Array, c: Array, d: Array) -> Array:
@@ -507,6 +556,7 @@ def lie_affine(
             scale_momentum=scale_momentum,
             mean_momentum=mean_momentum,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     return transformation(init_fn, update_fn)
@@ -516,7 +566,7 @@ class LieMultiplicativeState(NamedTuple):
     """State of `lie_multiplicative`.
 
     Attributes:
-        count, key, reader, skipped: as in `LieAdditiveState`.
+        count, key, reader, skipped, spikes: as in `LieAdditiveState`.
         ess: effective sample size of the coming step.
         plus: g+, a tree like the parameters, float32 or wider.
         minus: g-, likewise.
@@ -531,6 +581,7 @@ class LieMultiplicativeState(NamedTuple):
     minus: PyTree
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -597,6 +648,8 @@ def lie_multiplicative(
     momentum: PyTree = 0.9,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -624,6 +677,9 @@ def lie_multiplicative(
             weight_decay; a number or prefix tree.
             A number, prefix tree or schedule; with 0 the noise of a weight that the loss does not
             depend on grows without bound.
+        mask: which leaves decay, as in `ivon`.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the standard normals.
 
@@ -650,12 +706,15 @@ def lie_multiplicative(
     """
     weight_decay = per_example(weight_decay, prior_precision, None, ess)
     _check(learning_rate, weight_decay, generator, key, momentum=momentum)
+    weight_decay = masked(weight_decay, mask)
     check_positive("ess", ess, scalar=True)
-    check_positive("init_offset", init_offset)
+    check_positive("init_offset", init_offset, schedule=False)
+    check_bound(clip_spikes)
     law = as_law(noise, positive=True)
     reader = MultiplicativeReader(law, generator)
 
     def init_fn(params: Params) -> LieMultiplicativeState:
+        check_decay(weight_decay, params)
         count, first_key = start("lie_multiplicative", params, key)
         offset = _tree.prefix_leaves(init_offset, params, "init_offset")
 
@@ -676,6 +735,7 @@ def lie_multiplicative(
             gain(-1.0),
             optax.ema(momentum, debias=False).init((_zeros(params), _zeros(params))),
             jnp.zeros((), jnp.int32),
+            first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -687,7 +747,9 @@ def lie_multiplicative(
         **extra: Any,
     ) -> tuple[Any, LieMultiplicativeState]:
         grads = gradients("lie_multiplicative", state.plus, updates, params)
-        finite, _, products = gated_evidence(grads, state.plus, state, params, statistic)
+        finite, _, products, spikes = gated_evidence(
+            grads, state.plus, state, params, statistic, state.spikes, clip_spikes
+        )
         decay = _spread_decay(weight_decay, state.plus, state.count)
 
         def turn(side: int) -> Callable:
@@ -723,6 +785,7 @@ def lie_multiplicative(
             minus=minus,
             momentum=average,
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
 
     return transformation(init_fn, update_fn)

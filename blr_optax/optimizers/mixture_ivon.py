@@ -38,7 +38,9 @@ from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, 
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
+from blr_optax.rule._decay import masked
 from blr_optax.rule._precision import prior_of_step
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
@@ -204,7 +206,7 @@ def _scale_by_mixture(
         ess=ess, weight_decay=weight_decay, prior=_for_all_components(prior), **options
     )
     # A rate of zero may come as an array, from inject_hyperparams; then the losses decide.
-    learns = callable(weight_rate) or (
+    learns = is_schedule(weight_rate) or (
         isinstance(weight_rate, (int, float)) and not is_zero(weight_rate)
     )
     reader = MixtureReader(aux_argument="losses" if learns else None)
@@ -288,10 +290,12 @@ def mixture_ivon(
     b2: Scalar = 0.99999,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     clip_radius: Hyperparameter = None,
     rescale_lr: bool = True,
     debias: bool = True,
     prior: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -313,8 +317,8 @@ def mixture_ivon(
 
     Args:
         learning_rate, hess_init, b1, b2, clip_radius: as in `ivon`, over the stacked parameters.
-        weight_decay, prior_precision: as in `ivon`.
-        rescale_lr, debias, key, generator: as in `ivon`.
+        weight_decay, prior_precision, mask: as in `ivon`.
+        rescale_lr, debias, clip_spikes, key, generator: as in `ivon`.
         ess: effective sample size, as in `ivon`; may be a schedule.
         weight_rate: rho of the mixing weights, a number or schedule; 0 keeps them equal. Above 0,
             `update` needs `losses=`, the mean loss of every component, [K]: `est.aux` of a loss
@@ -355,19 +359,20 @@ def mixture_ivon(
     return steps_after(
         _scale_by_mixture(
             ess,
-            weight_decay,
+            masked(weight_decay, mask),
             prior,
             repulsion,
             weight_rate,
             b2=b2,
             hess_init=hess_init,
             momentum=optax.ema(b1, debias=debias),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
         learning_rate,
         hess_init,
-        weight_decay,
+        masked(weight_decay, mask),
         clip_radius=clip_radius,
         rescale_lr=rescale_lr,
     )

@@ -27,15 +27,19 @@ from blr_optax._typing import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
-from blr_optax.optimizers.sgd import StepSizeReader
+from blr_optax.optimizers.sgd import StepSizeReader, growth
 from blr_optax.optimizers.vogn import (
     check_one_start,
     curvature_at_start,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
+from blr_optax.rule._decay import check_decay, mask_leaves
+from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from blr_optax._distribution import Distribution
     from blr_optax._typing import (
         Hyperparameter,
@@ -97,12 +101,13 @@ def sam(
     rho: float = 0.05,
     momentum: float | None = 0.9,
     nesterov: bool = False,
-    weight_decay: Hyperparameter = 0.0,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SAM, sharpness-aware minimisation: SGD with the gradient at the worst point within a ball.
 
     m_a = m + r g / |g|;  u <- beta u + grad l(m_a) + weight_decay m;  m <- m - lr u;
-    q = N(m, lr / ess).
+    q = N(m, lr / ess), the point m where a schedule reaches 0.
 
     Both gradients come from `est = estimate(loss, opt_state, params, *batch)`, and go into
     `update(est.grad, opt_state, params, statistic=est.statistic)`. m-sharpness with M sub-batches:
@@ -115,7 +120,9 @@ def sam(
             is rounded away where weights are larger than 256 times that; keep weights in float32.
         momentum: beta of `optax.sgd`: heavy ball, without 1 - beta. None for none.
         nesterov: as in `optax.sgd`.
-        weight_decay: added to the second gradient times the parameters, as `optax` does.
+        weight_decay: added to the second gradient times the parameters, as `optax` does; one
+            number or schedule.
+        mask: which leaves decay, as in `ivon`.
 
     Raises:
         ValueError: for arguments out of range, integer parameters, or an update without
@@ -138,13 +145,16 @@ def sam(
     _check_rho(rho)
     if momentum is not None:
         check_unit_interval("momentum", momentum)
-    check_positive("weight_decay", weight_decay, zero=True)
+    check_positive("weight_decay", weight_decay, zero=True, scalar=True)
     inner = with_posterior(
         optax.chain(
-            optax.add_decayed_weights(weight_decay),
+            optax.add_decayed_weights(
+                weight_decay, None if mask is None else lambda params: mask_leaves(mask, params)
+            ),
             optax.sgd(learning_rate, momentum, nesterov),
         ),
         SamReader(float(rho)),
+        growth=growth(learning_rate, momentum),
         ess=ess,
         step_size=learning_rate,
     )
@@ -160,7 +170,11 @@ def sam(
         refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
-    return transformation(inner.init, update_fn)
+    def init_fn(params: Params) -> WithPosteriorState:
+        check_decay(weight_decay, params)
+        return inner.init(params)
+
+    return transformation(init_fn, update_fn)
 
 
 def bsam(
@@ -175,6 +189,7 @@ def bsam(
     damping: Hyperparameter = 0.1,
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -202,6 +217,8 @@ def bsam(
             large where gradients vanish.
         prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise; None evaluates at the mean.
 
@@ -244,6 +261,7 @@ def bsam(
             damping=damping,
             prior_in_momentum=True,
             adversary=float(rho),
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),

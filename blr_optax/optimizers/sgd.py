@@ -14,21 +14,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blr_optax._validate import check_positive
+from blr_optax._validate import at, check_positive, check_unit_interval
 from blr_optax.rule import PointReader, with_posterior
 
 if TYPE_CHECKING:
-    from blr_optax._typing import DTypeLike, PyTree, ScalarOrSchedule
+    from collections.abc import Callable
+
+    from jaxtyping import Array
+
+    from blr_optax._typing import DTypeLike, PyTree, Scalar, ScalarOrSchedule
     from blr_optax.rule import WithPosteriorState
 
 
+# Of a known number: no float32 weight above 1e-8 is moved by its noise, and m, p m and m again are
+# exact for a power of two.
+POINT = 2.0**100
+
+
+def growth(learning_rate: ScalarOrSchedule, momentum: Scalar | None) -> Callable[[Array], Scalar]:
+    """By how much heavy-ball sums, and steps of a rate above 1, may exceed a gradient."""
+    sums = 1.0 / (1.0 - (0.0 if momentum is None else momentum))
+    return lambda count: sums * jnp.maximum(at(learning_rate, count), 1.0)
+
+
 class StepSizeReader(PointReader):
-    """Precision ess / step size, the same for every parameter."""
+    """Precision ess / step size, the same for every parameter; at a step size of 0, a point's."""
 
     who = "sgd"
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
-        s = state.hyper["ess"] / state.hyper["step_size"]
+        s = jnp.minimum(state.hyper["ess"] / state.hyper["step_size"], POINT)
         return jax.tree.map(lambda m: jnp.full_like(m, s.astype(m.dtype)), mean)
 
 
@@ -46,7 +61,7 @@ def sgd(
 
     Approximations: delta method, stochastic gradient, covariance known rather than learnt; momentum
     and a schedule are outside the rule (the posterior takes the coming step's alpha and ignores
-    momentum).
+    momentum; where a schedule reaches 0 it is the point m, in numbers a variance of 2^-100).
 
     Args:
         learning_rate: alpha, a number or schedule.
@@ -57,7 +72,7 @@ def sgd(
             posterior, not the steps. May be a schedule.
 
     Raises:
-        ValueError: for an ess that is not positive, or integer parameters.
+        ValueError: for a learning_rate or ess out of range, or integer parameters.
 
     Source: Khan and Rue (2023), Sec. 4.1. Special case of `blr_update` with family "gaussian_fixed"
     of precision ess / alpha, `estimator=delta()`, learning rate 1 and mini-batch losses.
@@ -69,9 +84,18 @@ def sgd(
       >>> print(updates, blr.posterior(state, params).variance)
       [-0.1 -0.1] [0.001 0.001]
     """
+    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("ess", ess, scalar=True)
+    if momentum is not None:
+        check_unit_interval("momentum", momentum)
     inner = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
-    return with_posterior(inner, StepSizeReader(), ess=ess, step_size=learning_rate)
+    return with_posterior(
+        inner,
+        StepSizeReader(),
+        growth=growth(learning_rate, momentum),
+        ess=ess,
+        step_size=learning_rate,
+    )
 
 
 def gradient_descent(

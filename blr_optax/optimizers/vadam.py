@@ -23,6 +23,7 @@ from blr_optax.estimators import squared_gradient
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
 from blr_optax.optimizers.vogn import check_one_start, curvature_at_start
 from blr_optax.rule import scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -51,6 +52,7 @@ def _perturbed(
     batch_size: int,
     momentum: optax.GradientTransformation,
     denominator: Callable,
+    clip_spikes: Scalar | None,
     key: KeyLike,
     generator: str,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,7 +60,7 @@ def _perturbed(
     check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     prior_precision = total_precision(prior_precision, prior, ess)
     if prior is None:
-        check_positive("prior_precision", prior_precision)
+        check_positive("prior_precision", prior_precision, schedule=False)
     check_one_start("vadam, vprop", None, init_precision, prior)
     start = 0.0
     if init_precision is not None:
@@ -75,6 +77,7 @@ def _perturbed(
             step="plain",
             prior_in_momentum=True,
             denominator=denominator,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
@@ -92,6 +95,7 @@ def vadam(
     b1: float = 0.9,
     b2: float = 0.999,
     batch_size: int = 1,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,6 +118,8 @@ def vadam(
         b2: decay of the curvature; debiased in the step, not in the posterior.
         batch_size: B, which multiplies the squares; 1 is the authors' code, whose posterior is
             sqrt(B) times too wide near an optimum.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -143,7 +149,7 @@ def vadam(
     momentum = optax.ema(b1, debias=True)
     return _perturbed(
         learning_rate, ess, prior_precision, prior, init_precision, b2, batch_size, momentum,
-        _root(b2), key, generator,
+        _root(b2), clip_spikes, key, generator,
     )  # fmt: skip
 
 
@@ -156,6 +162,7 @@ def vprop(
     prior: Distribution | None = None,
     b2: float = 0.999,
     batch_size: int = 1,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -166,7 +173,7 @@ def vprop(
 
     Args:
         learning_rate, ess, prior_precision, init_precision, prior: as in `vadam`.
-        b2, batch_size, key, generator: as in `vadam`.
+        b2, batch_size, clip_spikes, key, generator: as in `vadam`.
 
     Raises:
         ValueError: as `vadam`.
@@ -183,5 +190,5 @@ def vprop(
     """
     return _perturbed(
         learning_rate, ess, prior_precision, prior, init_precision, b2, batch_size,
-        optax.identity(), _root(None), key, generator,
+        optax.identity(), _root(None), clip_spikes, key, generator,
     )  # fmt: skip

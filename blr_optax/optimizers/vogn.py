@@ -22,6 +22,7 @@ from blr_optax._validate import at, check_positive, check_unit_interval, holds
 from blr_optax.estimators import per_example_squares
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
 from blr_optax.rule import scale_by_precision
+from blr_optax.rule._spikes import CLIP_SPIKES
 
 if TYPE_CHECKING:
     from blr_optax._distribution import Distribution
@@ -37,7 +38,7 @@ def curvature_at_start(
     """s_0, from the total precision of the first posterior; 1 per example without one."""
     if init_precision is None:
         return 1.0
-    check_positive("init_precision", init_precision)
+    check_positive("init_precision", init_precision, schedule=False)
 
     def leaf(first: Any, prior: Any) -> Any:
         return (first - prior) / at(ess, 0) - damping
@@ -78,6 +79,7 @@ def vogn(
     damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
 ) -> optax.GradientTransformationExtraArgs:
@@ -105,6 +107,8 @@ def vogn(
         damping: gamma, added to the precision per example.
         prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
         init: the first posterior, whose mean must be the parameters.
+        clip_spikes: the longest gradient in units of those before it, against bad batches; see
+            `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
         generator: "hash" (fast) or "jax", of the weights' noise.
 
@@ -147,6 +151,7 @@ def vogn(
             step="plain",
             damping=damping,
             prior_in_momentum=True,
+            clip_spikes=clip_spikes,
             generator=generator,
             key=key,
         ),
@@ -165,6 +170,7 @@ def ogn(
     damping: Hyperparameter = 0.0,
     prior: Distribution | None = None,
     init: Distribution | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
 ) -> optax.GradientTransformationExtraArgs:
     """OGN, online Gauss-Newton: VOGN without noise, by the delta method.
 
@@ -173,8 +179,8 @@ def ogn(
     Its posterior is a diagonal Laplace approximation that is kept while training.
 
     Args:
-        learning_rate, ess, prior_precision, init_precision, b1, b2, damping, prior, init: as in
-            `vogn`.
+        learning_rate, ess, prior_precision, init_precision, b1, b2, damping, prior, init,
+            clip_spikes: as in `vogn`.
 
     Raises:
         ValueError: as `vogn`.
@@ -203,5 +209,6 @@ def ogn(
         damping=damping,
         prior=prior,
         init=init,
+        clip_spikes=clip_spikes,
         generator=None,
     )

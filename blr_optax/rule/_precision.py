@@ -42,11 +42,12 @@ from blr_optax._validate import (
     at,
     check_positive,
     check_unit_interval,
+    finite_and_square,
     holds,
+    is_schedule,
     is_zero,
     near,
     positive,
-    squares_finite,
     zero_unless,
 )
 from blr_optax.estimators._curvature import (
@@ -60,7 +61,16 @@ from blr_optax.estimators._curvature import (
 )
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
+from blr_optax.rule._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax.rule._natural_step import own_part, spread
+from blr_optax.rule._spikes import (
+    CLIP_SPIKES,
+    SpikesState,
+    check_bound,
+    first_spikes,
+    shorten,
+    times,
+)
 from blr_optax.state._reader import Reader, refuse_one_gradient
 from blr_optax.state._reading import noise_of
 
@@ -139,7 +149,7 @@ def prior_precision(
     weight_decay: Hyperparameter, prior: PyTree, ess: ScalarOrSchedule, like: PyTree, count: Any
 ) -> PyTree:
     """d0 = weight_decay + S_0 / ess for every leaf: the prior's precision per example."""
-    decay = _tree.prefix_leaves(at(weight_decay, count), like, "weight_decay (prior_precision)")
+    decay = decay_leaves(weight_decay, like, count)
     if prior == ():
         return decay
     return jax.tree.map(
@@ -319,6 +329,7 @@ class ScaleByPrecisionState(NamedTuple):
         prior: natural parameters of the prior, trees like the parameters; () without one.
         momentum: state of the momentum transformation.
         skipped: steps skipped because something was not finite (int32).
+        spikes: the gradients' length so far, see `_spikes`; () without a bound.
     """
 
     count: Array
@@ -329,32 +340,41 @@ class ScaleByPrecisionState(NamedTuple):
     prior: PyTree
     momentum: PyTree
     skipped: Array
+    spikes: SpikesState | tuple[()]
 
 
 # The step, an equation each. `state` is the state before it; leaf functions take arrays.
 
 
 def gated_evidence(
-    state: ScaleByPrecisionState, params: Params, updates: Updates, statistic: PyTree
-) -> tuple[Array, PyTree, PyTree]:
-    """(finite, g, c): gradient and curvature, both zero unless all their entries are finite.
+    state: ScaleByPrecisionState,
+    params: Params,
+    updates: Updates,
+    statistic: PyTree,
+    clip_spikes: Scalar | None,
+) -> tuple[Array, PyTree, PyTree, SpikesState | tuple[()]]:
+    """(finite, g, c, spikes): gradient and curvature, zero unless all their entries are finite.
 
-    A curvature that is not given is derived from the gradient and this step's noise.
+    Those of a gradient that is far too long are shortened. A curvature that is not given is derived
+    from the gradient and this step's noise.
     """
     refuse_one_gradient(state.reader, statistic)
     g = _tree.matching_leaves(updates, state.precision, "grads")
     g = optax.tree.cast_like(g, state.precision)
     if statistic is None:
         weights = state.reader.weights(state, params, noise_of(state))
-        finite = squares_finite(g)
-        g = zero_unless(finite, g)
-        return finite, g, state.reader.curvature(state, params, weights, g)
+        finite, square = finite_and_square(g)
+        factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+        g = times(factor, zero_unless(finite, g))
+        return finite, g, state.reader.curvature(state, params, weights, g), spikes
     c = _tree.matching_leaves(statistic, state.precision, "statistic")
     c = optax.tree.cast_like(c, state.precision)
-    finite = squares_finite(g, c)
+    finite, square = finite_and_square(g, c)
     if isinstance(state.reader.kind, NEVER_NEGATIVE):
         finite &= jnp.all(jnp.array([jnp.all(x >= 0) for x in jax.tree.leaves(c)]))
-    return finite, *zero_unless(finite, (g, c))
+    factor, spikes = shorten(state.spikes, clip_spikes, square, finite)
+    g, c = zero_unless(finite, (g, c))
+    return finite, times(factor, g), times(factor**state.reader.kind.order, c), spikes
 
 
 def prior_of_step(
@@ -469,6 +489,7 @@ def scale_by_precision(
     b2: Scalar = 0.99999,
     hess_init: Hyperparameter = 1.0,
     weight_decay: Hyperparameter = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
     prior: Distribution | Callable[[PyTree], Distribution] | None = None,
     init: Distribution | None = None,
     momentum: optax.GradientTransformation | None = None,
@@ -479,6 +500,7 @@ def scale_by_precision(
     prior_in_mean: bool = True,
     denominator: Callable[[Array, PyTree, Array], Array] | None = None,
     adversary: float | None = None,
+    clip_spikes: Scalar | None = CLIP_SPIKES,
     generator: str | None = "hash",
     key: KeyLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -502,6 +524,8 @@ def scale_by_precision(
         weight_decay: precision per example of a zero-mean prior, d0 without `prior` (the prior's
             total precision is ess * weight_decay). A number, a prefix tree, a schedule, or an
             `EmpiricalPrior`, which follows the posterior.
+        mask: which leaves decay, as in `optax.adamw`: a prefix tree of booleans or a function from
+            params to one; None for all. A `prior` is not masked.
         prior: a mean-field Gaussian posterior, also an improper one, or a function of params that
             returns one; its precision and linear term join d0.
         init: the first posterior; its mean must be the parameters, its precision replaces
@@ -519,6 +543,10 @@ def scale_by_precision(
         denominator: what divides the direction in place of the precision, a function of the new
             curvature, d0 and the step's number 1, 2, ...; Vadam has the root of the first.
         adversary: r, for bSAM: `estimate` takes the gradient at m + r g / p, with g at the sample.
+        clip_spikes: the longest gradient that is taken as it is, in units of the root mean square
+            length of the last hundred: one that is longer, of a bad batch, is shortened to that,
+            its curvature accordingly, and counted in `spikes.shortened`. Ordinary training does
+            not meet 30; the first 20 gradients are never shortened. None for no bound.
         generator: "hash" (fast) or "jax"; None for no noise, the delta method.
         key: typed key or integer seed.
 
@@ -544,10 +572,11 @@ def scale_by_precision(
       [2.5] [0.4]
     """
     check_positive("ess", ess, scalar=True)
-    check_positive("hess_init", hess_init, zero=True)
-    check_positive("weight_decay", weight_decay, zero=True)
+    check_positive("hess_init", hess_init, zero=True, schedule=False)
+    weight_decay = masked(weight_decay, mask)
     check_unit_interval("b2", b2)
-    check_positive("damping", damping, zero=True)
+    check_positive("damping", damping, zero=True, schedule=False)
+    check_bound(clip_spikes)
     if generator is not None:
         check_generator(generator)
     if step not in STEPS:
@@ -557,6 +586,8 @@ def scale_by_precision(
             "hess_init=0 and weight_decay=0 leave no first precision; make one positive."
         )
     plain = step in ("plain", "plain_old")
+    if isinstance(weight_decay, MaskedDecay) and isinstance(weight_decay.decay, EmpiricalPrior):
+        raise ValueError("mask= goes with a weight_decay in numbers, not with EmpiricalPrior(...).")
     if isinstance(weight_decay, EmpiricalPrior) and plain:
         raise ValueError(f"weight_decay=EmpiricalPrior(...) needs an improved step, not {step!r}.")
     reader = PrecisionReader(from_gradient(curvature), generator, step, adversary)
@@ -564,6 +595,7 @@ def scale_by_precision(
 
     def init_fn(params: Params) -> ScaleByPrecisionState:
         _tree.check_float_leaves(params, "ivon, soba, scale_by_precision")
+        check_decay(weight_decay, params)
         count = jnp.zeros((), jnp.int32)
         size = jnp.array(at(ess, count), jnp.result_type(float))
         prior_ = prior_trees(prior(params) if callable(prior) else prior, params)
@@ -581,6 +613,7 @@ def scale_by_precision(
             prior=prior_,
             momentum=inner.init(jax.tree.map(lambda m: filled(m, 0.0), params)),
             skipped=jnp.zeros((), jnp.int32),
+            spikes=first_spikes(clip_spikes),
         )
 
     def update_fn(
@@ -596,7 +629,7 @@ def scale_by_precision(
                 "scale_by_precision (in ivon, soba, vogn, ogn): update needs params, "
                 "update(grads, state, params)."
             )
-        finite, g, c = gated_evidence(state, params, updates, statistic)
+        finite, g, c, spikes = gated_evidence(state, params, updates, statistic, clip_spikes)
         d0 = prior_of_step(state, params, weight_decay)
         pull = prior_pull(state, params, d0) if prior_in_mean else optax.tree.zeros_like(g)
         if prior_in_momentum:
@@ -623,8 +656,9 @@ def scale_by_precision(
             momentum=average,
             ess=jnp.array(at(ess, count), state.ess.dtype),
             skipped=state.skipped + (~finite).astype(jnp.int32),
+            spikes=spikes,
         )
-        if plain and (callable(ess) or callable(weight_decay)):
+        if plain and (is_schedule(ess) or moves(weight_decay)):
             after = _with_moved_prior(after, weight_decay, d0)
         return out, after
 

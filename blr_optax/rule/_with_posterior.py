@@ -1,7 +1,8 @@
 """`with_posterior`: an optax transformation that also carries the posterior the rule assigns to it.
 
-The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite moves
-nothing, neither the weights nor that transformation's state, and is counted. The posterior is a
+The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite, or so
+large that its statistics are not, moves nothing, neither the weights nor that transformation's
+state, and is counted. The posterior is a
 mean-field normal centred at the parameters whose precision is a function of that state.
 """
 
@@ -16,35 +17,16 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import all_finite, at, zero_unless
+from blr_optax._validate import at, within_reach, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
-    from blr_optax._typing import Params, PyTree, ScalarOrSchedule, Updates
-
-
-@jax.tree_util.register_static
-class Covered:
-    """The paths of the parameters that a state was made for, as a static pytree node.
-
-    Plain SGD keeps no tree that would tell, and a group of `optax.partition` must not claim the
-    others' leaves. Equal to a `Covered` without paths, so that the empty placeholder with which
-    `optax.tree.map_params` calls `init` fits any state.
-    """
-
-    def __init__(self, paths: frozenset[str]) -> None:
-        self.paths = paths
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Covered) and (
-            not self.paths or not other.paths or self.paths == other.paths
-        )
-
-    def __hash__(self) -> int:
-        return hash(Covered)
+    from blr_optax._typing import Params, PyTree, Scalar, ScalarOrSchedule, Updates
 
 
 class WithPosteriorState(NamedTuple):
@@ -53,15 +35,15 @@ class WithPosteriorState(NamedTuple):
     Attributes:
         count: steps made, without skipped ones (int32).
         reader: static, how the precision is read off `inner`.
-        covered: static, the parameters that the state was made for.
+        covered: the parameters that the state was made for, see `_tree.coverage`.
         hyper: the numbers that the precision needs, at the coming step.
         inner: state of the wrapped transformation.
-        skipped: steps skipped because the gradient was not finite (int32).
+        skipped: steps skipped because the gradient or its statistics were not finite (int32).
     """
 
     count: Array
     reader: PointReader
-    covered: Covered
+    covered: PyTree
     hyper: dict[str, Array]
     inner: PyTree
     skipped: Array
@@ -73,7 +55,7 @@ class PointReader(Reader):
     who = "with_posterior"  # the optimizer's name, in errors
 
     def part(self, state: WithPosteriorState, params: Params) -> PyTree:
-        return _tree.mask_to(params, state.covered.paths)
+        return _tree.covered_part(state.covered, params, self.who)
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:
         """Total posterior precision, a tree like `mean`."""
@@ -87,15 +69,22 @@ class PointReader(Reader):
 
 
 def with_posterior(
-    tx: optax.GradientTransformation, reader: PointReader, **hyper: ScalarOrSchedule
+    tx: optax.GradientTransformation,
+    reader: PointReader,
+    *,
+    growth: Callable[[Array], Scalar] | None = None,
+    **hyper: ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap `tx` so that its state carries the posterior that `reader` reads off it.
 
-    A step whose gradient is not finite is skipped: `tx` keeps its state.
+    A step whose gradient is not finite, or no longer when `tx` has squared or summed it, is
+    skipped: `tx` keeps its state.
 
     Args:
         tx: any optax transformation that evaluates the loss at its parameters.
         reader: how the precision follows from its state.
+        growth: of a `tx` that takes no squares, from the count to the factor by which its sums may
+            exceed a gradient. By default squares must be finite.
         hyper: numbers or schedules that the rule needs, kept in the state for the coming step.
 
     Raises:
@@ -121,13 +110,14 @@ def with_posterior(
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)
-        paths = Covered(frozenset(_tree.paths(params)))
-        return WithPosteriorState(count, reader, paths, numbers(count), inner, skipped)
+        covered = _tree.coverage(params)
+        return WithPosteriorState(count, reader, covered, numbers(count), inner, skipped)
 
     def update_fn(
         updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
-        finite = all_finite(updates)
+        factor = 1.0 if growth is None else growth(state.count)
+        finite = within_reach(updates, factor, squares=growth is None)
         out, inner = tx.update(updates, state.inner, params, **extra)
         # Skipped steps do not count: `tx`, whose schedules and averages the reader reads, has none.
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)

@@ -56,6 +56,7 @@ class Diagnostics(NamedTuple):
             steps and divide by sqrt(T), so that right and wrong part.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
+        shortened: gradients shortened so far by `clip_spikes`; None without that bound.
     """
 
     correction_of_move: Array | None
@@ -67,6 +68,7 @@ class Diagnostics(NamedTuple):
     statistic_score: Array | None
     retracted: Array | None
     skipped: Array | None
+    shortened: Array | None
 
 
 def _clipped(part: Any, updates: Updates, bound: Any) -> Array | None:
@@ -220,4 +222,5 @@ def _one(
         statistic_score=_score(old, new, b2, weight_decay),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
+        shortened=getattr(getattr(core, "spikes", None), "shortened", None),
     )

@@ -127,6 +127,33 @@ def test_map_params_finds_the_parameter_fields(row):
     assert len(found) == 3 * expected
 
 
+@pytest.mark.parametrize("row", rows(Contract.MAP_PARAMS))
+def test_a_mapped_state_is_the_state_itself(row):
+    """The placeholder that `map_params` gives `init` leaves no trace: all that reads a state works.
+
+    Also in a partition, where coverage decides which posterior is whose.
+    """
+    run = programs(row)
+    params, state = run.after(1)
+    mapped = optax.tree.map_params(
+        run.tx, lambda leaf, _: leaf, state, params, transform_non_params=lambda x: x
+    )
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert_same(sample(mapped, params), sample(state, params))
+    assert_same(moments(mapped, params), moments(state, params))
+    assert_same(run.step(params, mapped, make_batch()), run.after(2))
+    if Contract.MICROBATCHES not in row.exempt:
+        est = run.estimate(mapped, params, *make_batch())
+        assert_same(est, run.estimate(state, params, *make_batch()))
+    if Contract.MASKED not in row.exempt:
+        groups = optax.partition({"a": row.tx(), "b": row.tx()}, {"w": "a", "b": "b", "c": "a"})
+        state = groups.init(params)
+        mapped = optax.tree.map_params(groups, lambda leaf: leaf, state)
+        assert jax.tree.structure(mapped) == jax.tree.structure(state)
+        parts = [s.reader.part(s, params) for s in posterior_states(mapped, "test")]
+        assert sorted(len(jax.tree.leaves(part)) for part in parts) == [1, 2]
+
+
 @pytest.mark.parametrize("row", rows(Contract.STABLE_TYPES))
 def test_state_keeps_its_types(row):
     run = programs(row)
