@@ -57,9 +57,12 @@ from blr_optax.per_example import PerExample, explain, per_example, per_example_
 # The rule, and reading any optimizer state.
 from blr_optax.rule import blr_update, natural_step, scale_by_precision, with_posterior
 from blr_optax.state import (
+    CheckReport,
     Diagnostics,
     Estimate,
+    Finding,
     StepInfo,
+    check,
     diagnostics,
     estimate,
     make_step,
@@ -71,8 +74,10 @@ from blr_optax.state import (
 __version__ = "0.2.0"
 
 __all__ = [
+    "CheckReport",
     "Diagnostics",
     "Estimate",
+    "Finding",
     "PerExample",
     "Distribution",
     "Ensemble",
@@ -87,6 +92,7 @@ __all__ = [
     "binary_link",
     "blr_update",
     "bsam",
+    "check",
     "diagnostics",
     "distribution",
     "dropout",

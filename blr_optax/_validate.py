@@ -281,3 +281,55 @@ def near(a: Array, b: Array) -> Array:
 def positive(tree: PyTree) -> Array:
     """Whether all entries of a tree are positive."""
     return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])
+
+
+def _described(found: PyTree) -> str:
+    """Say in words what a function returned."""
+    if found is None:
+        return "None (is a `return` missing?)"
+    if isinstance(found, (tuple, list)):
+        return f"a {type(found).__name__} of {len(found)}"
+    if jax.tree_util.all_leaves([found]) and hasattr(found, "dtype"):
+        return f"an array of shape {jnp.shape(found)} and dtype {jnp.result_type(found)}"
+    return f"a {type(found).__name__}"
+
+
+def scalar_loss(who: str, loss: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+    """Return the loss, which now says in words when it does not return one real number.
+
+    With `has_aux` it has to return `(number, aux)`. Only shapes are looked at, while tracing.
+    """
+    if not callable(loss):
+        raise ValueError(f"{who}: the loss must be a function loss(params, *batch); got {loss!r}.")
+
+    @functools.wraps(loss, updated=())
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        found = loss(*args, **kwargs)
+        value = found
+        if has_aux:
+            if not isinstance(found, (tuple, list)) or len(found) != 2:
+                raise ValueError(
+                    f"{who}: with has_aux=True the loss must return (value, aux); it returned "
+                    f"{_described(found)}."
+                )
+            value = found[0]
+        elif isinstance(found, (tuple, list)):
+            raise ValueError(
+                f"{who}: the loss must return one number; it returned {_described(found)}. "
+                "If it returns (value, aux), pass has_aux=True where that is an argument, else "
+                "let it return the value alone."
+            )
+        number = isinstance(value, (int, float)) or hasattr(value, "dtype")
+        if not number or jnp.shape(value) != ():
+            raise ValueError(
+                f"{who}: the loss must return one number, the mean over the examples; it returned "
+                f"{_described(value)}. Take jnp.mean(...) of it."
+            )
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(
+                f"{who}: the loss must return one real floating-point number; it returned "
+                f"{_described(value)}."
+            )
+        return found
+
+    return checked

@@ -310,7 +310,7 @@ def bayesbinn(
         like = state.momentum.ema
         grads = _tree.matching_leaves(updates, like, "grads")
         if statistic is None:
-            statistic = reader.statistic(state, params, None, grads, noise_of(state))
+            statistic = state.reader.statistic(state, params, None, grads, noise_of(state))
         statistic = _tree.matching_leaves(statistic, like, "statistic")
         in_mu, grads = (optax.tree.cast_like(x, like) for x in (statistic, grads))
         finite, square = finite_and_square(grads, in_mu)

@@ -57,6 +57,7 @@ class BlrUpdateState(NamedTuple):
         key: typed key, constant; step t draws from fold_in(key, t).
         reader: static, how the posterior is read.
         natural: lambda.
+        ess: effective sample size of the coming step.
         expected_loss: E_q[mean loss] before the last step, as estimated.
         retracted: members of lambda that the last step had to retract (int32).
         skipped: steps skipped because something was not finite (int32).
@@ -66,6 +67,7 @@ class BlrUpdateState(NamedTuple):
     key: Array
     reader: BlrReader
     natural: NaturalParameters
+    ess: Array
     expected_loss: Array
     retracted: Array
     skipped: Array
@@ -210,8 +212,9 @@ def from_steps(
         _tree.check_float_leaves(params, "blr_update")
         step = step_of(family_over(family, params))
         natural = step.first(params, init(params) if callable(init) else init)
+        count = jnp.zeros((), jnp.int32)
         return BlrUpdateState(
-            count=jnp.zeros((), jnp.int32),
+            count=count,
             key=canonical_key(key),
             reader=BlrReader(
                 step.family,
@@ -219,6 +222,7 @@ def from_steps(
                 getattr(step.estimator, "generator", "jax"),
             ),
             natural=natural,
+            ess=jnp.array(at(ess, count), jnp.result_type(float)),
             expected_loss=jnp.zeros((), jnp.result_type(*jax.tree.leaves(natural), jnp.float32)),
             retracted=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
@@ -254,9 +258,11 @@ def from_steps(
         updates = jax.tree.map(
             lambda m, p: (m - p.astype(m.dtype)).astype(p.dtype), step.family.mean(new), params
         )
+        count = optax.safe_increment(state.count)
         return updates, state._replace(
-            count=optax.safe_increment(state.count),
+            count=count,
             natural=new,
+            ess=jnp.array(at(ess, count), state.ess.dtype),
             retracted=retracted,
             expected_loss=jnp.where(
                 finite, value.astype(state.expected_loss.dtype), state.expected_loss

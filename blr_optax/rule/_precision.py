@@ -299,6 +299,16 @@ class PrecisionReader(Reader):
         u = jax.tree.map(_relative_step, before.precision, after.precision)
         return jax.tree.map(relative, before.precision, u, d0)
 
+    def statistic_over_precision(
+        self, state: OptState, statistic: PyTree, weight_decay: Hyperparameter
+    ) -> Array:
+        """Where the precision has settled, E[c] + d0 = p: about 1."""
+        p = state.precision
+        c = _tree.matching_leaves(statistic, p, "statistic")
+        d0 = prior_precision(weight_decay, state.prior, state.ess, p, state.count)
+        held = jax.tree.map(lambda c, d, p: jnp.sum(c.astype(p.dtype) + d), c, d0, p)
+        return _tree.ratio(_tree.total(jnp.asarray, held), _tree.total(jnp.sum, p))
+
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
         return jax.tree.map(

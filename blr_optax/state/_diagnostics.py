@@ -54,6 +54,11 @@ class Diagnostics(NamedTuple):
             when c knows nothing of the noise, as when the gradient was taken at the parameters in
             place of the sample; larger than 0 on average when it does. Needs `b2`; add it up over T
             steps and divide by sqrt(T), so that right and wrong part.
+        statistic_over_precision: sum (c + d0) / sum p, of the mean over `draws`, or of `statistic`;
+            needs one of them. Once the precision is learnt it is about 1, a little less as the
+            correction sustains a share. Far above 1: the precision has not followed, since the
+            gradients of the steps were taken at the parameters (80 in a trial), or `b2` is too slow
+            (3 there). Draws must be taken at samples, by `estimate`, whatever the steps do.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
         shortened: gradients shortened so far by `clip_spikes`; None without that bound.
@@ -66,6 +71,7 @@ class Diagnostics(NamedTuple):
     smallest_per_example: Array | None
     curvature_signal_to_noise: Array | None
     statistic_score: Array | None
+    statistic_over_precision: Array | None
     retracted: Array | None
     skipped: Array | None
     shortened: Array | None
@@ -104,6 +110,15 @@ def _signal_to_noise(part: Any, scale: Any, draws: Any) -> Array | None:
     return jnp.sqrt(_tree.ratio(jnp.maximum(square - noise / count, 0.0), noise))
 
 
+def _over_precision(state: Any, statistic: Any, draws: Any, weight_decay: Any) -> Array | None:
+    """Return the statistic, averaged over draws where there are any, over the precision held."""
+    if draws is not None:
+        statistic = jax.tree.map(lambda c: jnp.mean(c, axis=0), draws)
+    if statistic is None:
+        return None
+    return state.reader.statistic_over_precision(state, statistic, weight_decay)
+
+
 def _score(old: Any, new: Any, b2: Any, weight_decay: Any) -> Array | None:
     """Sum of the statistic in units of its size; coordinates without one count as nothing."""
     relative = None if b2 is None else new.reader.relative_statistic(old, new, b2, weight_decay)
@@ -140,14 +155,16 @@ def diagnostics(
         after: the one that it returned.
         params: the parameters, before or after.
         updates: what `update` returned beside it, for `clipped`.
-        statistic: what `update` got, to tell folded steps; needs `b2` and `weight_decay`.
+        statistic: what `update` got, to tell folded steps, and for `statistic_over_precision`;
+            needs `b2` and `weight_decay`.
         b2: the decay of the precision, for `correction_of_precision`.
         bound: the largest update that clipping lets through, learning_rate * (hess_init +
             weight_decay) * clip_radius for `ivon`; a number or a prefix tree. (In a chain of your
             own, `optax.snapshot("clipped", lambda x: jnp.mean(jnp.abs(x) > radius))` in front of
             `optax.clip` measures the same without it.)
         draws: the curvature of two or more separate draws on one batch, a tree like params
-            with the draws in front, for `curvature_signal_to_noise`: one estimate, also of many
+            with the draws in front, for `curvature_signal_to_noise` and
+            `statistic_over_precision`: one estimate, also of many
             draws, does not know its own noise. Of S draws in one estimate it is sqrt(S) times
             better.
         weight_decay: the optimizer's, with its damping (a `prior` is in the state); a number,
@@ -220,6 +237,7 @@ def _one(
         smallest_per_example=None if ess is None else smallest / ess.astype(smallest.dtype),
         curvature_signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
         statistic_score=_score(old, new, b2, weight_decay),
+        statistic_over_precision=_over_precision(old, statistic, draws, weight_decay),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
         shortened=getattr(getattr(core, "spikes", None), "shortened", None),

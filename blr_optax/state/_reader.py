@@ -103,6 +103,12 @@ class Reader:
         """Return c / p of a step, from the states around it; None unless c depends on the noise."""
         return None
 
+    def statistic_over_precision(
+        self, state: OptState, statistic: PyTree, weight_decay: Hyperparameter
+    ) -> Array | None:
+        """Return sum (c + d0) / sum p, from a statistic; None where no precision is kept."""
+        return None
+
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
@@ -159,6 +165,12 @@ class OuterReader(Reader):
     ) -> PyTree:
         old, new = self.core(before), self.core(after)
         return new.reader.relative_statistic(old, new, b2, weight_decay)
+
+    def statistic_over_precision(
+        self, state: OptState, statistic: PyTree, weight_decay: Hyperparameter
+    ) -> Array | None:
+        core = self.core(state)
+        return core.reader.statistic_over_precision(core, statistic, weight_decay)
 
 
 def draws_noise(state: OptState) -> bool:

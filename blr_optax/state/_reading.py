@@ -19,9 +19,7 @@ from blr_optax.families import MeanField, Point, PointNatural, SideBySide
 from blr_optax.state._reader import draws_noise, map_posterior_states, posterior_states
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
-
-    from blr_optax._typing import OptState, Params, PyTree
+    from blr_optax._typing import KeyLike, OptState, Params, PyTree
 
 POINTS = MeanField(Point())
 
@@ -163,7 +161,7 @@ def _together(found: list[tuple[set[str], Distribution]]) -> list[Distribution]:
     return [q for _, q in sorted(joined, key=lambda one: min(one[0], default=""))]
 
 
-def reseed(opt_state: OptState, key: Array) -> OptState:
+def reseed(opt_state: OptState, key: KeyLike) -> OptState:
     """Return the same state with another key, so that an ensemble's members draw different noise.
 
     `jax.vmap(tx.init)` gives every member one key; with a stacked state the new key is split over

@@ -363,3 +363,62 @@ def test_the_score_is_that_of_the_statistic(x64):
     squares = blr.soba(0.1, ess=10.0, b2=0.9, curvature=blr.estimators.squared_gradient(1))
     assert diagnosed(squares, np.ones(3), np.ones(3), b2=0.9).statistic_score is None
     assert diagnosed(blr.adam(0.1), np.ones(3), np.ones(3), b2=0.9).statistic_score is None
+
+
+def test_the_statistic_over_the_precision_is_that_of_the_draws(x64):
+    """Sum (c + d0) / sum p by hand, of the mean of draws, of one statistic, within any wrapper."""
+    c, p = np.array([3.0, -1.0, 0.5]), np.array([1.0, 2.0, 4.0])
+    for wrap in (lambda tx: tx, lambda tx: optax.chain(tx, optax.scale(0.5))):
+        tx = wrap(blr.soba(0.1, ess=10.0, b2=0.9, hess_init=p - 0.5, weight_decay=0.5))
+        given = {"b2": 0.9, "weight_decay": 0.5}
+        draws = np.stack([c - 1.0, c + 3.0])
+        one = diagnosed(tx, np.ones(3), np.ones(3), c, statistic=c, **given)
+        many = diagnosed(tx, np.ones(3), np.ones(3), c, statistic=c, draws=draws, **given)
+        np.testing.assert_allclose(one.statistic_over_precision, (2.5 + 1.5) / 7.0, rtol=1e-12)
+        np.testing.assert_allclose(many.statistic_over_precision, (5.5 + 1.5) / 7.0, rtol=1e-12)
+        assert diagnosed(tx, np.ones(3), np.ones(3), c, **given).statistic_over_precision is None
+    assert diagnosed(blr.adam(0.1), np.ones(3), np.ones(3)).statistic_over_precision is None
+
+
+TRIAL = {
+    "right": (0.99, True, 0.6, 1.3),
+    "sampling forgotten": (0.99, False, 20.0, np.inf),
+    "b2 too slow": (0.99999, True, None, None),
+}
+
+
+@pytest.mark.parametrize("name", TRIAL)
+def test_the_statistic_over_the_precision_tells_three_runs_apart(name):
+    """About 1 where all is right; 87 and 3 were seen in a trial of the two mistakes."""
+    b2, right, low, high = TRIAL[name]
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(200, 3)) * [3.0, 1.0, 0.3]).astype(np.float32)
+    y = (x @ [1.0, -2.0, 0.5] + rng.normal(size=200)).astype(np.float32)
+    tx = blr.ivon(0.1, ess=200, b2=b2)
+
+    def loss(w, x, y):
+        return 0.5 * jnp.mean((x @ w - y) ** 2)
+
+    def step(_, carry):
+        params, _, before = carry
+        grads = jax.grad(loss)(blr.sample(before, params) if right else params, x, y)
+        updates, after = tx.update(grads, before, params)
+        return optax.apply_updates(params, updates), before, after
+
+    @jax.jit
+    def ratio(params, key):
+        first = params, tx.init(params), tx.init(params)
+        params, before, after = jax.lax.fori_loop(0, 800, step, first)
+        draws = jax.vmap(
+            lambda key: (
+                blr.estimate(loss, blr.reseed(before, key), params, x, y, antithetic=True).statistic
+            )
+        )(jax.random.split(key, 1000))
+        (found,) = blr.diagnostics(before, after, params, draws=draws, weight_decay=1e-4)
+        return found.statistic_over_precision
+
+    found = float(ratio(np.zeros(3, np.float32), jax.random.key(0)))
+    if low is None:  # the precision is still hess_init's, 1, and the Hessian is that of the data
+        np.testing.assert_allclose(found, np.mean(x**2), rtol=0.15)
+    else:
+        assert low < found < high
