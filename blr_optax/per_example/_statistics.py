@@ -51,7 +51,8 @@ class PerExample(NamedTuple):
         kfac: Kronecker factors by the name of the kernel's leaf (its key path, "['layer']['w']"),
             for dense layers and convolutions without groups whose kernel is used once, along a
             leading axis for layers in a scan; other leaves are absent. A bias is in the inputs'
-            mean; a convolution's inputs are in its kernel's order.
+            mean; inputs and outputs are in the order in which the leaf holds them, whatever its
+            layout: I, H, W for a kernel OIHW, and H, W, I for HWIO.
         ggn_diagonal: diagonal of sum_i J_i^T Lambda_i J_i, a tree like params.
     """
 

@@ -88,16 +88,19 @@ def _dense_axes(eqn: Any, side: int) -> tuple[tuple, tuple]:
     return axes(order[0]), axes(order[1])
 
 
-def layer_sizes(use: Any) -> tuple[int, int] | None:
-    """Return inputs and outputs of the layer at which a view is used; None for other places."""
+def layer_axes(use: Any) -> tuple[tuple, tuple] | None:
+    """Return the axes of a kernel's inputs and outputs, in the order of a place's statistics.
+
+    None for places that are no layers of their own: convolutions with groups, products of which
+    several are computed side by side, tables.
+    """
     shape = use.eqn.invars[use.operand].aval.shape
     if use.by == "dense":
         grouped, contracted, free = _dense_axes(use.eqn, use.operand)[1]
-        sizes = math.prod(shape[i] for i in contracted), math.prod(shape[i] for i in free)
-        return sizes if math.prod(shape[i] for i in grouped) == 1 else None
+        return (contracted, free) if math.prod(shape[i] for i in grouped) == 1 else None
     if use.by == "conv" and use.eqn.params["feature_group_count"] == 1:
-        outputs = shape[use.eqn.params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(shape) // outputs, outputs
+        outputs, inputs, *space = use.eqn.params["dimension_numbers"].rhs_spec
+        return (*space, inputs), (outputs,)
     return None
 
 

@@ -5,7 +5,6 @@ value  sum_i c_i l_i      total  sum_i c_i g_i      squares  sum_i c_i g_i^2    
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 
 from blr_optax import _tree
 from blr_optax.per_example._taps import _jaxpr
+from blr_optax.per_example._taps._layers import layer
 from blr_optax.per_example._taps._moments import KroneckerFactors, Shadow, pieces, strided, weighed
-from blr_optax.per_example._taps._places import layer_sizes
 from blr_optax.per_example._taps._plan import CHUNKS, COPY, PLACES, UNUSED, Way, plan
 from blr_optax.per_example._taps._run import Batch, Plain, Runner, Tapped, Value
 
@@ -52,7 +51,7 @@ class Wanted(NamedTuple):
 
     squares: bool = False
     norms: bool = False
-    factors: type | None = None
+    factors: type[KroneckerFactors] | None = None
 
 
 class Sums(NamedTuple):
@@ -118,31 +117,23 @@ def outputs(
     return [runner.copied(v).x for v in runner.run(found.jaxpr, found.consts, values)]
 
 
-def empty_factors(way: Way, leaf: Array, kind: type | None) -> KroneckerFactors | None:
-    """Zeros for a layer's Kronecker factors; None for a parameter that is not a layer's kernel."""
-    places = [use for use in way.uses if use.by != "scan"]
-    steps = tuple(use.eqn.params["length"] for use in way.uses if use.by == "scan")
-    if kind is None or len(places) != 1 or len(steps) > 1 or places[0].view.scaled:
-        return None
-    sizes, dtype = layer_sizes(places[0]), _tree.statistics_dtype(leaf.dtype)
-    if sizes is None or places[0].size * math.prod(steps) != leaf.size:
-        return None
-    m, k = sizes
-    return kind(*(jnp.zeros((*steps, *shape), dtype) for shape in ((m, m), (m,), (k, k))))
-
-
 def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Array | None) -> Sums:
     """Return one batch's sums: one backward pass with taps, and chunks where they are needed."""
     leaves = jax.tree.leaves(params)
     zeros = [zeros_like(x) for x in leaves]
     nothing = [None] * len(leaves)
     norms = jnp.zeros(jax.tree.leaves(batch)[0].shape[:1], jnp.result_type(*zeros))
+    layers, factors = [None] * len(leaves), [None] * len(leaves)
+    if wanted.factors is not None:
+        kind = wanted.factors
+        layers = [layer(way, x.size) for way, x in zip(found.ways, leaves, strict=True)]
+        factors = [k and k.empty(kind, z.dtype) for k, z in zip(layers, zeros, strict=True)]
     dummies = Sums(
         None,
         zeros,
         list(zeros) if wanted.squares else None,
         norms if wanted.norms else None,
-        [empty_factors(w, x, wanted.factors) for w, x in zip(found.ways, leaves, strict=True)],
+        factors,
     )
     chunks = [i for i, way in enumerate(found.ways) if way.kind == CHUNKS]
     in_chunks: Any = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
@@ -161,7 +152,8 @@ def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Arra
             return jnp.sum(each), each
 
         sums, each = jax.grad(loss, has_aux=True)(dummies)
-        sums = sums._replace(value=jnp.sum(weighed(wide(each), weights)))
+        factors = [k and k.ordered(f) for k, f in zip(layers, sums.factors, strict=True)]
+        sums = sums._replace(value=jnp.sum(weighed(wide(each), weights)), factors=factors)
     for place, i in enumerate(chunks):
         sums.total[i] = in_chunks.total[place]
         if wanted.squares:
