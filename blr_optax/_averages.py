@@ -10,6 +10,7 @@ compiled loop many times slower than outside. Inside a trace they are unrolled o
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import _tree
-from blr_optax._reads import Reads
 from blr_optax._validate import check_count, concrete
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from blr_optax._typing import PyTree
 
-PROGRAMS = 32  # kept at most: a program holds what its functions read
+PROGRAMS = 32  # kept at most
 UNROLLED_CHUNKS = 4
 
 
@@ -39,13 +39,14 @@ class Average(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is averaged: static, and the key of its program.
+    """What is averaged.
 
     Attributes:
-        statistics: `statistics(reads, weights, inputs)`, a tuple of arrays for one sample.
+        statistics: `statistics(functions, weights, inputs)`, a tuple of arrays for one sample.
         finish: `finish(average)`, the result; None for all samples, stacked on a leading axis.
         spread: whether the sum of squares of the first statistic is wanted.
-        reads: the user's functions, and last what of the inputs is no array, see `split`.
+        functions: the user's.
+        others: what of the inputs is no array, see `split`.
         samples: how many samples.
         chunk: how many at once.
     """
@@ -53,7 +54,8 @@ class Task(NamedTuple):
     statistics: Callable[..., Any]
     finish: Callable[..., Any] | None
     spread: bool
-    reads: Reads
+    functions: tuple[Any, ...]
+    others: tuple[Any, ...]
     samples: int
     chunk: int
 
@@ -68,12 +70,12 @@ class Task(NamedTuple):
 
     def part(self, index: Array, key: Array, q: Any, arrays: list[Array]) -> Any:
         """Return the average over one chunk, or all its samples."""
-        *functions, (tree, others) = self.reads.functions
-        inputs = tree.unflatten(joined(others, arrays))
+        tree, leaves = self.others
+        inputs = tree.unflatten(joined(leaves, arrays))
 
         def one(s: Array) -> tuple:
             weights = draw(q, jax.random.fold_in(key, s), s)
-            return self.statistics(functions, weights, inputs)
+            return self.statistics(self.functions, weights, inputs)
 
         found = jax.vmap(one)(index)
         if self.finish is None:
@@ -115,18 +117,34 @@ def draw(q: Any, key: Array, s: Array) -> PyTree:
     return q.sample_member(key, s) if hasattr(q, "sample_member") else q.sample(key, ())
 
 
-class Program(NamedTuple):
-    """A task, compiled: a chunk of it, and the result."""
+def program(function: Callable[..., Any], *arguments: PyTree) -> Callable[..., Any] | None:
+    """Return a function, compiled at some arguments; the executable of an earlier call if it fits.
 
-    part: Callable[..., Any]
-    finish: Callable[..., Any]
+    It fits when both calls lower to the same program for the same devices, so whatever the function
+    reads besides, a global name or an attribute, is always that of now: tracing costs a
+    hundredth of compiling. None for a function that reads a value of a trace that is going on.
+    """
+    leaves = jax.tree.leaves(arguments)
+    traced = jax.jit(lambda *a: function(*a)).trace(*arguments)  # a new function, traced anew
+    if len(traced.jaxpr.jaxpr.invars) > len(leaves):
+        return None
+    lowered = traced.lower()
+    text = hashlib.sha256(lowered.as_text().encode()).digest()
+    key = text, tuple(leaf.sharding for leaf in leaves if getattr(leaf, "committed", False))
+    found = _executables.pop(key, None) or lowered.compile()
+    _executables[key] = found  # at the end: the first one was used longest ago
+    if len(_executables) > PROGRAMS:
+        del _executables[next(iter(_executables))]
+    return found
+
+
+_executables: dict[Any, Any] = {}
 
 
 @functools.lru_cache(maxsize=PROGRAMS)
-def program(task: Task) -> Program:
-    """Return the program of a task, the same one for the same functions."""
-    finish = task.finish or functools.partial(stacked, task.samples)
-    return Program(jax.jit(task.part), jax.jit(finish))
+def finisher(finish: Callable[..., Any] | None, samples: int) -> Callable[..., Any]:
+    """Return what makes the result of an average, compiled."""
+    return jax.jit(finish or functools.partial(stacked, samples))
 
 
 add = jax.jit(merged)
@@ -155,19 +173,29 @@ def joined(others: tuple, arrays: list[Any]) -> list[Any]:
 ARRAY = object()  # stands for an array among what is none
 
 
-def averaged(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:
-    """Return `task.finish` of the average over all samples, or all of them."""
-    if not concrete(key, q, arrays) or task.reads.traced:
-        return traced(task, key, q, arrays)
-    if not all(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves(q)):
-        # Its class is not registered as a tree: a constant of a program of its own.
-        return jax.jit(lambda key, arrays: traced(task, key, q, arrays))(key, arrays)
-    compiled = program(task)
-    parts = (compiled.part(index, key, q, arrays) for index in task.indices())
-    return compiled.finish(functools.reduce(add, parts) if task.finish else list(parts))
-
-
 NUMBERS = (jax.Array, np.ndarray, np.generic, int, float)
+
+
+def averaged(task: Task, key: Array, q: Any, arrays: list[Any], programs: dict[Any, Any]) -> Any:
+    """Return `task.finish` of the average over all samples, or all of them.
+
+    `programs` keeps the one of these shapes for further batches of one call.
+    """
+    if not concrete(key, q, arrays):
+        return traced(task, key, q, arrays)
+    indices = task.indices()
+    # A class that is not registered as a tree is a constant.
+    tree = all(isinstance(leaf, NUMBERS) for leaf in jax.tree.leaves(q))
+    part = task.part if tree else lambda index, key, _, arrays: task.part(index, key, q, arrays)
+    arguments = key, q if tree else None, arrays
+    shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in arrays)
+    if shapes not in programs:
+        programs[shapes] = program(part, indices[0], *arguments)
+    if programs[shapes] is None:
+        return traced(task, key, q, arrays)
+    parts = (programs[shapes](index, *arguments) for index in indices)
+    finish = finisher(task.finish, task.samples)
+    return finish(functools.reduce(add, parts) if task.finish else list(parts))
 
 
 def traced(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:

@@ -7,8 +7,8 @@ Every prediction is a mean over weight samples ``theta_s ~ q`` of what the netwo
 accumulated a chunk of samples at a time: memory is that of one chunk's outputs whatever ``S`` is,
 and `chunk` changes the result by rounding only. Accumulators are float32 or wider.
 
-Outside `jit` one program is compiled for each `apply` and shape of the inputs, and used again by
-later calls, also by a fresh lambda of the same code that reads the same objects.
+Outside `jit` one program is compiled for what `apply` does and the shapes of the inputs, and used
+again by later calls, also by a fresh lambda: calls that lower to one program share it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from blr_optax._averages import Average, Task, averaged, default_chunk, in_batch
 from blr_optax._distribution import Distribution
 from blr_optax._ensemble import Ensemble, ensemble
 from blr_optax._random import canonical_key
-from blr_optax._reads import Reads
 from blr_optax._validate import check_count, concrete, holds, require
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def predict(
         key: typed key or integer seed. Sample ``s`` uses ``fold_in(key, s)``.
         q: The posterior over weights, or a list of them, or an `Ensemble`, whose members take
             turns (`samples` is rounded up to a multiple of their number). One whose class jax does
-            not know as a tree is a constant of the program, then compiled at every call.
+            not know as a tree is a constant of the program.
         apply: ``apply(weights, *inputs) -> logits``, classes on the last axis, any axes before it
             (examples, pixels, tokens).
         *inputs: Passed on to `apply`.
@@ -337,11 +336,12 @@ def run(
     if options.progress and options.batch_size is None:
         raise ValueError("progress=True shows batches: give batch_size=, the size of one.")
 
+    programs: dict[Any, Any] = {}
+
     def whole(*inputs: PyTree) -> Any:
         others, arrays = split(inputs)
-        reads = Reads(*functions, others)
-        task = Task(statistics, finish, spread, reads, samples, chunk)
-        return averaged(task, key, one, arrays)
+        task = Task(statistics, finish, spread, functions, others, samples, chunk)
+        return averaged(task, key, one, arrays, programs)
 
     if options.batch_size is None:
         return whole(*inputs)

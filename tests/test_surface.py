@@ -42,7 +42,6 @@ LAYERS = [
         "_ensemble",
         "_predict",
         "_predict_distribution",
-        "_reads",
         "_table",
         "metrics",
         "models",

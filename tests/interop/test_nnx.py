@@ -126,7 +126,9 @@ def test_every_draw_and_step_has_its_own_mask(options, evaluations, masks):
 
 
 @pytest.mark.parametrize(
-    "tx", [optax.adam(0.1), blr.vogn(0.1, ess=16.0), blr.bsam(0.1, ess=16.0)], ids=str
+    "tx",
+    [optax.adam(0.1), blr.vogn(0.1, ess=16.0), blr.bsam(0.1, ess=16.0)],
+    ids=["adam", "vogn", "bsam"],
 )
 def test_other_optimizers_draw_new_masks_too(tx):
     model, _, seen, _ = trained(tx, normed=False)
