@@ -10,7 +10,6 @@ compiled loop many times slower than outside. Inside a trace they are unrolled o
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,27 +117,34 @@ def draw(q: Any, key: Array, s: Array) -> PyTree:
 
 
 def program(function: Callable[..., Any], *arguments: PyTree) -> Callable[..., Any] | None:
-    """Return a function, compiled at some arguments; the executable of an earlier call if it fits.
+    """Return a function as a compiled program, that of an earlier call if it does the same.
 
-    It fits when both calls lower to the same program for the same devices, so whatever the function
-    reads besides, a global name or an attribute, is always that of now: tracing costs a
-    hundredth of compiling. None for a function that reads a value of a trace that is going on.
+    Two functions do the same when tracing them yields the same steps. Arrays that they read besides
+    are arguments of the program, so whatever a function reads, a global name or an attribute, is
+    that of now, and running statistics that have changed are not compiled anew. Tracing costs about
+    a hundredth of compiling. None for a function that reads a value of a trace that is going on.
     """
-    leaves = jax.tree.leaves(arguments)
-    traced = jax.jit(lambda *a: function(*a)).trace(*arguments)  # a new function, traced anew
-    if len(traced.jaxpr.jaxpr.invars) > len(leaves):
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+    # A new function: jax keeps what it has traced under the function.
+    traced, shapes = jax.make_jaxpr(lambda *a: function(*a), return_shape=True)(*arguments)
+    jaxpr, consts = traced.jaxpr, traced.consts
+    if not concrete(consts) or len(jaxpr.invars) > len(jax.tree.leaves(arguments)):
         return None
-    lowered = traced.lower()
-    text = hashlib.sha256(lowered.as_text().encode()).digest()
-    key = text, tuple(leaf.sharding for leaf in leaves if getattr(leaf, "committed", False))
-    found = _executables.pop(key, None) or lowered.compile()
-    _executables[key] = found  # at the end: the first one was used longest ago
-    if len(_executables) > PROGRAMS:
-        del _executables[next(iter(_executables))]
-    return found
+
+    def steps(consts: list[Any], leaves: list[Any]) -> list[Any]:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*leaves)
+
+    key = str(jaxpr)
+    found = _programs.pop(key, None) or jax.jit(steps)
+    _programs[key] = found  # at the end: the first one was used longest ago
+    if len(_programs) > PROGRAMS:
+        del _programs[next(iter(_programs))]
+    outputs = jax.tree.structure(shapes)
+    return lambda *arguments: outputs.unflatten(found(consts, jax.tree.leaves(arguments)))
 
 
-_executables: dict[Any, Any] = {}
+_programs: dict[str, Any] = {}
 
 
 @functools.lru_cache(maxsize=PROGRAMS)

@@ -8,7 +8,7 @@ accumulated a chunk of samples at a time: memory is that of one chunk's outputs 
 and `chunk` changes the result by rounding only. Accumulators are float32 or wider.
 
 Outside `jit` one program is compiled for what `apply` does and the shapes of the inputs, and used
-again by later calls, also by a fresh lambda: calls that lower to one program share it.
+again by later calls, also by a fresh lambda: functions whose traces are the same share it.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Counted:
 @pytest.fixture
 def compiled(monkeypatch):
     """How many programs were compiled so far; those of other tests do not count."""
-    monkeypatch.setattr(_averages, "_executables", held := {})
+    monkeypatch.setattr(_averages, "_programs", held := {})
     return lambda: len(held)
 
 
@@ -122,6 +122,23 @@ def test_what_apply_reads_is_never_that_of_an_earlier_call():
             found = blr.predict(0, Q, apply, X, samples=2).probabilities
             expected = softmax(scale * outputs(2)).mean(0)
             np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=name)
+
+
+def test_statistics_that_have_changed_are_not_compiled_anew(compiled):
+    net = Net(jnp.ones(4))
+    for scale in (1.0, 2.0):
+        net.scale = scale * jnp.ones(4)
+        found = blr.predict(0, Q, net.apply, X, samples=2).probabilities
+        np.testing.assert_allclose(found, softmax(scale * outputs(2)).mean(0), rtol=2e-5)
+    assert compiled() == 1
+
+
+def test_functions_that_differ_in_a_number_only_are_two_programs(compiled):
+    for scale in (1.0, 1.0 + 2.0**-22, 2.0):
+        apply = functools.partial(lambda scale, w, x: (x @ w) * scale, scale)
+        found = blr.predict(0, Q, apply, X, samples=2).probabilities
+        np.testing.assert_allclose(found, softmax(scale * outputs(2)).mean(0), rtol=2e-5)
+    assert compiled() == 3
 
 
 def test_arguments_that_are_no_arrays_stay_python_values():
