@@ -24,6 +24,7 @@ from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, checked
 from blr_optax.families._continuous.gamma import (
     concentration_divergence,
+    held,
     log_entropy,
     mean_excess,
     trigamma,
@@ -280,7 +281,7 @@ class Dirichlet(ExponentialFamily):
         reachable = jnp.all(jnp.isfinite(mu.log), axis=-1) & (_slack(mu.log) > 0)
         safe = jnp.where(reachable[..., None], mu.log, -1.0 - jnp.log(1.0 * mu.log.shape[-1]))
         a = _concentrations(safe)
-        proper = reachable & jnp.all(domain.positive().contains(a), axis=-1)
+        proper = reachable & self.in_domain(held(DirichletNatural(a - 1.0)))
         lam = DirichletNatural(jnp.where(proper[..., None], a - 1.0, jnp.nan))
         return (lam, proper) if with_status else lam
 
@@ -430,5 +431,5 @@ class Beta(ExponentialFamily):
 
     def sample(self, key: Array, lam: BetaNatural, shape: tuple[int, ...] = ()) -> Array:
         x = Dirichlet().sample(key, self._pair(lam), shape)[..., 0]
-        # One itself is outside the support.
+        # At one itself the density may be infinite.
         return jnp.minimum(x, 1.0 - 0.5 * jnp.finfo(x.dtype).eps)
