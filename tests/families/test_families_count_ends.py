@@ -157,7 +157,7 @@ def test_counts_beyond_32_bits(x64, dtype, total):
         ]
         assert all(one.dtype == dtype for one in found)
     # lambda's own rounding: log(3e9) in float32 is a rate off by 3000, where a deviation is 55000.
-    close(found, exact_log_probs(), rtol=2e-4 if dtype == np.float32 else 1e-9)
+    close(found, exact_log_probs(), rtol=4e-4 if dtype == np.float32 else 1e-9)
 
 
 @DTYPES

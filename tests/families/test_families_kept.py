@@ -199,3 +199,30 @@ def test_one_lost_member_of_a_batch_is_found_and_traced_ones_pass():
 def test_a_vague_prior_is_refused_by_name():
     with pytest.raises(ValueError, match=r"inverse_gamma\.natural: concentration=.*Use float64"):
         blr.distribution("inverse_gamma", concentration=1e-8, scale=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name, mu",
+    [
+        # E[log x] = log(a / b) - 1 / a, of concentrations that a - 1 cannot tell from 0.
+        ("gamma", {"log": [-1e9, -1.6], "linear": [1.0, 1.0]}),
+        ("inverse_gamma", {"log": [1e9, 1.6], "reciprocal": [1.0, 1.0]}),
+        ("beta", {"log": [-1e9, -1.5], "log1m": [-1e-9, -0.5]}),
+        ("dirichlet", {"log": [[-1e9, -1e9, -0.7], [-1.5, -1.5, -1.5]]}),
+        ("exponential", {"linear": [1e-39, 2.0]}),
+        ("weibull", {"power": [1e-39, 2.0], "shape": [2.0, 2.0]}),
+        ("laplace", {"deviation": [1e-39, 2.0], "location": [0.0, 0.0]}),
+        ("inverse_gaussian", {"linear": [1e25, 2.0], "reciprocal": [2e-25, 1.0]}),
+    ],
+)
+def test_the_way_back_from_mu_returns_no_strangers(name, mu):
+    """In float32: NaN and False where lambda holds no member, the other row untouched."""
+    family = families.get(name)
+    given = family.Expectation(**{k: np.array(v, np.float32) for k, v in mu.items()})
+    lam, found = jax.jit(lambda mu: family.natural_from_expectation(mu, with_status=True))(given)
+    alone = jax.jit(family.natural_from_expectation)(given)
+    assert list(found) == [False, True]
+    assert list(jax.jit(family.in_domain)(lam)) == [False, True]
+    for field in family.domains:
+        assert np.isnan(getattr(lam, field)[0]).all() and np.isfinite(getattr(lam, field)[1]).all()
+        np.testing.assert_array_equal(getattr(alone, field), getattr(lam, field))

@@ -25,6 +25,7 @@ from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import POSITIVE, checked
 from blr_optax.families._continuous.gamma import (
     concentration_divergence,
+    held,
     log_entropy,
     mean_excess,
     trigamma,
@@ -34,6 +35,7 @@ from blr_optax.families._numerics.gamma_draws import following, gamma_log_draw
 from blr_optax.families._numerics.special import (
     LOG_2PI,
     digamma,
+    divergence_change,
     inverse_digamma,
     log_power,
     relative_excess,
@@ -51,6 +53,7 @@ MAX_ROOT_STEPS = 200
 MAX_POLISH_STEPS = 40
 LOWEST, HIGHEST = -60.0, 60.0  # where log s is looked for
 SUM_SLACK = 1e-3  # how far from one the parts of a point may sum: rounding, of float32 too
+NEARLY_ALL = 0.05  # what others may have, relative to one part, for it to be taken with s
 
 
 def _rest(a: Float[Array, "... k"]) -> Float[Array, "... k"]:
@@ -98,8 +101,18 @@ def _log_part(a: Array, s: Array, x: Array, difference: Array | None = None) -> 
     return jnp.where(end, log_power(a - 1.0, zero) + a * jnp.log(s) - s * zero, found)
 
 
-def _kl_part(a_p: Array, s_p: Array, a_q: Array, s_q: Array) -> Float[Array, ...]:
-    return a_q * relative_excess(a_q / s_q, a_p / s_p) + concentration_divergence(a_p, a_q)
+def _kl(a_p: Float[Array, "... k"], a_q: Float[Array, "... k"]) -> Float[Array, ...]:
+    """KL(p || q), also where one part is almost all of s: it then meets s before rounding."""
+    s_p, s_q = (jnp.sum(a, axis=-1, keepdims=True) for a in (a_p, a_q))
+    rest_p, rest_q = _rest(a_p), _rest(a_q)
+    off = jnp.where(rest_p < a_p, rest_q / s_q - rest_p / s_p, a_p / s_p - a_q / s_q)
+    spread = a_q * relative_excess(a_q / s_q, a_p / s_p, difference=off)
+    near = (rest_p < NEARLY_ALL * a_p) & (rest_q < NEARLY_ALL * a_q)
+    steps = (jnp.where(near, rest, 0.0) for rest in (rest_p, rest_q))
+    bends = concentration_divergence(a_p, a_q)
+    bends = jnp.where(near, -divergence_change(a_p, a_q, *steps), bends)
+    whole = jnp.where(jnp.any(near, axis=-1), 0.0, concentration_divergence(s_p, s_q)[..., 0])
+    return jnp.sum(spread + bends, axis=-1) - whole
 
 
 def _fisher(a: Float[Array, "... k"], v: Float[AnyArray, "... k"]) -> Float[Array, "... k"]:
@@ -270,7 +283,7 @@ class Dirichlet(ExponentialFamily):
         reachable = jnp.all(jnp.isfinite(mu.log), axis=-1) & (_slack(mu.log) > 0)
         safe = jnp.where(reachable[..., None], mu.log, -1.0 - jnp.log(1.0 * mu.log.shape[-1]))
         a = _concentrations(safe)
-        proper = reachable & jnp.all(domain.positive().contains(a), axis=-1)
+        proper = reachable & self.in_domain(held(DirichletNatural(a - 1.0)))
         lam = DirichletNatural(jnp.where(proper[..., None], a - 1.0, jnp.nan))
         return (lam, proper) if with_status else lam
 
@@ -290,10 +303,7 @@ class Dirichlet(ExponentialFamily):
         return jnp.sum(parts, axis=-1) - log_entropy(jnp.sum(a, axis=-1))
 
     def kl(self, lam_p: DirichletNatural, lam_q: DirichletNatural) -> Array:
-        a_p, a_q = 1.0 + lam_p.log, 1.0 + lam_q.log
-        s_p, s_q = (jnp.sum(a, axis=-1, keepdims=True) for a in (a_p, a_q))
-        parts = jnp.sum(_kl_part(a_p, s_p, a_q, s_q), axis=-1)
-        return parts - concentration_divergence(s_p, s_q)[..., 0]
+        return _kl(1.0 + lam_p.log, 1.0 + lam_q.log)
 
     def fisher_product(self, lam: DirichletNatural, v: DirichletNatural) -> DirichletExpectation:
         return DirichletExpectation(_fisher(1.0 + lam.log, v.log))
@@ -409,7 +419,7 @@ class Beta(ExponentialFamily):
         inside = (theta >= 0) & (theta <= 1)
         x = jnp.where(inside, theta, 0.5)
         # 1 - x is rounded; both parts are off by one and the same number.
-        off = jnp.where(a < b, x - a / s, b / s - (1.0 - x))
+        off = jnp.where(a <= b, x - a / s, b / s - (1.0 - x))
         found = _log_part(a, s, x, off) + _log_part(b, s, 1.0 - x, -off) - _log_scale(s)
         return jnp.where(inside, found, -jnp.inf)
 
@@ -417,9 +427,7 @@ class Beta(ExponentialFamily):
         return Dirichlet().entropy(self._pair(lam))
 
     def kl(self, lam_p: BetaNatural, lam_q: BetaNatural) -> Array:
-        (a_p, b_p, s_p), (a_q, b_q, s_q) = self._sums(lam_p), self._sums(lam_q)
-        parts = _kl_part(a_p, s_p, a_q, s_q) + _kl_part(b_p, s_p, b_q, s_q)
-        return parts - concentration_divergence(s_p, s_q)
+        return _kl(1.0 + self._pair(lam_p).log, 1.0 + self._pair(lam_q).log)
 
     def fisher_product(self, lam: BetaNatural, v: BetaNatural) -> BetaExpectation:
         change = _fisher(1.0 + self._pair(lam).log, self._pair(v).log)
@@ -436,5 +444,5 @@ class Beta(ExponentialFamily):
 
     def sample(self, key: Array, lam: BetaNatural, shape: tuple[int, ...] = ()) -> Array:
         x = Dirichlet().sample(key, self._pair(lam), shape)[..., 0]
-        # One itself is outside the support.
+        # At one itself the density may be infinite.
         return jnp.minimum(x, 1.0 - 0.5 * jnp.finfo(x.dtype).eps)

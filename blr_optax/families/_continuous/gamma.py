@@ -59,6 +59,11 @@ def mean_excess(
     return jnp.where(low, jnp.log(m) - log_x - 1.0, found)
 
 
+def held(lam: NaturalParameters) -> Any:
+    """Return lambda as it is stored: XLA would take (a - 1) + 1 for a, which is never rounded."""
+    return jax.lax.optimization_barrier(jax.lax.stop_gradient(lam))
+
+
 def log_entropy(a: Float[Array, ...]) -> Float[Array, ...]:
     """Return the entropy of log x when x is gamma: a l(a) + r(a) - log(a) / 2 + log(2 pi) / 2."""
     return a * log_minus_digamma(a) + stirling(a) - 0.5 * jnp.log(a) + 0.5 * LOG_2PI
@@ -165,13 +170,15 @@ class Gamma(ExponentialFamily):
         return GammaExpectation(jnp.log(m) - log_minus_digamma(1.0 + lam.log), m)
 
     def natural_from_expectation(self, mu: GammaExpectation, with_status: bool = False) -> PyTree:
-        """lambda(mu) from log a - psi(a) = log E[x] - E[log x]; NaN where that is not positive."""
+        """lambda(mu) from log a - psi(a) = log E[x] - E[log x]; NaN where lambda holds none."""
         known = domain.positive().contains(mu.linear)
         m = jnp.where(known, mu.linear, 1.0)
         gap = jnp.log(m) - mu.log
         proper = known & domain.positive().contains(gap)
         a = inverse_log_minus_digamma(jnp.where(proper, gap, 1.0))
-        lam = GammaNatural(*(jnp.where(proper, x, jnp.nan) for x in (a - 1.0, -a / m)))
+        lam = GammaNatural(a - 1.0, -a / m)
+        proper &= self.in_domain(held(lam))  # unless a is too small for a - 1 to tell
+        lam = GammaNatural(*(jnp.where(proper, x, jnp.nan) for x in lam))
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: GammaNatural, theta: Array) -> Array:
@@ -212,7 +219,7 @@ class Gamma(ExponentialFamily):
     def sample(self, key: Array, lam: GammaNatural, shape: tuple[int, ...] = ()) -> Array:
         a, b = jnp.broadcast_arrays(1.0 + lam.log, -lam.linear)
         g, c, log_x = gamma_log_draw(key, a, shape)
-        # At least the smallest normal number: zero would be outside the support.
+        # At least the smallest normal number: at zero the density may be infinite.
         x = jnp.maximum(g * jnp.exp(c) / b, jnp.finfo(g.dtype).tiny)
         return following(x, log_x - jnp.log(b))
 
@@ -307,6 +314,8 @@ class InverseGamma(ExponentialFamily):
         reciprocal = GammaExpectation(-mu.log, mu.reciprocal)
         gamma, proper = Gamma().natural_from_expectation(reciprocal, with_status=True)
         lam = InverseGammaNatural(-gamma.log - 2.0, gamma.linear)
+        proper &= self.in_domain(held(lam))  # -a - 1 has a digit less than a - 1
+        lam = InverseGammaNatural(*(jnp.where(proper, x, jnp.nan) for x in lam))
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: InverseGammaNatural, theta: Array) -> Array:

@@ -188,6 +188,8 @@ class InverseGaussian(ExponentialFamily):
         proper = known & domain.positive().contains(spread)
         s = 1.0 / jnp.where(proper, spread, jnp.nan)
         lam = InverseGaussianNatural(-0.5 * s / m / m, -0.5 * s)
+        proper &= self.in_domain(lam)
+        lam = InverseGaussianNatural(*(jnp.where(proper, x, jnp.nan) for x in lam))
         return (lam, proper) if with_status else lam
 
     def log_prob(self, lam: InverseGaussianNatural, theta: Array) -> Array:

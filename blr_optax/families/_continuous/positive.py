@@ -192,7 +192,7 @@ class RateFamily(ExponentialFamily):
     ) -> PyTree:
         """lambda = -1 / mu; NaN, and status False, unless mu is positive."""
         found = -self.rate(mu)
-        proper = domain.positive().contains(found)
+        proper = domain.positive().contains(found) & domain.positive().contains(1.0 / found)
         lam = self._fields(self.Natural, mu, -1.0 / jnp.where(proper, found, jnp.nan))
         return (lam, proper) if with_status else lam
 

@@ -183,17 +183,28 @@ stirling_curvature.defjvp(
 )
 
 
+def _mean_between(f: Callable[[float], Array], dtype: DTypeLike) -> Array:
+    """Return the integral from 0 to 1 of an f that changes by a few percent, by Gauss's rule."""
+    nodes, weights = np.polynomial.legendre.leggauss(2 if _single(dtype) else 5)
+    return sum(
+        float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in zip(nodes, weights, strict=True)
+    )
+
+
+@jax.custom_jvp
 def stirling_slope_change(a: Array, b: Array, d: Array) -> Float[Array, ...]:
     """r'(b) - r'(a) with b = a + d, to the digits of d >= 0 where that is small beside a."""
-    near = d < (0.05 if _single(jnp.result_type(d)) else 0.02) * a
+    near = d < 0.05 * a
     step = jnp.where(near, d, 0.0)
-    # The integral of r'' between them, by Gauss's rule.
-    nodes, weights = np.polynomial.legendre.leggauss(2 if _single(jnp.result_type(d)) else 4)
-    bends = sum(
-        float(0.5 * w) * stirling_curvature(a + float(0.5 * (t + 1.0)) * step)
-        for t, w in zip(nodes, weights, strict=True)
-    )
-    return jnp.where(near, bends * step, stirling_slope(b) - stirling_slope(a))
+    bend = _mean_between(lambda t: stirling_curvature(a + t * step), jnp.result_type(d))
+    return jnp.where(near, bend * step, stirling_slope(b) - stirling_slope(a))
+
+
+@stirling_slope_change.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, b, _), (ta, tb, _) = primals, tangents
+    slope = stirling_curvature(b) * tb - stirling_curvature(a) * ta
+    return stirling_slope_change(*primals), slope
 
 
 def log_gamma(a: Float[Array, ...]) -> Float[Array, ...]:
@@ -237,11 +248,30 @@ def stirling_divergence(a: Float[Array, ...], b: Float[Array, ...]) -> Float[Arr
     return 0.5 * relative_excess(a, b) + jnp.where(near, bends * step * step, far)
 
 
+def _divergence_slope(a: Array, b: Array, da: Array, db: Array) -> Array:
+    """Return the derivative of `stirling_divergence` along (da, db)."""
+    slope_b = log_minus_digamma(a) - log_minus_digamma(b)
+    return slope_b * db - _curved(a) * (b - a) * da
+
+
 @stirling_divergence.defjvp
 def _(primals: Any, tangents: Any) -> Any:
-    (a, b), (da, db) = primals, tangents
-    slope_b = log_minus_digamma(a) - log_minus_digamma(b)
-    return stirling_divergence(a, b), slope_b * db - _curved(a) * (b - a) * da
+    return stirling_divergence(*primals), _divergence_slope(*primals, *tangents)
+
+
+@jax.custom_jvp
+def divergence_change(a: Array, b: Array, da: Array, db: Array) -> Float[Array, ...]:
+    """`stirling_divergence` at (a + da, b + db) minus that at (a, b), for small steps >= 0."""
+    return _mean_between(
+        lambda t: _divergence_slope(a + t * da, b + t * db, da, db), jnp.result_type(a)
+    )
+
+
+@divergence_change.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (a, b, da, db), (ta, tb, tda, tdb) = primals, tangents
+    moved = _divergence_slope(a + da, b + db, ta + tda, tb + tdb)
+    return divergence_change(*primals), moved - _divergence_slope(a, b, ta, tb)
 
 
 @jax.custom_jvp
