@@ -43,6 +43,7 @@ LAYERS = [
         "_predict",
         "_predict_distribution",
         "_reads",
+        "_scoring",
         "_table",
         "metrics",
         "models",
