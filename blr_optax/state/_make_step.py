@@ -19,9 +19,10 @@ import optax
 from blr_optax._validate import check_count
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
+from blr_optax.state._weights import of_mean_one, weighted
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike, Float
 
     from blr_optax._typing import AxisName, Loss, OptState, Params, PyTree
 
@@ -69,7 +70,7 @@ def make_step(
 ) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:
     """Return the training step of an optimizer, the same for all of them.
 
-    params, opt_state, info = step(params, opt_state, *batch)
+    params, opt_state, info = step(params, opt_state, *batch, weights=None)
 
     theta ~ q;  g = grad l(theta);  params <- params + update(g): `estimate`, `tx.update` and
     `optax.apply_updates` in one function, for an optimizer of this library and of optax alike. The
@@ -90,7 +91,8 @@ def make_step(
             are then gone: go on with the ones that it returns.
 
     Returns:
-        A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
+        A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`). It
+        takes `weights=` as `estimate` does, how much every example, or token, counts.
 
     Raises:
         ValueError: for a `tx` that is not a transformation, samples < 1, options that an optimizer
@@ -134,9 +136,19 @@ def make_step(
         value = jnp.where(info.skipped > before, jnp.nan, info.value)
         return optax.apply_updates(params, updates), opt_state, info._replace(value=value)
 
-    def step(params: Params, opt_state: OptState, *batch: Any) -> tuple[Any, Any, StepInfo]:
+    def step(
+        params: Params,
+        opt_state: OptState,
+        *batch: Any,
+        weights: Float[ArrayLike, "B ..."] | None = None,
+    ) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
         if states and all(state.reader.evaluates_loss for state in states):
+            if weights is not None:
+                raise ValueError(
+                    "make_step: weights: this optimizer evaluates the loss itself; put the weights "
+                    "into its batch, and into its loss, jnp.sum(c * values) / jnp.sum(c)."
+                )
             return by_batch(params, opt_state, batch)
         draws = any(map(draws_noise, states))
         est = estimate(
@@ -149,10 +161,15 @@ def make_step(
             microbatch=microbatch,
             has_aux=has_aux,
             axis_name=axis_name,
+            weights=weights,
         )
 
         def value_fn(params: Params) -> Array:
-            found = loss(params, *batch)
+            if weights is None:
+                found = loss(params, *batch)
+            else:
+                counts = of_mean_one(weights, axis_name)
+                found = weighted(loss, params, batch, weights, has_aux).mean(params, *batch, counts)
             return found[0] if has_aux else found
 
         # What optimizers of optax may ask for; a line search refuses what it does not know.
