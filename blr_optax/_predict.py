@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 
     from blr_optax._typing import AnyArray, KeyLike
 
+__all__ = [
+    "Predictive",
+    "RegressionPredictive",
+    "Sampler",
+    "binary_link",
+    "predict",
+    "predict_regression",
+]
+
 
 @runtime_checkable
 class Sampler(Protocol):

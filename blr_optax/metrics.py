@@ -2,8 +2,16 @@
 
 Scores of one example (`nll`, `brier`, `entropy`, ...) are returned per example, as optax's losses
 are: take ``.mean()``. What only a set has (`accuracy`, `calibration`, `auroc`, ...) is one number,
-with its per-bin data beside it. All are pure functions of arrays, in their dtype, jit-able with
-keyword arguments static. What has no value is NaN, and nothing is clipped.
+with its per-bin data beside it. All are pure functions of arrays, in their dtype (float32 for half
+precision), jit-able with keyword arguments static. What has no value is NaN, and nothing is
+clipped. Logits in place of probabilities are refused outside `jit`.
+
+What takes labels takes two more: `ignore_index`, the label of examples that have none (padding),
+and `weights`, how much every example counts, 0 or more. Of a score per example an ignored one is
+NaN; with `weights` it is ``score w / mean(w)``, 0 where ignored, so that its ``.mean()`` is the
+weighted mean.
+
+Above 500 lines: short functions with a number to check each, under the one name that users import.
 """
 
 from __future__ import annotations
@@ -17,10 +25,22 @@ import numpy as np
 from jax.scipy import stats
 from jax.scipy.special import erf, ndtri
 
+from blr_optax._scoring import (
+    Labelled,
+    Scored,
+    example_weights,
+    fit_temperature,
+    labelled,
+    probabilities,
+    scored,
+    wide,
+)
 from blr_optax._validate import require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+    from blr_optax._typing import AnyArray
 
     # What is given: anything that jax makes an array of. n is a batch, or a batch of pixels.
     Probs = Float[ArrayLike, "*n k"]  # probabilities of k classes
@@ -34,26 +54,49 @@ if TYPE_CHECKING:
     Scalar = Float[Array, ""]
 
 
-def correct(probs: Probs, labels: Labels) -> Bool[Array, "*n"]:
+def correct(probs: Probs, labels: Labels, *, ignore_index: int | None = None) -> Bool[Array, "*n"]:
     """Whether the most probable class, the first one on ties, is the label; per example.
+
+    False where a probability is NaN, and where the label is ignored.
 
     >>> correct(jnp.array([[0.9, 0.1], [0.5, 0.5]]), jnp.array([0, 1])).tolist()
     [True, False]
     """
-    probs, labels = _examples(probs, labels)
-    return probs.argmax(-1) == labels
+    return _correct(labelled(probs, labels, ignore_index))
 
 
-def accuracy(probs: Probs, labels: Labels) -> Scalar:
+def _correct(given: Labelled) -> Bool[Array, "*n"]:
+    hit = (given.probs.argmax(-1) == given.labels) & given.used & given.known
+    return hit & ~jnp.any(jnp.isnan(given.probs), -1)
+
+
+def accuracy(
+    probs: Probs,
+    labels: Labels,
+    *,
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
+) -> Scalar:
     """Fraction of examples whose most probable class is the label.
 
     >>> float(accuracy(jnp.array([[0.9, 0.1], [0.5, 0.5]]), jnp.array([0, 1])))
     0.5
     """
-    return jnp.mean(correct(probs, labels), dtype=jnp.asarray(probs).dtype)
+    given = labelled(probs, labels, ignore_index, weights)
+    mass, hit, dtype = given.mass(), _correct(given), given.probs.dtype
+    share = jnp.sum(mass * hit).astype(dtype) / jnp.sum(mass).astype(dtype)
+    missing = jnp.any(jnp.isnan(given.probs), -1) | ~given.known
+    return jnp.where(jnp.any(missing & (mass > 0)), jnp.nan, share)
 
 
-def nll(probs: Probs, labels: Labels, *, log: bool = False) -> Scores:
+def nll(
+    probs: Probs,
+    labels: Labels,
+    *,
+    log: bool = False,
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
+) -> Scores:
     """Negative log-likelihood ``-log p[label]`` in nats, per example.
 
     Args:
@@ -61,16 +104,24 @@ def nll(probs: Probs, labels: Labels, *, log: bool = False) -> Scores:
         labels: Integer classes.
         log: Whether `probs` holds log-probabilities (static). They stay finite where a probability
             underflows to 0 and its NLL is infinite.
+        ignore_index: Label of examples without one (static).
+        weights: How much every example counts.
 
     >>> nll(jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([0, 1])).tolist()
     [0.6931..., inf]
     """
-    probs, labels = _examples(probs, labels)
-    p = jnp.take_along_axis(probs, labels[..., None], axis=-1)[..., 0]
-    return -p if log else -jnp.log(p)
+    given = labelled(probs, labels, ignore_index, weights, log=log)
+    p = jnp.take_along_axis(given.probs, given.labels[..., None], axis=-1)[..., 0]
+    return given.scores(-p if log else -jnp.log(p))
 
 
-def brier(probs: Probs, labels: Labels) -> Scores:
+def brier(
+    probs: Probs,
+    labels: Labels,
+    *,
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
+) -> Scores:
     """Brier score ``sum_k (p_k - 1[k = label])^2``, between 0 and 2, per example.
 
     For two classes this is twice the binary score ``(p_1 - label)^2``.
@@ -78,9 +129,29 @@ def brier(probs: Probs, labels: Labels) -> Scores:
     >>> round(float(brier(jnp.array([0.8, 0.2]), jnp.array(0))), 6)  # 0.2^2 + 0.2^2
     0.08
     """
-    probs, labels = _examples(probs, labels)
-    target = jax.nn.one_hot(labels, probs.shape[-1], dtype=probs.dtype)
-    return jnp.sum((probs - target) ** 2, axis=-1)
+    given = labelled(probs, labels, ignore_index, weights)
+    target = jax.nn.one_hot(given.labels, given.probs.shape[-1], dtype=given.probs.dtype)
+    return given.scores(jnp.sum((given.probs - target) ** 2, axis=-1))
+
+
+def temperature(
+    logits: Float[ArrayLike, "*n k"],
+    labels: Labels,
+    *,
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
+) -> Scalar:
+    """Fit the T for which softmax(logits / T) is most likely, on held-out examples.
+
+    One number, which changes no decision: above 1 the model was too sure. `logits` may be
+    log-probabilities, such as those of an average. NaN where the likelihood has no maximum, as for
+    labels that are all predicted, whatever T. Source: Guo et al. (2017), arXiv:1706.04599.
+
+    >>> logits = jnp.log(jnp.array([[0.9, 0.1]] * 4))  # 9 : 1, and right in 3 of 4
+    >>> round(float(temperature(logits, jnp.array([0, 0, 0, 1]))), 3)  # log 9 / log 3
+    2.0
+    """
+    return fit_temperature(labelled(logits, labels, ignore_index, weights, logits=True))
 
 
 def entropy(probs: Probs) -> Scores:
@@ -91,7 +162,10 @@ def entropy(probs: Probs) -> Scores:
     >>> entropy(jnp.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
     [0.6931..., 0.0]
     """
-    probs = _wide(probs)
+    return _entropy(probabilities(probs))
+
+
+def _entropy(probs: Array) -> Array:
     return jnp.sum(-probs * jnp.log(jnp.where(probs == 0, 1, probs)), axis=-1)
 
 
@@ -114,15 +188,15 @@ def entropy_split(sample_probs: Float[ArrayLike, "s *n k"], *, axis: int = 0) ->
     >>> [round(float(part), 4) for part in split]
     [0.6931, 0.0, 0.6931]
     """
-    sample_probs = jnp.asarray(sample_probs)
+    sample_probs = probabilities(sample_probs)
     if axis % sample_probs.ndim == sample_probs.ndim - 1:
         raise ValueError(f"axis={axis} is the axis of the classes; give the axis of the samples.")
-    return split_means(sample_probs.mean(axis), entropy(sample_probs).mean(axis))
+    return split_means(sample_probs.mean(axis), _entropy(sample_probs).mean(axis))
 
 
 def split_means(probs: Probs, aleatoric: Scores) -> EntropySplit:
     """`entropy_split` given the sample means of the probabilities and of their entropies."""
-    total = entropy(probs)
+    total = _entropy(wide(probs))
     # Jensen makes the difference non-negative; rounding can leave it an ulp below zero.
     return EntropySplit(total, aleatoric, jnp.maximum(total - aleatoric, 0))
 
@@ -144,7 +218,13 @@ class Calibration(NamedTuple):
 
 
 def calibration(
-    probs: Probs, labels: Labels, *, bins: int = 15, closed: Literal["left", "right"] = "left"
+    probs: Probs,
+    labels: Labels,
+    *,
+    bins: int = 15,
+    closed: Literal["left", "right"] = "left",
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
 ) -> Calibration:
     """Return the calibration errors of the most probable class, in bins of equal width.
 
@@ -155,6 +235,8 @@ def calibration(
         closed: Which bin owns a confidence exactly on an edge (static). "left": ``[k/n, (k+1)/n)``,
             with 1 in the last bin, that is ``floor(n p)``. "right": ``(k/n, (k+1)/n]``, with 0 in
             the first, that is ``ceil(n p) - 1``: Guo et al. (2017), arXiv:1706.04599.
+        ignore_index: Label of examples without one, which are left out (static).
+        weights: How much every example counts; `count` stays a number of examples.
 
     >>> probs = jnp.array([[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [0.5, 0.5]])
     >>> c = calibration(probs, jnp.array([0, 0, 1, 0]), bins=4)
@@ -163,12 +245,18 @@ def calibration(
     >>> round(float(c.ece), 4)  # 1/4 |0.5 - 1| + 3/4 |0.75 - 2/3|
     0.1875
     """
-    probs, labels = _probabilities(probs, labels)
-    return _equal_width(probs.max(-1).ravel(), correct(probs, labels).ravel(), bins, closed)
+    given = labelled(probs, labels, ignore_index, weights).flat()
+    return _equal_width(given, given.probs.max(-1), _correct(given), bins, closed)
 
 
 def classwise_calibration(
-    probs: Probs, labels: Labels, *, bins: int = 15, closed: Literal["left", "right"] = "left"
+    probs: Probs,
+    labels: Labels,
+    *,
+    bins: int = 15,
+    closed: Literal["left", "right"] = "left",
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
 ) -> Calibration:
     """Calibration of every class's probability against how often that class occurs.
 
@@ -180,13 +268,20 @@ def classwise_calibration(
     >>> classwise_calibration(probs, jnp.array([0, 1]), bins=4).ece.tolist()  # both 0.75 - 0.5
     [0.25, 0.25]
     """
-    probs, labels = _probabilities(probs, labels)
-    columns = probs.reshape(-1, probs.shape[-1]).T
-    occurs = labels.ravel() == jnp.arange(len(columns))[:, None]
-    return jax.vmap(lambda p, y: _equal_width(p, y, bins, closed))(columns, occurs)
+    given = labelled(probs, labels, ignore_index, weights).flat()
+    columns = given.probs.T
+    occurs = given.labels == jnp.arange(len(columns))[:, None]
+    return jax.vmap(lambda p, y: _equal_width(given, p, y, bins, closed))(columns, occurs)
 
 
-def adaptive_calibration(probs: Probs, labels: Labels, *, bins: int = 15) -> Calibration:
+def adaptive_calibration(
+    probs: Probs,
+    labels: Labels,
+    *,
+    bins: int = 15,
+    ignore_index: int | None = None,
+    weights: Reals | None = None,
+) -> Calibration:
     """Calibration of the most probable class in bins of equal mass.
 
     Examples are sorted by confidence (stably) and cut into `bins` groups of sizes that differ by
@@ -198,36 +293,54 @@ def adaptive_calibration(probs: Probs, labels: Labels, *, bins: int = 15) -> Cal
     >>> c.edges.tolist(), c.count.tolist(), float(c.ece)  # (2 * 0.375 + 1 * 0) / 3
     ([0.5, 1.0, 1.0], [2, 1], 0.25)
     """
-    probs, labels = _probabilities(probs, labels)
     require("bins", bins, "at least 1", lambda n: n >= 1)
-    order = jnp.argsort(probs.max(-1).ravel(), stable=True)
-    confidence, outcome = probs.max(-1).ravel()[order], correct(probs, labels).ravel()[order]
-    n, sizes = len(order), [len(group) for group in np.array_split(np.arange(len(order)), bins)]
-    starts = np.minimum(np.cumsum([0, *sizes]), n - 1)
-    return _binned(confidence, outcome, np.repeat(np.arange(bins), sizes), confidence[starts])
+    given = labelled(probs, labels, ignore_index, weights).flat()
+    counts = given.mass() > 0
+    # Those that count come first, by confidence; the first n % bins groups have one more.
+    ranks = jnp.nan_to_num(given.probs.max(-1), nan=-1.0)
+    order = jnp.argsort(jnp.where(counts, ranks, jnp.inf), stable=True)
+    given = jax.tree.map(lambda x: x[order], given)
+    n, i = jnp.sum(counts), jnp.arange(len(order))
+    least, more = n // bins, n % bins
+    longer = more * (least + 1)
+    after = more + (i - longer) // jnp.maximum(least, 1)
+    index = jnp.where(i < longer, i // (least + 1), after)
+    k = jnp.arange(bins + 1)
+    starts = jnp.clip(k * least + jnp.minimum(k, more), 0, jnp.maximum(n - 1, 0))
+    confidence = given.probs.max(-1)
+    edges = confidence[starts] if len(order) else jnp.full(bins + 1, jnp.nan, confidence.dtype)
+    return _binned(given, confidence, _correct(given), index, edges)
 
 
-def _equal_width(confidence: AnyArray, outcome: AnyArray, bins: int, closed: str) -> Calibration:
+def _equal_width(
+    given: Labelled, confidence: Array, outcome: Array, bins: int, closed: str
+) -> Calibration:
     require("bins", bins, "at least 1", lambda n: n >= 1)
     if closed not in ("left", "right"):
         raise ValueError(f'closed={closed!r} is not a bin convention; use "left" or "right".')
     index = jnp.floor(confidence * bins) if closed == "left" else jnp.ceil(confidence * bins) - 1
     index = jnp.clip(index.astype(int), 0, bins - 1)
-    return _binned(confidence, outcome, index, jnp.linspace(0, 1, bins + 1, dtype=confidence.dtype))
+    edges = jnp.linspace(0, 1, bins + 1, dtype=confidence.dtype)
+    return _binned(given, confidence, outcome, index, edges)
 
 
-def _binned(confidence: Array, outcome: Array, index: ArrayLike, edges: Array) -> Calibration:
+def _binned(
+    given: Labelled, confidence: Array, outcome: Array, index: Array, edges: Array
+) -> Calibration:
     """Return the errors and the bin data when example ``i`` lies in bin ``index[i]``."""
-    n, bins, dtype = len(confidence), len(edges) - 1, confidence.dtype
-    count, hits, total = (
-        jax.ops.segment_sum(x, jnp.asarray(index), bins)
-        for x in (jnp.ones(n, int), outcome.astype(int), confidence)
+    bins, dtype, mass = len(edges) - 1, confidence.dtype, given.mass()
+    counts = mass > 0
+    confidence = jnp.where(given.known, confidence, jnp.nan)
+    count, size, hits, total = (
+        jax.ops.segment_sum(jnp.where(counts, x, 0), jnp.asarray(index), bins)
+        for x in (counts.astype(int), mass, mass * outcome, mass * confidence)
     )
-    size = jnp.maximum(count, 1).astype(dtype)
-    gap = jnp.abs(total / size - hits / size)
-    weight = count.astype(dtype) / n
+    inside = jnp.where(size > 0, size, 1).astype(dtype)
+    gap = jnp.abs(total / inside - hits / inside)
+    weight = size.astype(dtype) / jnp.sum(size).astype(dtype)  # NaN where nothing counts
     ece, rms = jnp.sum(weight * gap), jnp.sqrt(jnp.sum(weight * gap**2))
-    return Calibration(ece, gap.max(), rms, edges, count, total / size, hits / size)
+    mce = jnp.where(jnp.sum(size) > 0, gap.max(), jnp.nan)
+    return Calibration(ece, mce, rms, edges, count, total / inside, hits / inside)
 
 
 def in_vs_out(
@@ -244,19 +357,20 @@ def in_vs_out(
     return scores, jnp.arange(scores.size) < jnp.size(inside)
 
 
-def auroc(scores: Reals, positive: Truths) -> Scalar:
+def auroc(scores: Reals, positive: Truths, *, weights: Reals | None = None) -> Scalar:
     """Probability that a positive scores above a negative, a tie counting one half.
 
     >>> float(auroc(jnp.array([0.1, 0.4, 0.35, 0.8]), jnp.array([0, 0, 1, 1])))
     0.75
     """
-    scores, positive = _scored(scores, positive)
-    below, upto = _ranks(scores, ~positive)
-    wins = (below + upto).astype(scores.dtype) / (2 * jnp.sum(~positive))
-    return jnp.mean(wins, where=positive)
+    given = scored(scores, positive, weights)
+    negatives = given.mass * ~given.positive
+    below, upto = _ranks(given.scores, negatives)
+    wins = wide((below + upto) / (2 * jnp.sum(negatives)))
+    return given.unless_nan(_mean_of_positives(given, wins))
 
 
-def average_precision(scores: Reals, positive: Truths) -> Scalar:
+def average_precision(scores: Reals, positive: Truths, *, weights: Reals | None = None) -> Scalar:
     """Area under the precision-recall steps, ``sum_k (R_k - R_{k-1}) P_k`` (as scikit-learn).
 
     Computed as the mean over positives of the precision at their own score. With the other class as
@@ -266,10 +380,17 @@ def average_precision(scores: Reals, positive: Truths) -> Scalar:
     >>> round(float(ap), 4)  # (1/1 + 2/3) / 2
     0.8333
     """
-    scores, positive = _scored(scores, positive)
-    hits = jnp.sum(positive) - _ranks(scores, positive)[0]
-    found = scores.size - _ranks(scores, jnp.ones_like(positive))[0]
-    return jnp.mean(hits.astype(scores.dtype) / found, where=positive)
+    given = scored(scores, positive, weights)
+    positives = given.mass * given.positive
+    hits = jnp.sum(positives) - _ranks(given.scores, positives)[0]
+    found = jnp.sum(given.mass) - _ranks(given.scores, given.mass)[0]
+    return given.unless_nan(_mean_of_positives(given, wide(hits / found)))
+
+
+def _mean_of_positives(given: Scored, values: Array) -> Array:
+    """Return the weighted mean over the positives, NaN without any."""
+    mass = (given.mass * given.positive).astype(values.dtype)
+    return jnp.sum(jnp.where(mass > 0, mass * values, 0.0)) / jnp.sum(mass)
 
 
 class OperatingPoint(NamedTuple):
@@ -279,7 +400,9 @@ class OperatingPoint(NamedTuple):
     threshold: Scalar
 
 
-def fpr_at_tpr(scores: Reals, positive: Truths, *, tpr: float = 0.95) -> OperatingPoint:
+def fpr_at_tpr(
+    scores: Reals, positive: Truths, *, tpr: float = 0.95, weights: Reals | None = None
+) -> OperatingPoint:
     """False-positive rate at the highest threshold that finds a fraction `tpr` of the positives.
 
     The threshold is the ``ceil(tpr n)``-th largest of the ``n`` positive scores; `tpr` is static.
@@ -291,20 +414,31 @@ def fpr_at_tpr(scores: Reals, positive: Truths, *, tpr: float = 0.95) -> Operati
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr={tpr} is not a fraction of the positives; give one in (0, 1].")
-    scores, positive = _scored(scores, positive)
+    given = scored(scores, positive, weights)
+    scores, positive, mass = given
+    if weights is not None:
+        order = jnp.argsort(scores, descending=True)
+        found = jnp.cumsum((mass * positive)[order])
+        n, enough = found[-1], found >= tpr * found[-1] * (1 - 4 * jnp.finfo(found.dtype).eps)
+        threshold = scores[order][jnp.argmax(enough)]
+        negatives = mass * ~positive
+        fpr = jnp.sum(negatives * (scores >= threshold)) / jnp.sum(negatives)
+        fpr = given.unless_nan(jnp.where(n > 0, fpr, jnp.nan))
+        return OperatingPoint(fpr, given.unless_nan(wide(threshold)))
     # ceil(tpr n) in integers: a float32 product may round to the other side of the ceiling.
     share, n = Fraction(str(tpr)).limit_denominator(10_000), jnp.sum(positive)
     whole, rest = jnp.divmod(n, share.denominator)
     needed = share.numerator * whole - (-share.numerator * rest) // share.denominator
     threshold = jnp.sort(jnp.where(positive, scores, -jnp.inf), descending=True)[needed - 1]
-    fpr = jnp.mean(scores >= threshold, dtype=scores.dtype, where=~positive)
-    return OperatingPoint(jnp.where(n > 0, fpr, jnp.nan), threshold)
+    above = (scores >= threshold).astype(wide(scores).dtype)
+    fpr = given.unless_nan(jnp.mean(above, where=~positive))
+    return OperatingPoint(jnp.where(n > 0, fpr, jnp.nan), given.unless_nan(wide(threshold)))
 
 
 def _ranks(scores: AnyArray, member: AnyArray) -> tuple[Array, Array]:
-    """For each score, how many members lie strictly below it, and how many at or below it."""
+    """For each score, how much of `member` lies strictly below it, and at or below it."""
     order = jnp.argsort(scores)
-    ranked = jnp.concatenate([jnp.zeros(1, int), jnp.cumsum(member[order], dtype=int)])
+    ranked = jnp.concatenate([jnp.zeros(1, member.dtype), jnp.cumsum(member[order])])
     below, upto = (jnp.searchsorted(scores[order], scores, side=s) for s in ("left", "right"))
     return ranked[below], ranked[upto]
 
@@ -315,6 +449,7 @@ def gaussian_nll(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array, 
     >>> round(float(gaussian_nll(0.0, 1.0, 0.0)), 4)  # log(2 pi) / 2
     0.9189
     """
+    mean, std, targets = map(wide, (mean, std, targets))
     return -stats.norm.logpdf(targets, mean, std)
 
 
@@ -327,7 +462,8 @@ def gaussian_crps(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array,
     >>> round(float(gaussian_crps(0.0, 1.0, 0.0)), 4)  # (sqrt(2) - 1) / sqrt(pi)
     0.2337
     """
-    z = (jnp.asarray(targets) - mean) / std
+    mean, std, targets = map(wide, (mean, std, targets))
+    z = (targets - mean) / std
     return std * (z * erf(z / np.sqrt(2)) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
 
 
@@ -337,7 +473,7 @@ def gaussian_pit(mean: Numbers, std: Numbers, targets: Numbers) -> Float[Array, 
     >>> float(gaussian_pit(0.0, 1.0, 0.0))
     0.5
     """
-    return stats.norm.cdf(targets, mean, std)
+    return stats.norm.cdf(*map(wide, (targets, mean, std)))
 
 
 class Regression(NamedTuple):
@@ -364,8 +500,11 @@ def regression(
     targets: Numbers,
     *,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
+    weights: Reals | None = None,
 ) -> Regression:
     """Accuracy, likelihood, coverage and sharpness of Gaussian predictions (`std` with the noise).
+
+    With `weights`, all means are weighted; examples of weight 0 are left out.
 
     >>> r = regression(jnp.zeros(2), jnp.ones(2), jnp.array([0.5, -3.0]), levels=(0.95,))
     >>> float(r.mae), float(r.coverage[0]), round(float(r.width[0]), 2)  # 2 * 1.96
@@ -373,44 +512,34 @@ def regression(
     """
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels={levels} are not probabilities; give fractions, not percent.")
-    mean, std, targets = jnp.broadcast_arrays(mean, std, targets)
+    for name in ("mean", "epistemic"):
+        if hasattr(mean, name) and not hasattr(mean, "dtype"):
+            raise ValueError(
+                f"mean is a {type(mean).__name__}, p; give p.mean and p.variance ** 0.5."
+            )
+    require("std", std, "at least zero, a standard deviation", lambda s: ~(s < 0))
+    mean, std, targets = jnp.broadcast_arrays(*map(wide, (mean, std, targets)))
     error, z = targets - mean, (targets - mean) / std
     fractions = jnp.asarray(levels, z.dtype)
     q = ndtri((1 + fractions) / 2)
+    mass = jnp.ones(z.shape, z.dtype) if weights is None else example_weights(weights, z.shape)
+
+    def average(x: Array) -> Array:
+        """Over the examples, which may be several axes; NaN without any."""
+        if weights is None:
+            return jnp.mean(x, axis=tuple(range(-z.ndim, 0)))
+        total = jnp.sum(jnp.where(mass > 0, mass * x, 0.0), axis=tuple(range(-z.ndim, 0)))
+        return total / jnp.sum(mass)
+
+    inside = jnp.abs(z) <= q.reshape(-1, *[1] * z.ndim)
     return Regression(
-        nll=gaussian_nll(mean, std, targets).mean(),
-        rmse=jnp.sqrt(jnp.mean(error**2)),
-        mae=jnp.abs(error).mean(),
-        crps=gaussian_crps(mean, std, targets).mean(),
-        chi2=jnp.mean(z**2),
-        sharpness=std.mean(),
+        nll=average(gaussian_nll(mean, std, targets)),
+        rmse=jnp.sqrt(average(error**2)),
+        mae=average(jnp.abs(error)),
+        crps=average(gaussian_crps(mean, std, targets)),
+        chi2=average(z**2),
+        sharpness=average(std),
         levels=fractions,
-        coverage=jnp.mean(jnp.abs(z.ravel()) <= q[:, None], axis=1, dtype=z.dtype),
-        width=2 * q * std.mean(),
+        coverage=average(jnp.where(jnp.isnan(z), jnp.nan, inside.astype(z.dtype))),
+        width=2 * q * average(std),
     )
-
-
-def _wide(x: ArrayLike) -> Array:
-    """Return numbers in float32 or wider: sums in half precision lose their digits."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _examples(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
-    if labels.shape != probs.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        need = f"integer classes of shape {probs.shape[:-1]} (from one-hot: labels.argmax(-1))"
-        raise ValueError(f"labels are {labels.dtype} of shape {labels.shape}; give {need}.")
-    return probs, labels
-
-
-def _probabilities(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    require("probs", probs, "in [0, 1] (see softmax)", lambda p: (p >= 0) & (p < 1.001))
-    return _examples(probs, labels)
-
-
-def _scored(scores: ArrayLike, positive: ArrayLike) -> tuple[Array, Array]:
-    scores, positive = jnp.ravel(scores), jnp.ravel(positive).astype(bool)
-    if scores.shape != positive.shape:
-        raise ValueError(f"positive has {positive.size} entries, scores {scores.size}; pair them.")
-    return scores, positive

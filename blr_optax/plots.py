@@ -41,6 +41,11 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
         ValueError: if `calibration` holds several classes.
         ImportError: without matplotlib.
     """
+    if not hasattr(calibration, "ece"):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}; give "
+            "metrics.calibration(probs, labels)."
+        )
     if np.ndim(calibration.ece) != 0:
         raise ValueError(
             f"calibration has ece of shape {np.shape(calibration.ece)}; give one class of it, "
@@ -54,8 +59,8 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
     left, width = edges[:-1][filled], np.diff(edges)[filled]
     count, confidence, accuracy = count[filled], confidence[filled], accuracy[filled]
     bars = {"x": left, "width": width, "align": "edge", "linewidth": 0.8}
-    # Opaque: over a bar that reaches above the confidence the gap keeps the legend's colour.
-    gap = {"facecolor": "#F4CDB5", "hatch": "//", "edgecolor": VERMILION}
+    # Not filled: where accuracy is above confidence, its bar is seen behind the gap.
+    gap = {"facecolor": "none", "hatch": "//", "edgecolor": VERMILION}
 
     ax.bar(height=accuracy, color=BLUE, edgecolor="white", label="accuracy", **bars)
     ax.bar(height=confidence - accuracy, bottom=accuracy, label="gap", **gap, **bars)

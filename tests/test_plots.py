@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from blr_optax import metrics, plots
@@ -150,3 +151,22 @@ def test_without_matplotlib_the_error_says_what_to_install(calibration, monkeypa
     for draw in drawings(calibration):
         with pytest.raises(ImportError, match=r"pip install 'blr_optax\[plot\]'"):
             draw()
+
+
+def test_an_underconfident_model_shows_its_accuracy():
+    """Accuracy 0.9 in a bin of confidence 0.6: the bar is seen up to 0.9, the gap over it."""
+    probs = np.tile(np.array([[0.6, 0.4]], np.float32), (10, 1))
+    labels = (np.arange(10) == 0).astype(int)
+    found = jax.device_get(jax.jit(functools.partial(metrics.calibration, bins=5))(probs, labels))
+    fig = plots.reliability_diagram(found)
+    accuracy, gap = fig.axes[0].containers
+    assert heights(accuracy) == [pytest.approx(0.9)]
+    assert gap[0].get_facecolor()[3] == 0  # transparent: what is behind it is seen
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
+    x, y = fig.axes[0].transData.transform((0.7, 0.75))  # inside the gap, above the confidence
+    row, column = pixels.shape[0] - int(y), int(x)
+    around = pixels[row - 8 : row + 8, column - 8 : column + 8]
+    blue = np.array([0x00, 0x72, 0xB2])
+    assert np.mean(np.abs(around[..., :3].astype(int) - blue).max(-1) < 10) > 0.3

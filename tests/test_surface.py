@@ -42,6 +42,7 @@ LAYERS = [
         "_ensemble",
         "_predict",
         "_predict_distribution",
+        "_scoring",
         "_table",
         "metrics",
         "models",

@@ -24,9 +24,16 @@ from blr_optax._validate import check_count
 from blr_optax.per_example._taps._moments import strided
 from blr_optax.state._reader import draws_noise, posterior_states, refuse_multi_steps
 from blr_optax.state._reading import covered, draw, noise_of
+from blr_optax.state._weights import (
+    Weighted,
+    first_of,
+    of_mean_one,
+    refuse_normalised,
+    weighted,
+)
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike, Float
 
     from blr_optax._typing import (
         AxisName,
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
         OptState,
         Params,
         PyTree,
+        Scalar,
         Updates,
     )
 
@@ -104,7 +112,7 @@ def _accumulate(total: Any, new: Any) -> Any:
     return jax.tree.map(add, total, new)
 
 
-def scaled(tree: PyTree, a: float) -> PyTree:
+def scaled(tree: PyTree, a: Scalar) -> PyTree:
     """Multiply every leaf by a."""
     return jax.tree.map(lambda x: a * x, tree)
 
@@ -155,6 +163,7 @@ class Evaluation:
         parts: of each, its part of params.
         device: index on the axis of devices, which separates their draws; None for one device.
         signs: of the noise of a draw: (1, -1) for antithetic pairs.
+        weighted: the loss with weights, which then are the last of the examples.
     """
 
     loss: Callable[..., Any]
@@ -164,6 +173,7 @@ class Evaluation:
     parts: list[PyTree]
     device: Array | None
     signs: tuple[float, ...]
+    weighted: Weighted | None = None
 
     def keyed(self, key: Array | None) -> Evaluation:
         """Return the evaluation of `loss(..., key=key)`; of the loss itself for None."""
@@ -201,10 +211,17 @@ class Evaluation:
         from blr_optax.per_example._separable import batch_size
         from blr_optax.per_example._statistics import per_example  # with all taps
 
-        found = per_example(self.loss, weights, *examples)
         size = batch_size("estimate", examples)
+        if self.weighted is None:
+            found = per_example(self.loss, weights, *examples)
+            share = 1.0
+        else:
+            loss, counts = self.weighted.loss, examples[-1]
+            single = lambda params, *batch: jnp.mean(loss(params, *batch))  # noqa: E731
+            found = per_example(single, weights, *examples[:-1], weights=counts)
+            share = jnp.sum(counts) / size  # of a micro-batch; of the whole batch it is 1
         squares = jax.tree.map(lambda x: x / size, found.sum_squares)
-        return (found.value, None), found.grad, squares
+        return (share * found.value, None), scaled(found.grad, share), squares
 
     def second_gradient(self, first: PyTree, weights: PyTree, examples: tuple) -> PyTree:
         """Return the gradient at the adversaries, of states that have one, else at the weights."""
@@ -272,6 +289,7 @@ def estimate(
     split: bool = False,
     axis_name: AxisName | None = None,
     key: KeyLike | None = None,
+    weights: Float[ArrayLike, "B ..."] | None = None,
 ) -> Estimate:
     """Value, gradient and second statistic of a mean loss at this step's samples of the posterior.
 
@@ -302,14 +320,19 @@ def estimate(
         key: typed key or integer seed for a loss that draws by itself (dropout): the loss is called
             as `loss(theta, *batch, key=...)`, with a key of its own for every draw of the weights,
             micro-batch and device. The two evaluations of an antithetic pair share it.
+        weights: how much every example counts, c_i >= 0, one per example: value and grad are then
+            sum_i c_i (...) / sum_i c_i, over the whole batch and all devices. A loss may return one
+            value per example, or per token, and then takes weights of that shape, 0 for padding.
 
     Returns:
         An `Estimate`.
 
     Raises:
         ValueError: for a state without a posterior, of `MultiSteps`, or of `blr_update` (which
-            evaluates the loss itself), wrong structure of `noise`, samples < 1, or a microbatch
-            or samples to split by that do not divide the batch; for vogn and ogn as `per_example`.
+            evaluates the loss itself), weights that do not fit, a loss that is no mean over its
+            examples (one divided by its number of valid tokens) in parts, wrong structure of
+            `noise`, samples < 1, or a microbatch or samples to split by that do not divide the
+            batch; for vogn and ogn as `per_example`.
 
     Source: Shen et al. (2024), Sec. 3.2. For every Gaussian row of `blr_update`.
 
@@ -337,12 +360,23 @@ def estimate(
     if noise is not None:
         noise, samples = _recorded(noise, samples, states, parts)
     check_count("estimate: samples", samples)
-    device = None if axis_name is None else jax.lax.axis_index(axis_name)
-    signs = (1.0, -1.0) if antithetic else (1.0,)
+    given, drawn = None, loss
     if key is not None:
         key = canonical_key(key)
-        key = key if device is None else jax.random.fold_in(key, device)
-    evaluation = Evaluation(loss, has_aux, params, states, parts, device, signs)
+        drawn = functools.partial(loss, key=key)  # as it is traced, under any key
+    if weights is not None:
+        given = weighted(drawn, params, batch, weights, has_aux)
+        loss, batch = given.mean, (*batch, of_mean_one(weights, axis_name))
+    else:
+        how = [f"microbatch={microbatch}"] * (microbatch is not None) + ["split=True"] * split
+        if how or axis_name is not None:
+            by = (how or [f"axis_name={axis_name!r}"])[0]
+            refuse_normalised(first_of(drawn) if has_aux else drawn, params, batch, by)
+    device = None if axis_name is None else jax.lax.axis_index(axis_name)
+    signs = (1.0, -1.0) if antithetic else (1.0,)
+    if key is not None and device is not None:
+        key = jax.random.fold_in(key, device)
+    evaluation = Evaluation(loss, has_aux, params, states, parts, device, signs, given)
     share = _split(batch, samples)[0] if split else lambda index: batch
 
     def at_draw(inputs: tuple) -> tuple:

@@ -9,6 +9,7 @@ and one of optax the value and gradient at its parameters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,10 @@ from blr_optax._random import canonical_key
 from blr_optax._validate import check_count
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
+from blr_optax.state._weights import of_mean_one, weighted
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
+    from jaxtyping import Array, ArrayLike, Float
 
     from blr_optax._typing import AxisName, KeyLike, Loss, OptState, Params, PyTree
 
@@ -70,7 +72,7 @@ def make_step(
 ) -> Callable[..., tuple[PyTree, PyTree, StepInfo]]:
     """Return the training step of an optimizer, the same for all of them.
 
-    params, opt_state, info = step(params, opt_state, *batch)
+    params, opt_state, info = step(params, opt_state, *batch, weights=None)
 
     theta ~ q;  g = grad l(theta);  params <- params + update(g): `estimate`, `tx.update` and
     `optax.apply_updates` in one function, for an optimizer of this library and of optax alike. The
@@ -94,7 +96,8 @@ def make_step(
         A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
         Given `key=` besides, a typed key or integer seed that changes from step to step, it calls
         the loss as `loss(params, *batch, key=...)` with a key of its own for every draw and
-        micro-batch: for dropout and other noise that the loss draws by itself.
+        micro-batch: for dropout and other noise that the loss draws by itself. Given `weights=`, it
+        counts every example, or token, that much, as `estimate` does.
 
     Raises:
         ValueError: for a `tx` that is not a transformation, samples < 1, options that an optimizer
@@ -141,10 +144,19 @@ def make_step(
         return optax.apply_updates(params, updates), opt_state, info._replace(value=value)
 
     def step(
-        params: Params, opt_state: OptState, *batch: Any, key: KeyLike | None = None
+        params: Params,
+        opt_state: OptState,
+        *batch: Any,
+        key: KeyLike | None = None,
+        weights: Float[ArrayLike, "B ..."] | None = None,
     ) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
         if states and all(state.reader.evaluates_loss for state in states):
+            if weights is not None:
+                raise ValueError(
+                    "make_step: weights: this optimizer evaluates the loss itself; put the weights "
+                    "into its batch, and into its loss, jnp.sum(c * values) / jnp.sum(c)."
+                )
             return by_batch(params, opt_state, batch, asked + ["key"] * (key is not None))
         draws = any(map(draws_noise, states))
         est = estimate(
@@ -158,13 +170,20 @@ def make_step(
             has_aux=has_aux,
             axis_name=axis_name,
             key=key,
+            weights=weights,
         )
 
         # A line search compares with the value above, so under the same noise.
-        first = {} if key is None else {"key": jax.random.fold_in(canonical_key(key), 0)}
+        first = None if key is None else jax.random.fold_in(canonical_key(key), 0)
+        drawn = loss if key is None else functools.partial(loss, key=first)
 
         def value_fn(params: Params) -> Array:
-            found = loss(params, *batch, **first)
+            if weights is None:
+                found = drawn(params, *batch)
+            else:
+                counts = of_mean_one(weights, axis_name)
+                whole = weighted(drawn, params, batch, weights, has_aux)
+                found = whole.mean(params, *batch, counts)
             return found[0] if has_aux else found
 
         # What optimizers of optax may ask for; a line search refuses what it does not know.

@@ -32,7 +32,13 @@ from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._numerics.quantiles import GaussianMarginals
-from blr_optax.families._numerics.special import LOG_2PI, NEAR, excess_near, relative_excess
+from blr_optax.families._numerics.special import (
+    LOG_2PI,
+    NEAR,
+    excess_near,
+    floating,
+    relative_excess,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
@@ -150,6 +156,7 @@ class Normal(GaussianFamily):
         return 0.5 * lam.linear * self.mean(lam) - 0.5 * jnp.log(self.precision(lam))
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
+        theta = floating(theta)
         return GaussianExpectation(theta, theta * theta)
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
@@ -289,10 +296,12 @@ class Gaussian(GaussianFamily):
         return 0.5 * (jnp.sum(lam.linear * self.mean(lam), -1) - _log_det(self.precision(lam)))
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> GaussianExpectation:
+        theta = floating(theta)
         return GaussianExpectation(theta, theta[..., :, None] * theta[..., None, :])
 
     def log_base_measure(self, lam: GaussianNatural, theta: Array) -> Array:
-        return jnp.full(jnp.shape(theta)[:-1], -0.5 * LOG_2PI * lam.linear.shape[-1], theta.dtype)
+        size = lam.linear.shape[-1]
+        return jnp.full(jnp.shape(theta)[:-1], -0.5 * LOG_2PI * size, floating(theta).dtype)
 
     def expectation(self, lam: GaussianNatural) -> GaussianExpectation:
         m = self.mean(lam)
@@ -453,7 +462,7 @@ class GaussianFixed(GaussianFamily):
         return 0.5 * jnp.sum(lam.linear * self.mean(lam), axis=-1)
 
     def sufficient_statistics(self, theta: Array, lam: PyTree = None) -> FixedExpectation:
-        d = theta.shape[-1]
+        theta, d = floating(theta), theta.shape[-1]
         return FixedExpectation(theta, jnp.zeros((*theta.shape[:-1], d, d), theta.dtype))
 
     def log_base_measure(self, lam: FixedNatural, theta: Array) -> Array:

@@ -327,7 +327,7 @@ class NormalInverseGamma(ExponentialFamily):
         self, theta: MeanVariance, lam: NaturalParameters = None
     ) -> NormalInverseGammaExpectation:
         x, v = theta
-        return NormalInverseGammaExpectation(x / v, x * x / v, jnp.log(v), 1.0 / v)
+        return NormalInverseGammaExpectation(x / v, x * (x / v), jnp.log(v), 1.0 / v)
 
     def log_base_measure(self, lam: NormalInverseGammaNatural, theta: MeanVariance) -> Array:
         return jnp.zeros_like(lam.linear * theta.mean)

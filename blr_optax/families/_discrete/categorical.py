@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from blr_optax._typing import Alternative, ExpectationParameters, NaturalParameters, PyTree
 
+DEEPEST = {4: 512.0, 8: 65536.0}  # of float32 and float64: exp(-x) is 0, and 1 + x still has digits
 MANY = 4096  # categories beyond which the rounding of their probabilities would add up
 
 
@@ -91,7 +92,9 @@ def choice_kl(logits_p: Float[Array, "... K"], logits_q: Float[Array, "... K"]) 
     p, log_p = softmax(logits_p), log_softmax(logits_p)
     d = _relative(likeliest(logits_p), logits_q - logits_p)
     u = d - jnp.sum(p * d, -1, keepdims=True)
-    joint = log_p + u
+    # log_p + u, of which two large numbers cancel where p_k is nothing: from the likeliest one on.
+    mask = likeliest(logits_p)
+    joint = _relative(mask, logits_q) + jnp.sum(jnp.where(mask, log_p + u, 0.0), -1, keepdims=True)
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(joint, -1, keepdims=True) - 1.0, 0.0))
     q = jnp.exp(joint - top)  # up to a factor
     near = jnp.abs(u) < 1.0
@@ -106,6 +109,12 @@ def full_logits(linear: Float[Array, "... learnt"]) -> Float[Array, "... K"]:
     return jnp.concatenate([linear, jnp.zeros_like(linear[..., :1])], -1)
 
 
+def _label(theta: Int[ArrayLike, ...]) -> Int[Array, ...]:
+    """Return labels in which K can be counted: eight bits do not hold 256."""
+    theta = jnp.asarray(theta)
+    return theta.astype(jnp.promote_types(theta.dtype, jnp.int32))
+
+
 LABEL = {
     "logits": dataclasses.replace(REAL, unique=False).over("K", least=2),
     "probabilities": DISTRIBUTION.over("K", least=2),
@@ -115,9 +124,15 @@ LABEL = {
 def linear_from(
     logits: ArrayLike | None, probabilities: ArrayLike | None
 ) -> Float[Array, "... learnt"]:
-    """lambda from K logits or K probabilities."""
+    """lambda from K logits or K probabilities.
+
+    All are relative to the last, so that one that is masked away, by -1e9, would take the digits of
+    the others with it: it counts as `DEEPEST` below the largest, where its probability is zero.
+    """
     x = jnp.asarray(logits) if probabilities is None else jnp.log(probabilities)
-    return x[..., :-1] - x[..., -1:]
+    deepest = DEEPEST.get(x.dtype.itemsize, jnp.inf)
+    last = jnp.maximum(x[..., -1:], jnp.max(x, -1, keepdims=True) - deepest)
+    return x[..., :-1] - last
 
 
 class Simplex(ExponentialFamily):
@@ -234,7 +249,7 @@ class Categorical(Simplex):
         if lam is None:
             raise ValueError("categorical: T of a label depends on K: pass lam.")
         labels = jnp.arange(lam.linear.shape[-1])
-        chosen = jnp.asarray(theta)[..., None] == labels
+        chosen = _label(theta)[..., None] == labels
         return CategoricalExpectation(chosen.astype(lam.linear.dtype))
 
     def log_base_measure(self, lam: CategoricalNatural, theta: Int[Array, ...]) -> Array:
@@ -245,7 +260,7 @@ class Categorical(Simplex):
         return jnp.zeros_like(lam.linear[..., 0])
 
     def log_prob(self, lam: CategoricalNatural, theta: Int[Array, ...]) -> Array:
-        logits, theta = full_logits(lam.linear), jnp.asarray(theta)[..., None]
+        logits, theta = full_logits(lam.linear), _label(theta)[..., None]
         k = logits.shape[-1]
         label = jnp.clip(theta, 0, k - 1).astype(jnp.int32)
         batch = jnp.broadcast_shapes(label.shape[:-1], logits.shape[:-1])

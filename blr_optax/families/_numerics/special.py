@@ -20,7 +20,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, ArrayLike, Float
 
     from blr_optax._typing import DTypeLike
 
@@ -55,6 +55,12 @@ _STIRLING_DOUBLE = (
 )
 # From where that holds, the coefficients, and nodes of the quadrature for divergences.
 _SINGLE, _DOUBLE = (2, _STIRLING_SINGLE, 4), (4, _STIRLING_DOUBLE, 7)
+
+
+def floating(x: ArrayLike) -> Array:
+    """Return numbers as floating ones: products of integers of few bits would wrap."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
 def _single(dtype: DTypeLike) -> bool:
