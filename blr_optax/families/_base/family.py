@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -19,9 +20,32 @@ if TYPE_CHECKING:
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 
+REACH = 0.45  # of the largest number's exponent: sums of squares stay finite
+
+
 def derived(value: Callable[[Any], Any]) -> Any:
     """Make a function of a family one of its class attributes, which differs between members."""
     return property(value)
+
+
+def each_finite(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether all of a tree is finite, per batch element; the leading axes are those of `like`."""
+    return _each(jnp.isfinite, tree, like)
+
+
+def each_within(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether no number of a tree is so large that its square overflows, per batch element.
+
+    Infinite ones do not count: a mean may be infinite.
+    """
+    return _each(lambda x: ~(jnp.abs(x) > float(jnp.finfo(x.dtype).max) ** REACH) | jnp.isinf(x), tree, like)
+
+
+def _each(test: Callable[[Array], Array], tree: PyTree, like: Array) -> Bool[Array, ...]:
+    held = jnp.ones_like(like, bool)
+    for x in jax.tree.leaves(tree):
+        held &= jnp.all(test(x), axis=tuple(range(like.ndim, jnp.ndim(x))))
+    return held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +114,43 @@ class Family:
     def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether lambda is a proper member, per batch element."""
         raise NotImplementedError
+
+    def has_mean(self, lam: NaturalParameters) -> Bool[Array, ...]:
+        """Tell whether E_q[theta] is finite on paper, per batch element: nearly always."""
+        return jnp.ones_like(self.in_domain(lam))
+
+    def usable(self, lam: NaturalParameters) -> Bool[Array, ...]:
+        """Tell whether a step may end at lambda, per batch element.
+
+        It is a proper member, and its mean, where it has one, is a finite number.
+        """
+        inside = self.in_domain(lam)
+        return inside & (each_finite(self.mean(lam), inside) | ~self.has_mean(lam))
+
+    def keep(
+        self, lam: NaturalParameters, new: NaturalParameters, step: PyTree
+    ) -> tuple[NaturalParameters, PyTree, Array]:
+        """Return the new lambda where a step could be made, else the old one: member by member.
+
+        Args:
+            lam: the old parameters.
+            new: where the step led.
+            step: the step or its natural gradient; a member in which it is not finite stays.
+
+        Returns:
+            lambda, its mean, and how many members stayed where they were (int32).
+        """
+        means = self.mean(new), self.mean(lam)
+        good = self.usable(new)
+        good &= each_finite(step, good)
+        # From ordinary numbers to such as have no finite square no step is believed.
+        good &= each_within((new, means[0]), good) | ~each_within((lam, means[1]), good)
+
+        def choose(x: Array, old: Array) -> Array:
+            return jnp.where(jnp.expand_dims(good, tuple(range(good.ndim, x.ndim))), x, old)
+
+        mean = jax.tree.map(choose, *means)
+        return jax.tree.map(choose, new, lam), mean, jnp.sum(~good, dtype=jnp.int32)
 
     def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         """Return a lambda centred at `location`, with the scale of `like` (else one)."""

@@ -117,6 +117,18 @@ class Raveled(Family):
     def in_domain(self, lam: NaturalParameters) -> Array:
         return self.family.in_domain(lam)
 
+    def has_mean(self, lam: NaturalParameters) -> Array:
+        return self.family.has_mean(lam)
+
+    def usable(self, lam: NaturalParameters) -> Array:
+        return self.family.usable(lam)
+
+    def keep(
+        self, lam: NaturalParameters, new: NaturalParameters, step: PyTree
+    ) -> tuple[NaturalParameters, PyTree, Array]:
+        natural, mean, count = self.family.keep(lam, new, step)
+        return natural, self.unravel(mean), count
+
     def entropy(self, lam: NaturalParameters) -> Array:
         return self.family.entropy(lam)
 
@@ -141,6 +153,10 @@ class Raveled(Family):
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
         return self.family.log_base_measure(lam, self.ravel(theta))
+
+    def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
+        natural, away, back = self.family.centred(lam)
+        return natural, lambda theta: self.unravel(away(self.ravel(theta))), back
 
     def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:
         return self.unravel(self.family.displace(lam, self.ravel(z)))
