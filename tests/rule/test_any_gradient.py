@@ -33,9 +33,7 @@ def bounded(theta, scale):
 
 def survives(q, estimator, prior):
     """Run all sequences at once; return what held before, at and after the absurd step."""
-    tx = blr.blr_update(
-        q.family, bounded, 0.3, ess=5.0, init=q, prior=prior, estimator=estimator
-    )
+    tx = blr.blr_update(q.family, bounded, 0.3, ess=5.0, init=q, prior=prior, estimator=estimator)
     start = jax.tree.map(lambda x: jnp.asarray(x, float), q.mean)
 
     def one(scale):
@@ -162,9 +160,7 @@ def test_one_factor_of_a_product_stays_alone():
     family = families.Product({"a": "normal", "b": "gamma"})
     prior = blr.Distribution(
         family,
-        family.natural(
-            a={"mean": 0.0, "precision": 1.0}, b={"concentration": 2.0, "rate": 1.0}
-        ),
+        family.natural(a={"mean": 0.0, "precision": 1.0}, b={"concentration": 2.0, "rate": 1.0}),
     )
     loss = lambda mu, s: s * mu.parts["a"].linear + mu.parts["b"].linear  # noqa: E731
     tx = blr.blr_update(family, loss, 0.5, prior=prior, estimator=estimators.closed_form())

@@ -8,6 +8,7 @@ one, `exponential` and `conditional`; a family of this base alone is only read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,32 @@ def derived(value: Callable[[Any], Any]) -> Any:
 
 def each_finite(tree: PyTree, like: Array) -> Bool[Array, ...]:
     """Whether all of a tree is finite, per batch element; the leading axes are those of `like`."""
+    held = jnp.ones_like(like, bool)
+    for x in jax.tree.leaves(tree):
+        held &= jnp.all(jnp.isfinite(x), axis=tuple(range(like.ndim, jnp.ndim(x))))
+    return held
+
+
+def ordinary(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether the squares of all of a tree are finite with room to spare, per batch element."""
+
+    def largest(x: Array) -> Array:
+        return jnp.max(jnp.abs(x), axis=tuple(range(like.ndim, jnp.ndim(x))), initial=0.0)
+
+    size = functools.reduce(jnp.maximum, map(largest, jax.tree.leaves(tree)))
+    return size < float(jnp.finfo(size.dtype).max) ** REACH
+
+
+REACH = 0.45  # of the largest number's exponent: sums of squares stay finite
+
+
+def derived(value: Callable[[Any], Any]) -> Any:
+    """Make a function of a family one of its class attributes, which differs between members."""
+    return property(value)
+
+
+def each_finite(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether all of a tree is finite, per batch element; the leading axes are those of `like`."""
     return _each(jnp.isfinite, tree, like)
 
 
@@ -38,7 +65,9 @@ def each_within(tree: PyTree, like: Array) -> Bool[Array, ...]:
 
     Infinite ones do not count: a mean may be infinite.
     """
-    return _each(lambda x: ~(jnp.abs(x) > float(jnp.finfo(x.dtype).max) ** REACH) | jnp.isinf(x), tree, like)
+    return _each(
+        lambda x: ~(jnp.abs(x) > float(jnp.finfo(x.dtype).max) ** REACH) | jnp.isinf(x), tree, like
+    )
 
 
 def _each(test: Callable[[Array], Array], tree: PyTree, like: Array) -> Bool[Array, ...]:
@@ -143,8 +172,9 @@ class Family:
         means = self.mean(new), self.mean(lam)
         good = self.usable(new)
         good &= each_finite(step, good)
-        # From ordinary numbers to such as have no finite square no step is believed.
-        good &= each_within((new, means[0]), good) | ~each_within((lam, means[1]), good)
+        # No step is believed that leads from ordinary numbers to such as have no finite square.
+        finite = [jax.tree.map(lambda m: jnp.where(jnp.isinf(m), 0.0, m), mean) for mean in means]
+        good &= ordinary((new, finite[0]), good) | ~ordinary((lam, finite[1]), good)
 
         def choose(x: Array, old: Array) -> Array:
             return jnp.where(jnp.expand_dims(good, tuple(range(good.ndim, x.ndim))), x, old)
