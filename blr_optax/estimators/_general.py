@@ -88,7 +88,6 @@ class Pathwise(Estimator):
         batch: tuple,
     ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
-
         local, away, back = family.centred(lam)
 
         def at(k: Array) -> tuple[Array, Any]:

@@ -48,6 +48,7 @@ from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
+    beside,
     from_basis,
     is_split,
     on_every_device,
@@ -147,8 +148,9 @@ def _first_bases(params: Params, max_size: int) -> Any:
         if jnp.ndim(leaf) < 2:
             continue
         columns = leaf.shape[-1]
+        dtype = _tree.statistics_dtype(leaf.dtype)
         sides = [
-            jnp.eye(size, dtype=_tree.statistics_dtype(leaf.dtype)) if size <= max_size else None
+            beside(jnp.eye(size, dtype=dtype), leaf) if size <= max_size else None
             for size in (leaf.size // max(columns, 1), columns)
         ]
         bases[_tree.leaf_name(path)] = Basis(*sides)
@@ -162,18 +164,39 @@ def _gram(g: Array, basis: Basis) -> Basis:
 
 
 def _by_eigenvectors(factor: Array, basis: Array) -> Array:
-    """Eigenvectors, the largest first: the order that power iterations keep."""
+    """Eigenvectors, the largest first: the order that power iterations keep.
+
+    Signs, and vectors that the factor sends to zero, would be a matter of rounding. So every vector
+    points along one fixed direction, and the latter diagonalise a fixed matrix.
+    """
     del basis
-    return jnp.linalg.eigh(factor)[1][:, ::-1]
+    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(factor))
+    size = factor.shape[0]
+    kept = values > _rounding(values[:1], size)
+    rest = jnp.eye(size, dtype=factor.dtype) - (vectors * kept) @ vectors.T
+    ramp = jnp.linspace(1.0, 2.0, size, dtype=factor.dtype)
+    others = jnp.linalg.eigh((rest * ramp) @ rest)[1][:, ::-1]
+    q = jnp.where(kept, vectors, jnp.roll(others, jnp.sum(kept), axis=1))
+    along = jnp.cos(jnp.arange(size, dtype=factor.dtype)) @ q
+    return q * jnp.where(along < 0, -1.0, 1.0).astype(q.dtype)
+
+
+def _rounding(largest: Array, size: int) -> Array:
+    """Return what an eigenvalue of zero may come out as, beside the largest one."""
+    return 8.0 * size * jnp.finfo(largest.dtype).eps * largest
 
 
 def _by_power(factor: Array, basis: Array) -> Array:
     """One orthogonal iteration, with the signs of the old vectors.
 
-    A rounding's worth of the identity keeps the vectors that the factor sends to zero.
+    A rounding's worth of the identity keeps the vectors that the factor sends to zero; of what
+    rounding made of those nothing else is left.
     """
     rounding = jnp.finfo(factor.dtype).eps * jnp.trace(factor)
-    q, r = jnp.linalg.qr(factor @ basis + rounding * basis)
+    moved = factor @ basis
+    sizes = jnp.linalg.norm(moved, axis=0)
+    moved = jnp.where(sizes > _rounding(jnp.max(sizes), len(sizes)), moved, 0.0)
+    q, r = jnp.linalg.qr(moved + rounding * basis)
     return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
 
 

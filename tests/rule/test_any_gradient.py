@@ -261,7 +261,7 @@ def test_params_stay_while_the_posterior_has_no_mean():
 def test_params_that_are_not_finite_are_refused_with_what_to_write():
     prior = blr.distribution("inverse_gamma", concentration=0.5, scale=1.0)
     tx = blr.blr_update("inverse_gamma", variance_energy, 0.5, prior=prior)
-    with pytest.raises(ValueError, match="params=inf.*infinite mean.*any finite"):
+    with pytest.raises(ValueError, match=r"params=inf.*infinite mean.*any finite"):
         tx.init(prior.mean)
 
 

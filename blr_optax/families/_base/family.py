@@ -47,36 +47,6 @@ def ordinary(tree: PyTree, like: Array) -> Bool[Array, ...]:
     return size < float(jnp.finfo(size.dtype).max) ** REACH
 
 
-REACH = 0.45  # of the largest number's exponent: sums of squares stay finite
-
-
-def derived(value: Callable[[Any], Any]) -> Any:
-    """Make a function of a family one of its class attributes, which differs between members."""
-    return property(value)
-
-
-def each_finite(tree: PyTree, like: Array) -> Bool[Array, ...]:
-    """Whether all of a tree is finite, per batch element; the leading axes are those of `like`."""
-    return _each(jnp.isfinite, tree, like)
-
-
-def each_within(tree: PyTree, like: Array) -> Bool[Array, ...]:
-    """Whether no number of a tree is so large that its square overflows, per batch element.
-
-    Infinite ones do not count: a mean may be infinite.
-    """
-    return _each(
-        lambda x: ~(jnp.abs(x) > float(jnp.finfo(x.dtype).max) ** REACH) | jnp.isinf(x), tree, like
-    )
-
-
-def _each(test: Callable[[Array], Array], tree: PyTree, like: Array) -> Bool[Array, ...]:
-    held = jnp.ones_like(like, bool)
-    for x in jax.tree.leaves(tree):
-        held &= jnp.all(test(x), axis=tuple(range(like.ndim, jnp.ndim(x))))
-    return held
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Base of all families.

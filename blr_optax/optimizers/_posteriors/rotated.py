@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blr_optax import _tree
 from blr_optax.families import MeanField, Normal
@@ -40,8 +40,26 @@ class Basis(NamedTuple):
     right: Array | None
 
 
+def _own_mesh(x: Array) -> Any:
+    """Return the explicit mesh that the type of x names, also where none is set; else None."""
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit} else mesh
+
+
+def beside(x: Array, like: Array) -> Array:
+    """x whole on every device of the explicit mesh of `like`, if it has one."""
+    mesh = _own_mesh(like)
+    if mesh is None:
+        return x
+    if isinstance(like, jax.core.Tracer):
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(x, NamedSharding(like.sharding.mesh, PartitionSpec()))
+
+
 def on_every_device(x: Array) -> Array:
-    """x whole on every device of the mesh that is set; x itself without one."""
+    """x whole on every device of its own mesh, else of the one that is set; x itself without."""
+    if _own_mesh(x) is not None:
+        return beside(x, x)
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     if kinds == {AxisType.Explicit}:
         return jax.sharding.reshard(x, PartitionSpec())
@@ -57,7 +75,7 @@ def is_split(x: Array) -> bool:
 
 def placed_like(x: Array, like: Array) -> Array:
     """x split over devices as `like` is, where types say so."""
-    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if is_split(like) else x
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split(like) else x
 
 
 def _both_sides(x: Array, left: Array | None, right: Array | None) -> Array:
