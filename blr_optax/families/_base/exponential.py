@@ -21,6 +21,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base.domain import Domain
 from blr_optax.families._base.family import Family, derived, each_finite
 from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
@@ -84,39 +85,39 @@ class ExponentialFamily(Family):
 
     def log_partition(self, lam: NaturalParameters) -> Float[Array, ...]:
         """A(lambda), one number per batch element; its derivative is mu."""
-        raise NotImplementedError
+        raise unwritten(self, "log_partition(self, lam)")
 
     def sufficient_statistics(
         self, theta: PyTree, lam: NaturalParameters = None
     ) -> ExpectationParameters:
         """T(theta), in the expectation type; lambda is passed for what is known of it."""
-        raise NotImplementedError
+        raise unwritten(self, "sufficient_statistics(self, theta, lam=None)")
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """log h(theta); lambda is passed for its known fields only."""
-        raise NotImplementedError
+        raise unwritten(self, "log_base_measure(self, lam, theta)")
 
     def support(self, lam: NaturalParameters, total: int | None = None) -> Array:
         """All values of theta, along a new leading axis; `enumerable` families.
 
         `total` is the known one of counts, where that is traced.
         """
-        raise NotImplementedError
+        raise unwritten(self, "support(self, lam, total=None)")
 
     def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> Array:
         """Return the probabilities of `support`, along a new leading axis, as polynomials of mu."""
-        raise NotImplementedError
+        raise unwritten(self, "probabilities(self, mu, total=None)")
 
     def relaxed_sample(
         self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
     ) -> Array:
         """Draws of a continuous relaxation, differentiable in lambda; `relaxable` families."""
-        raise NotImplementedError
+        raise unwritten(self, "relaxed_sample(self, key, lam, temperature, shape=())")
 
     def expected_log_base_measure(self, lam: NaturalParameters) -> Float[Array, ...]:
         """E_q[log h(theta)]; the constant itself unless h depends on theta."""
         if not self.constant_base_measure:
-            raise NotImplementedError
+            raise unwritten(self, "expected_log_base_measure(self, lam)")
         return self.log_base_measure(lam, self.mean(lam))
 
     # What follows.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
@@ -88,31 +90,31 @@ class Family:
 
     def natural(self, *parts: PyTree, **standard: PyTree) -> NaturalParameters:
         """Return lambda, from standard parameters (keywords)."""
-        raise NotImplementedError
+        raise unwritten(self, "natural(self, *parts, **standard)")
 
     def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         """Return the standard parameters of lambda; `natural(**standard(lam))` is lambda."""
-        raise NotImplementedError
+        raise unwritten(self, "standard(self, lam)")
 
     def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`."""
-        raise NotImplementedError
+        raise unwritten(self, "sample(self, key, lam, shape=())")
 
     def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """Evaluate log q(theta)."""
-        raise NotImplementedError
+        raise unwritten(self, "log_prob(self, lam, theta)")
 
     def mean(self, lam: NaturalParameters) -> PyTree:
         """Return E_q[theta]."""
-        raise NotImplementedError
+        raise unwritten(self, "mean(self, lam)")
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         """Return the marginal variance of every coordinate of theta."""
-        raise NotImplementedError
+        raise unwritten(self, "variance(self, lam)")
 
     def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether lambda is a proper member, per batch element."""
-        raise NotImplementedError
+        raise unwritten(self, "in_domain(self, lam)")
 
     def has_mean(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether E_q[theta] is finite on paper, per batch element: nearly always."""

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.family import each_finite
@@ -73,15 +74,15 @@ class GaussianFamily(ExponentialFamily):
 
     def displace(self, lam: NaturalParameters, z: Array) -> Array:
         """C z with C C^T = S^{-1}: a draw's displacement from the mean, for standard normal z."""
-        raise NotImplementedError
+        raise unwritten(self, "displace(self, lam, z)")
 
     def from_mean(self, mean: Array, precision: Array) -> NaturalParameters:
         """lambda = (S m, -S / 2)."""
-        raise NotImplementedError
+        raise unwritten(self, "from_mean(self, mean, precision)")
 
     def gradient(self, lam: NaturalParameters, g: Array, h: PyTree) -> NaturalParameters:
         """grad_mu E_q[l] = (g - H m, H / 2) from g = E[grad l] and H = E[hess l]."""
-        raise NotImplementedError
+        raise unwritten(self, "gradient(self, lam, g, h)")
 
     def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
         """Return N(0, S^{-1}): far from zero, E[theta^2] and E[theta] lose the variance."""
