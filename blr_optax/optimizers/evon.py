@@ -49,6 +49,8 @@ from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
     beside,
+    by_eigenvectors,
+    by_power,
     from_basis,
     is_split,
     on_every_device,
@@ -161,43 +163,6 @@ def _gram(g: Array, basis: Basis) -> Basis:
     """G G^T and G^T G of the sides that have a basis."""
     g = (on_every_device(g) if is_split(g) else g).reshape(-1, g.shape[-1])
     return Basis(None if basis.left is None else g @ g.T, None if basis.right is None else g.T @ g)
-
-
-def _by_eigenvectors(factor: Array, basis: Array) -> Array:
-    """Eigenvectors, the largest first: the order that power iterations keep.
-
-    Signs, and vectors that the factor sends to zero, would be a matter of rounding. So every vector
-    points along one fixed direction, and the latter diagonalise a fixed matrix.
-    """
-    del basis
-    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(factor))
-    size = factor.shape[0]
-    kept = values > _rounding(values[:1], size)
-    rest = jnp.eye(size, dtype=factor.dtype) - (vectors * kept) @ vectors.T
-    ramp = jnp.linspace(1.0, 2.0, size, dtype=factor.dtype)
-    others = jnp.linalg.eigh((rest * ramp) @ rest)[1][:, ::-1]
-    q = jnp.where(kept, vectors, jnp.roll(others, jnp.sum(kept), axis=1))
-    along = jnp.cos(jnp.arange(size, dtype=factor.dtype)) @ q
-    return q * jnp.where(along < 0, -1.0, 1.0).astype(q.dtype)
-
-
-def _rounding(largest: Array, size: int) -> Array:
-    """Return what an eigenvalue of zero may come out as, beside the largest one."""
-    return 8.0 * size * jnp.finfo(largest.dtype).eps * largest
-
-
-def _by_power(factor: Array, basis: Array) -> Array:
-    """One orthogonal iteration, with the signs of the old vectors.
-
-    A rounding's worth of the identity keeps the vectors that the factor sends to zero; of what
-    rounding made of those nothing else is left.
-    """
-    rounding = jnp.finfo(factor.dtype).eps * jnp.trace(factor)
-    moved = factor @ basis
-    sizes = jnp.linalg.norm(moved, axis=0)
-    moved = jnp.where(sizes > _rounding(jnp.max(sizes), len(sizes)), moved, 0.0)
-    q, r = jnp.linalg.qr(moved + rounding * basis)
-    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
 
 
 def scale_by_eigenbasis(
@@ -334,7 +299,7 @@ def _refresh(renew: Any) -> Any:
 
 
 # Made once: what is compiled for one call of `update` outside jit serves the next.
-BRANCHES = (lambda _, moving: moving, _refresh(_by_power), _refresh(_by_eigenvectors))
+BRANCHES = (lambda _, moving: moving, _refresh(by_power), _refresh(by_eigenvectors))
 
 
 def evon(

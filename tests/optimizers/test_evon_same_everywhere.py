@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import blr_optax as blr
-from blr_optax.optimizers.evon import _by_eigenvectors, _by_power
+from blr_optax.optimizers._posteriors.rotated import by_eigenvectors, by_power
 
 SHAPE = (6, 4)
 
@@ -55,24 +55,24 @@ def symmetric(values, seed=3):
 def test_eigenvectors_are_eigenvectors_and_open_ones_a_basis_of_the_rest(x64):
     values = np.array([3.0, 1.0, 0.0, 0.0, 0.0])
     a = symmetric(values)
-    q = np.asarray(jax.jit(_by_eigenvectors)(a, np.eye(5)))
+    q = np.asarray(jax.jit(by_eigenvectors)(a, np.eye(5)))
     np.testing.assert_allclose(q.T @ q, np.eye(5), atol=1e-13)
     np.testing.assert_allclose(q.T @ a @ q, np.diag(values), atol=1e-13)
     # A factor without any direction: the axes themselves.
-    none = np.asarray(jax.jit(_by_eigenvectors)(np.zeros((3, 3)), np.eye(3)))
+    none = np.asarray(jax.jit(by_eigenvectors)(np.zeros((3, 3)), np.eye(3)))
     np.testing.assert_allclose(np.abs(none), np.eye(3)[:, ::-1], atol=1e-14)
 
 
 def test_signs_follow_one_direction(x64):
     a = symmetric(np.array([4.0, 2.0, 1.0]))
-    q = np.asarray(jax.jit(_by_eigenvectors)(a, np.eye(3)))
+    q = np.asarray(jax.jit(by_eigenvectors)(a, np.eye(3)))
     assert (np.cos(np.arange(3)) @ q > 0).all()
 
 
 def test_power_iterations_leave_open_directions_where_they_are(x64):
     a = symmetric(np.array([2.0, 0.0, 0.0, 0.0]))
-    basis = np.asarray(jax.jit(_by_eigenvectors)(a, np.eye(4)))
-    again = np.asarray(jax.jit(_by_power)(a, basis))
+    basis = np.asarray(jax.jit(by_eigenvectors)(a, np.eye(4)))
+    again = np.asarray(jax.jit(by_power)(a, basis))
     np.testing.assert_allclose(again, basis, atol=1e-12)
 
 

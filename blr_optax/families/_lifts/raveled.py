@@ -155,7 +155,8 @@ class Raveled(Family):
         return self.family.log_base_measure(lam, self.ravel(theta))
 
     def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
-        natural, away, back = self.family.centred(lam)
+        family: Any = self.family  # an exponential one
+        natural, away, back = family.centred(lam)
         return natural, lambda theta: self.unravel(away(self.ravel(theta))), back
 
     def displace(self, lam: NaturalParameters, z: PyTree) -> PyTree:

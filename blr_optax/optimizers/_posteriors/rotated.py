@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blr_optax import _tree
+from blr_optax._validate import concrete
 from blr_optax.families import MeanField, Normal
 from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
@@ -51,9 +52,10 @@ def beside(x: Array, like: Array) -> Array:
     mesh = _own_mesh(like)
     if mesh is None:
         return x
-    if isinstance(like, jax.core.Tracer):
+    if not concrete(like):
         return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
-    return jax.device_put(x, NamedSharding(like.sharding.mesh, PartitionSpec()))
+    placed: Any = like.sharding  # its type names no devices, this does
+    return jax.device_put(x, NamedSharding(placed.mesh, PartitionSpec()))
 
 
 def on_every_device(x: Array) -> Array:
@@ -121,6 +123,43 @@ def squared(bases: dict[str, Basis]) -> dict[str, Basis]:
 def overlap(a: dict[str, Basis], b: dict[str, Basis]) -> dict[str, Basis]:
     """a^T b: `to_basis` of it turns coordinates in a into coordinates in b."""
     return jax.tree.map(lambda x, y: x.T @ y, a, b)
+
+
+def by_eigenvectors(factor: Array, basis: Array) -> Array:
+    """Eigenvectors, the largest first: the order that power iterations keep.
+
+    Signs, and vectors that the factor sends to zero, would be a matter of rounding. So every vector
+    points along one fixed direction, and the latter diagonalise a fixed matrix.
+    """
+    del basis
+    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(factor))
+    size = factor.shape[0]
+    kept = values > _rounding(values[:1], size)
+    rest = jnp.eye(size, dtype=factor.dtype) - (vectors * kept) @ vectors.T
+    ramp = jnp.linspace(1.0, 2.0, size, dtype=factor.dtype)
+    others = jnp.linalg.eigh((rest * ramp) @ rest)[1][:, ::-1]
+    q = jnp.where(kept, vectors, jnp.roll(others, jnp.sum(kept), axis=1))
+    along = jnp.cos(jnp.arange(size, dtype=factor.dtype)) @ q
+    return q * jnp.where(along < 0, -1.0, 1.0).astype(q.dtype)
+
+
+def _rounding(largest: Array, size: int) -> Array:
+    """Return what an eigenvalue of zero may come out as, beside the largest one."""
+    return 8.0 * size * jnp.finfo(largest.dtype).eps * largest
+
+
+def by_power(factor: Array, basis: Array) -> Array:
+    """One orthogonal iteration, with the signs of the old vectors.
+
+    A rounding's worth of the identity keeps the vectors that the factor sends to zero; of what
+    rounding made of those nothing else is left.
+    """
+    rounding = jnp.finfo(factor.dtype).eps * jnp.trace(factor)
+    moved = factor @ basis
+    sizes = jnp.linalg.norm(moved, axis=0)
+    moved = jnp.where(sizes > _rounding(jnp.max(sizes), len(sizes)), moved, 0.0)
+    q, r = jnp.linalg.qr(moved + rounding * basis)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
 
 
 @parameters
