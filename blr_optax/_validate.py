@@ -333,3 +333,19 @@ def scalar_loss(who: str, loss: Callable[..., Any], has_aux: bool = False) -> Ca
         return found
 
     return checked
+
+
+def unwritten(owner: Any, signature: str, page: str = "families") -> NotImplementedError:
+    """Return the error of a method that a class must write and has not.
+
+    Args:
+        owner: the instance that was asked.
+        signature: of the method, such as "mean(self, lam)".
+        page: the page of the documentation that has an example.
+    """
+    name = signature.partition("(")[0]
+    about = (getattr(type(owner), name).__doc__ or "").strip().split("\n")[0]
+    return NotImplementedError(
+        f"{type(owner).__name__} has no {name} of its own, which is needed here: define "
+        f"`def {signature}` in it. {about} An example is in docs/{page}.md."
+    )

@@ -17,7 +17,7 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from blr_optax._validate import check_count
+from blr_optax._validate import check_count, unwritten
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -65,11 +65,11 @@ class Curvature:
 
     def diagonal(self, at: Sample) -> PyTree:
         """Return the diagonal at one sample, a tree like theta."""
-        raise NotImplementedError
+        raise unwritten(self, "diagonal(self, at)", "your_own_estimator")
 
     def matrix(self, at: Sample) -> Array:
         """Return the matrix at one sample."""
-        raise NotImplementedError
+        raise unwritten(self, "matrix(self, at)", "your_own_estimator")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
@@ -48,7 +50,9 @@ class Estimator:
         batch: tuple,
     ) -> tuple[Array, NaturalParameters]:
         """(E_q[l], grad_mu E_q[l]), the gradient of the family's natural type."""
-        raise NotImplementedError
+        raise unwritten(
+            self, "natural_gradient(self, family, loss, key, lam, batch)", "your_own_estimator"
+        )
 
     def check_conditional(self, family: ConditionalFamily) -> None:
         """Raise ValueError when this estimator does not apply to the conditional family."""
@@ -67,7 +71,9 @@ class Estimator:
         points: PyTree,
     ) -> tuple[Array, PyTree]:
         """(E_q[E], the natural gradient of E_q[E] - H(q) in every block), E the potential."""
-        raise NotImplementedError
+        raise unwritten(
+            self, "block_gradient(self, family, potential, key, lam, points)", "your_own_estimator"
+        )
 
 
 def others(family: ExponentialFamily, *refused: str) -> str:

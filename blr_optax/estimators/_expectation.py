@@ -20,6 +20,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 
 from blr_optax._random import check_generator, standard_normal
+from blr_optax._validate import unwritten
 from blr_optax.estimators._curvature import (
     Curvature,
     Reparameterized,
@@ -59,7 +60,7 @@ class NodeRule(Estimator):
 
     def nodes(self, key: Array | None, like: PyTree) -> tuple[PyTree, Float[Array, " k"]]:
         """(z, w): a tree with a leading axis of nodes, and their weights."""
-        raise NotImplementedError
+        raise unwritten(self, "nodes(self, key, like)", "your_own_estimator")
 
     def check(self, family: ExponentialFamily) -> None:
         form = getattr(family, "curvature", None)
@@ -142,7 +143,7 @@ class NoiseRule(NodeRule):
 
     def noise(self, family: ConditionalFamily, key: Array | None, lam: NaturalParameters) -> PyTree:
         """Return the noise for `natural_gradient_at`, with a leading axis of samples."""
-        raise NotImplementedError
+        raise unwritten(self, "noise(self, family, key, lam)", "your_own_estimator")
 
     def check_conditional(self, family: ConditionalFamily) -> None:
         check_blocks(family, self.curvature)

@@ -35,10 +35,11 @@ def _draw(
     lam: NaturalParameters,
     batch: tuple,
     samples: int,
-) -> tuple[Any, Float[Array, " s"]]:
-    """Return samples, and the values of the loss there."""
-    theta = family.sample(key, lam, (samples,))
-    return theta, jax.vmap(lambda x: loss(x, *batch))(theta)
+) -> tuple[Any, Float[Array, " s"], Any, Callable]:
+    """Return samples of `family.centred`, the values of the loss there, its lambda and `back`."""
+    local, away, back = family.centred(lam)
+    theta = family.sample(key, local, (samples,))
+    return theta, jax.vmap(lambda x: loss(x, *batch))(away(theta)), local, back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +88,13 @@ class Pathwise(Estimator):
         batch: tuple,
     ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s grad_lambda l(theta_s(lambda))."""
+        local, away, back = family.centred(lam)
 
         def at(k: Array) -> tuple[Array, Any]:
-            return jax.value_and_grad(lambda x: loss(family.sample(k, x), *batch))(lam)
+            return jax.value_and_grad(lambda x: loss(away(family.sample(k, x)), *batch))(local)
 
         value, gradient = mean_of(at, check_key("pathwise", key), self.samples)
-        return value, family.gradient_in_lambda(lam, gradient)
+        return value, back(family.gradient_in_lambda(local, gradient))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ class ScoreFunction(Estimator):
     ) -> tuple[Array, NaturalParameters]:
         """F^{-1} mean_s (l_s - b_s) grad_lambda log q(theta_s), the score being T - mu."""
         key = check_key("score_function", key)
-        theta, values = _draw(family, loss, key, lam, batch, self.samples)
+        theta, values, local, back = _draw(family, loss, key, lam, batch, self.samples)
         centred = values
         if self.baseline == "mean":  # of the other samples: l_s - b_s = S (l_s - mean l) / (S - 1)
             centred = (values - jnp.mean(values)) * (self.samples / (self.samples - 1))
@@ -121,7 +123,8 @@ class ScoreFunction(Estimator):
             log_q = jax.vmap(lambda one: jnp.sum(family.log_prob(x, one)))(theta)
             return jnp.mean(centred.astype(log_q.dtype) * log_q)
 
-        return jnp.mean(values), family.gradient_in_lambda(lam, jax.grad(scored)(lam))
+        gradient = family.gradient_in_lambda(local, jax.grad(scored)(local))
+        return jnp.mean(values), back(gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +143,24 @@ class LeastSquares(Estimator):
     ) -> tuple[Array, NaturalParameters]:
         """Return the slope b of l_s ~ a + <b, T_s - mu>, the score of a sample being T_s - mu."""
         key = check_key("least_squares", key)
-        theta, values = _draw(family, loss, key, lam, batch, self.samples)
-        to_flat, to_fields = family.coordinates(lam)
+        theta, values, local, back = _draw(family, loss, key, lam, batch, self.samples)
+        to_flat, to_fields = family.coordinates(local)
         score = jax.grad(lambda x, one: jnp.sum(family.log_prob(x, one)))
-        t = jax.vmap(lambda one: to_flat(score(lam, one)))(theta)  # T - mu
+        t = jax.vmap(lambda one: to_flat(score(local, one)))(theta)  # T - mu
         if self.samples <= t.shape[1] + 1:
             raise ValueError(
                 f"least_squares: samples={self.samples} must exceed the {t.shape[1]} statistics of "
                 f"the family plus the intercept; use at least {t.shape[1] + 2}."
             )
+        # A statistic that differs by its rounding only is one that the draws say nothing about.
+        rounding = 4.0 * jnp.finfo(t.dtype).eps * jnp.max(jnp.abs(t), axis=0)
         t = t - jnp.mean(t, axis=0)
         scale = jnp.sqrt(jnp.mean(t * t, axis=0))
-        scale = jnp.where(scale > 0, scale, 1.0)
+        t = jnp.where(scale > rounding, t, 0.0)
+        scale = jnp.where(scale > rounding, scale, 1.0)
         centred = (values - jnp.mean(values)).astype(t.dtype)
         slope = jnp.linalg.lstsq(t / scale, centred)[0] / scale
-        return jnp.mean(values), family.gradient_in_mu(to_fields(slope))
+        return jnp.mean(values), back(family.gradient_in_mu(to_fields(slope)))
 
 
 def closed_form() -> ClosedForm:

@@ -150,7 +150,9 @@ class BinaryReader(Reader):
 
         def leaf(x: Array, e: Array, g: Array) -> Array:
             relaxed = one_minus_tanh2((x + e) / self.temperature) + self.floor
-            return relaxed / (self.temperature * (one_minus_tanh2(x) + self.floor)) * g
+            flat = one_minus_tanh2(x) + self.floor
+            # Without a floor a sign may be certain to its last digit: both vanish, and so does s.
+            return relaxed / (self.temperature * jnp.where(flat > 0, flat, 1.0)) * g
 
         return jax.tree.map(leaf, _wide(params), noise, _wide(grads))
 

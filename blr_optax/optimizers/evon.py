@@ -57,6 +57,9 @@ from blr_optax.estimators._curvature import PerExampleSquares, from_name
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
+    beside,
+    by_eigenvectors,
+    by_power,
     from_basis,
     is_split,
     on_every_device,
@@ -158,8 +161,9 @@ def _first_bases(params: Params, max_size: int) -> Any:
         if jnp.ndim(leaf) < 2:
             continue
         columns = leaf.shape[-1]
+        dtype = _tree.statistics_dtype(leaf.dtype)
         sides = [
-            jnp.eye(size, dtype=_tree.statistics_dtype(leaf.dtype)) if size <= max_size else None
+            beside(jnp.eye(size, dtype=dtype), leaf) if size <= max_size else None
             for size in (leaf.size // max(columns, 1), columns)
         ]
         bases[_tree.leaf_name(path)] = Basis(*sides)
@@ -170,22 +174,6 @@ def _gram(g: Array, basis: Basis) -> Basis:
     """G G^T and G^T G of the sides that have a basis."""
     g = (on_every_device(g) if is_split(g) else g).reshape(-1, g.shape[-1])
     return Basis(None if basis.left is None else g @ g.T, None if basis.right is None else g.T @ g)
-
-
-def _by_eigenvectors(factor: Array, basis: Array) -> Array:
-    """Eigenvectors, the largest first: the order that power iterations keep."""
-    del basis
-    return jnp.linalg.eigh(factor)[1][:, ::-1]
-
-
-def _by_power(factor: Array, basis: Array) -> Array:
-    """One orthogonal iteration, with the signs of the old vectors.
-
-    A rounding's worth of the identity keeps the vectors that the factor sends to zero.
-    """
-    rounding = jnp.finfo(factor.dtype).eps * jnp.trace(factor)
-    q, r = jnp.linalg.qr(factor @ basis + rounding * basis)
-    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
 
 
 def scale_by_eigenbasis(
@@ -329,7 +317,7 @@ def _refresh(renew: Any) -> Any:
 
 
 # Made once: what is compiled for one call of `update` outside jit serves the next.
-BRANCHES = (lambda _, moving: moving, _refresh(_by_power), _refresh(_by_eigenvectors))
+BRANCHES = (lambda _, moving: moving, _refresh(by_power), _refresh(by_eigenvectors))
 
 
 def evon(

@@ -24,7 +24,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._typing import transformation
-from blr_optax._validate import all_finite, at, check_positive, zero_unless
+from blr_optax._validate import all_finite, at, check_positive, holds
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
@@ -60,7 +60,8 @@ class BlrUpdateState(NamedTuple):
         ess: effective sample size of the coming step.
         expected_loss: E_q[mean loss] before the last step, as estimated.
         retracted: members of lambda that the last step had to retract (int32).
-        skipped: steps skipped because something was not finite (int32).
+        skipped: steps in which a member of lambda had to stay where it was (int32): its gradient
+            was not finite, or led where there is no member with a finite mean.
     """
 
     count: Array
@@ -129,8 +130,12 @@ def blr_update(
     density.
 
     The transformation evaluates the loss itself: `update(grads, state, params, batch=(x, y))`;
-    `grads` are not used and may be None. The parameters are the mean of q. It must stand last in a
-    chain.
+    `grads` are not used and may be None. The parameters are the mean of q; where that is infinite
+    they stay what they are, until it is finite. It must stand last in a chain.
+
+    After any gradient, however large or not a number, lambda is a member of the family: a step that
+    would end elsewhere is retracted, or not made and counted in `skipped`. Members that are
+    independent (the numbers of a mean field, the factors of a product) are judged one by one.
 
     Args:
         family: a registered name or a family; over a pytree elementwise families become mean
@@ -210,6 +215,13 @@ def from_steps(
 
     def init_fn(params: Params) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
+        if not holds(all_finite, params):
+            raise ValueError(
+                f"blr_update: params={params} must be finite. A posterior may have an infinite "
+                "mean, such as an inverse gamma of concentration up to 1: start from any finite "
+                "numbers, such as jax.tree.map(jnp.ones_like, q.mean); they become q's mean as "
+                "soon as it is finite."
+            )
         step = step_of(family_over(family, params))
         natural = step.first(params, init(params) if callable(init) else init)
         count = jnp.zeros((), jnp.int32)
@@ -250,14 +262,17 @@ def from_steps(
 
         draw = jax.random.fold_in(state.key, state.count)
         value, d = step.direction(draw, lam, batch, scale, points)
-        finite = all_finite(d)
-        d, rho = zero_unless(finite, d), rho * finite.astype(dtype)
-        new, retracted = step.move(lam, d, rho, state.count)
+        known = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), d)
+        new, retracted = step.move(lam, known, rho, state.count)
         new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
+        new, mean, stayed = step.family.keep(lam, new, d)
 
-        updates = jax.tree.map(
-            lambda m, p: (m - p.astype(m.dtype)).astype(p.dtype), step.family.mean(new), params
-        )
+        def change(m: Array, p: Array) -> Array:
+            u = (m - p.astype(m.dtype)).astype(p.dtype)
+            return jnp.where(jnp.isfinite(u), u, 0.0)  # a mean may be infinite, and become finite
+
+        updates = jax.tree.map(change, mean, params)
+        moved = (stayed == 0) & jnp.isfinite(value)
         count = optax.safe_increment(state.count)
         return updates, state._replace(
             count=count,
@@ -265,9 +280,9 @@ def from_steps(
             ess=jnp.array(at(ess, count), state.ess.dtype),
             retracted=retracted,
             expected_loss=jnp.where(
-                finite, value.astype(state.expected_loss.dtype), state.expected_loss
+                moved, value.astype(state.expected_loss.dtype), state.expected_loss
             ),
-            skipped=state.skipped + (~finite).astype(jnp.int32),
+            skipped=state.skipped + (stayed > 0).astype(jnp.int32),
         )
 
     return transformation(init_fn, update_fn)

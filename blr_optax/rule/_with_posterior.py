@@ -17,7 +17,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import at, within_reach, zero_unless
+from blr_optax._validate import at, unwritten, within_reach, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
@@ -59,7 +59,7 @@ class PointReader(Reader):
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:
         """Total posterior precision, a tree like `mean`."""
-        raise NotImplementedError
+        raise unwritten(self, "precision(self, state, mean)", "optimizers")
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """N(params, 1 / precision)."""

@@ -109,6 +109,19 @@ def estimators(names: Names) -> None:
     assert (float(found["mean"]), float(found["variance"])) == (3.0, 0.25)
 
 
+def your_own_estimator(names: Names) -> None:
+    mean, precision = 12.0 / 5.0, 5.0  # of four observations whose sum is 12, and one of zero
+    assert abs(float(names["theta"]) - mean) < 0.2
+    variance = float(blr.posterior(names["state"], names["theta"]).variance)
+    assert abs(variance * precision - 1.0) < 0.3
+    assert np.all(np.abs(np.asarray(names["slope"]) - np.array([3.0, 5.0])) < 0.5)
+    # H / 2 = 6 E[theta^2] of theta^4, exactly: theta ~ N(m, 1 / 4)
+    exact = 6.0 * (np.array([1.0, -2.0]) ** 2 + 0.25)
+    assert np.allclose(np.asarray(names["known"].quadratic), exact, rtol=1e-4)
+    assert np.allclose(np.asarray(names["mine"].quadratic), exact, rtol=0.2)
+    assert names["refused"] == "Evolution: needs a mean field of normals, not Gamma."
+
+
 def per_example(names: Names) -> None:
     x, y = np.asarray(names["x"]), np.asarray(names["y"])
     singles = jax.jit(jax.vmap(jax.grad(names["mean_loss"]), (None, 0, 0)))(
@@ -231,6 +244,7 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "docs/getting_started.md": getting_started,
     "docs/optimizers.md": optimizers,
     "docs/per_example.md": per_example,
+    "docs/your_own_estimator.md": your_own_estimator,
     "Raw JAX": classifies,
     "Linen TrainState": linen,
     "Linen with BatchNorm, dropout and several samples": linen_batch_norm,

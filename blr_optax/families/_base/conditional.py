@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base.domain import Domain
 from blr_optax.families._base.family import Family
 
@@ -64,7 +65,7 @@ class ConditionalFamily(Family):
         self, key: Array, lam: NaturalParameters, samples: int, antithetic: bool = False
     ) -> PyTree:
         """Return the noise for `natural_gradient_at`: a tree with a leading axis of samples."""
-        raise NotImplementedError
+        raise unwritten(self, "noise(self, key, lam, samples, antithetic=False)")
 
     def natural_gradient_at(
         self,
@@ -85,13 +86,15 @@ class ConditionalFamily(Family):
                 S (theta - m) grad^T symmetrised, from gradients alone and right for piecewise
                 linear networks; "squared_gradient", grad grad^T, where the family has it.
         """
-        raise NotImplementedError
+        raise unwritten(
+            self, 'natural_gradient_at(self, lam, loss, noise, weights, curvature="exact")'
+        )
 
     def natural_gradient_from(
         self, lam: NaturalParameters, loss: Callable, theta: Array, curvature: str = "exact"
     ) -> tuple[Array, PyTree]:
         """`natural_gradient_at` from draws of q itself, where components can share them."""
-        raise NotImplementedError
+        raise unwritten(self, 'natural_gradient_from(self, lam, loss, theta, curvature="exact")')
 
     def move(
         self,
@@ -110,7 +113,7 @@ class ConditionalFamily(Family):
                 "improved", the second-order step S + D + D S^{-1} D / 2; the mean is
                 preconditioned with the new precision. "improved_old": with the old one.
         """
-        raise NotImplementedError
+        raise unwritten(self, 'move(self, lam, gradient, learning_rate, step="auto")')
 
 
 # What the members share.

@@ -53,6 +53,21 @@ class Domain:
             inside &= jnp.all(jnp.isfinite(factor), axis=axes)
         return inside
 
+    def sound(self, x: Float[Array, ...]) -> Bool[Array, ...]:
+        """Whether x is inside by more than its rounding: a step from there can be made.
+
+        Pivots of a matrix that are below one rounding of its diagonal have an accidental sign.
+        """
+        inside = self.contains(x)
+        if self.sign and self.event_ndim == 2:
+            s = self.sign * jnp.where(jnp.isfinite(x), x, 0.0)  # as in `contains`: one factor
+            pivots, diagonal = (
+                jnp.diagonal(y, axis1=-2, axis2=-1) for y in (jnp.linalg.cholesky(s), s)
+            )
+            least = jnp.finfo(x.dtype).eps * diagonal
+            inside &= jnp.all(jnp.square(pivots) > least, axis=-1)
+        return inside
+
     def retract(self, x: Float[Array, ...], d: Float[Array, ...]) -> Float[Array, ...]:
         """x + d to first order, inside for any finite d (see the head of this file)."""
         if not self.sign:
@@ -95,7 +110,7 @@ def _retract_matrix(s: Float[Array, "... d d"], d: Float[Array, "... d d"]) -> A
         scaled = (t * unit) * half
         return s + t * d + 0.5 * jnp.swapaxes(scaled, -1, -2) @ scaled
 
-    inside = positive_definite().contains(move(1.0))[..., None, None]
+    inside = positive_definite().sound(move(1.0))[..., None, None]
     # One move, not a choice of two: the one left out could have a derivative that is not finite.
     return move(jax.lax.stop_gradient(jnp.where(inside, 1.0, cut)))
 

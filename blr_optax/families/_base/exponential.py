@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base.domain import Domain
-from blr_optax.families._base.family import Family, derived
+from blr_optax.families._base.family import Family, derived, each_finite
 from blr_optax.families._numerics.newton_solve import coordinates, solve_fisher, solve_natural
 
 if TYPE_CHECKING:
@@ -83,39 +85,39 @@ class ExponentialFamily(Family):
 
     def log_partition(self, lam: NaturalParameters) -> Float[Array, ...]:
         """A(lambda), one number per batch element; its derivative is mu."""
-        raise NotImplementedError
+        raise unwritten(self, "log_partition(self, lam)")
 
     def sufficient_statistics(
         self, theta: PyTree, lam: NaturalParameters = None
     ) -> ExpectationParameters:
         """T(theta), in the expectation type; lambda is passed for what is known of it."""
-        raise NotImplementedError
+        raise unwritten(self, "sufficient_statistics(self, theta, lam=None)")
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """log h(theta); lambda is passed for its known fields only."""
-        raise NotImplementedError
+        raise unwritten(self, "log_base_measure(self, lam, theta)")
 
     def support(self, lam: NaturalParameters, total: int | None = None) -> Array:
         """All values of theta, along a new leading axis; `enumerable` families.
 
         `total` is the known one of counts, where that is traced.
         """
-        raise NotImplementedError
+        raise unwritten(self, "support(self, lam, total=None)")
 
     def probabilities(self, mu: ExpectationParameters, total: int | None = None) -> Array:
         """Return the probabilities of `support`, along a new leading axis, as polynomials of mu."""
-        raise NotImplementedError
+        raise unwritten(self, "probabilities(self, mu, total=None)")
 
     def relaxed_sample(
         self, key: Array, lam: NaturalParameters, temperature: float, shape: tuple[int, ...] = ()
     ) -> Array:
         """Draws of a continuous relaxation, differentiable in lambda; `relaxable` families."""
-        raise NotImplementedError
+        raise unwritten(self, "relaxed_sample(self, key, lam, temperature, shape=())")
 
     def expected_log_base_measure(self, lam: NaturalParameters) -> Float[Array, ...]:
         """E_q[log h(theta)]; the constant itself unless h depends on theta."""
         if not self.constant_base_measure:
-            raise NotImplementedError
+            raise unwritten(self, "expected_log_base_measure(self, lam)")
         return self.log_base_measure(lam, self.mean(lam))
 
     # What follows.
@@ -175,8 +177,32 @@ class ExponentialFamily(Family):
         return self._cotangent(self.Natural, gradient)
 
     def gradient_in_lambda(self, lam: NaturalParameters, gradient: PyTree) -> NaturalParameters:
-        """Return a gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it."""
-        return self.inverse_fisher_product(lam, self._cotangent(self.Expectation, gradient))
+        """Return a gradient in lambda turned into the natural gradient: F(lambda)^{-1} times it.
+
+        It is zero for a member whose F has no inverse in this arithmetic, such as a sign that is
+        certain to its last digit: draws say nothing about it, and only its prior moves it.
+        """
+        v = self._cotangent(self.Expectation, gradient)
+        found = self.inverse_fisher_product(lam, v)
+        like = self.in_domain(lam)
+        # A product that overflows is another matter: such a step is skipped, and counted.
+        fields = {name: getattr(v, name) for name in self.domains}
+        ordinary = {k: jnp.square(x) for k, x in fields.items()}
+        blind = each_finite(ordinary, like) & ~each_finite(found, like)
+
+        def known(x: Array) -> Array:
+            return jnp.where(jnp.expand_dims(blind, tuple(range(blind.ndim, x.ndim))), 0.0, x)
+
+        return jax.tree.map(known, found)
+
+    def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
+        """Return a translated member whose natural gradients cancel nowhere: its own, unless known.
+
+        Returns:
+            (lambda_0, away, back): theta = away(theta_0) for draws theta_0 of lambda_0, and
+            back(n_0) is the natural gradient under lambda for n_0, that under lambda_0.
+        """
+        return lam, lambda theta: theta, lambda n: n
 
     def expectation(self, lam: NaturalParameters) -> ExpectationParameters:
         """mu = grad A(lambda) over the learnt fields; known ones pass through."""
@@ -288,6 +314,8 @@ class ExponentialFamily(Family):
         """
         plain = self.combine((1.0, lam), (1.0, step))
         inside = self.in_domain(plain)
+        for name, d in self.domains.items():
+            inside &= d.sound(getattr(plain, name)) if d.event_ndim == 2 else True
         retracted = self.retract(lam, step)
 
         def choose(name: str) -> Array:

@@ -8,12 +8,14 @@ one, `exponential` and `conditional`; a family of this base alone is only read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
 from blr_optax.families._numerics.quantiles import quantile
 
 if TYPE_CHECKING:
@@ -22,9 +24,30 @@ if TYPE_CHECKING:
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
 
 
+REACH = 0.45  # of the largest number's exponent: sums of squares stay finite
+
+
 def derived(value: Callable[[Any], Any]) -> Any:
     """Make a function of a family one of its class attributes, which differs between members."""
     return property(value)
+
+
+def each_finite(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether all of a tree is finite, per batch element; the leading axes are those of `like`."""
+    held = jnp.ones_like(like, bool)
+    for x in jax.tree.leaves(tree):
+        held &= jnp.all(jnp.isfinite(x), axis=tuple(range(like.ndim, jnp.ndim(x))))
+    return held
+
+
+def ordinary(tree: PyTree, like: Array) -> Bool[Array, ...]:
+    """Whether the squares of all of a tree are finite with room to spare, per batch element."""
+
+    def largest(x: Array) -> Array:
+        return jnp.max(jnp.abs(x), axis=tuple(range(like.ndim, jnp.ndim(x))), initial=0.0)
+
+    size = functools.reduce(jnp.maximum, map(largest, jax.tree.leaves(tree)))
+    return size < float(jnp.finfo(size.dtype).max) ** REACH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,31 +95,69 @@ class Family:
 
     def natural(self, *parts: PyTree, **standard: PyTree) -> NaturalParameters:
         """Return lambda, from standard parameters (keywords)."""
-        raise NotImplementedError
+        raise unwritten(self, "natural(self, *parts, **standard)")
 
     def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         """Return the standard parameters of lambda; `natural(**standard(lam))` is lambda."""
-        raise NotImplementedError
+        raise unwritten(self, "standard(self, lam)")
 
     def sample(self, key: Array, lam: NaturalParameters, shape: tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`."""
-        raise NotImplementedError
+        raise unwritten(self, "sample(self, key, lam, shape=())")
 
     def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
         """Evaluate log q(theta)."""
-        raise NotImplementedError
+        raise unwritten(self, "log_prob(self, lam, theta)")
 
     def mean(self, lam: NaturalParameters) -> PyTree:
         """Return E_q[theta]."""
-        raise NotImplementedError
+        raise unwritten(self, "mean(self, lam)")
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         """Return the marginal variance of every coordinate of theta."""
-        raise NotImplementedError
+        raise unwritten(self, "variance(self, lam)")
 
     def in_domain(self, lam: NaturalParameters) -> Bool[Array, ...]:
         """Tell whether lambda is a proper member, per batch element."""
-        raise NotImplementedError
+        raise unwritten(self, "in_domain(self, lam)")
+
+    def has_mean(self, lam: NaturalParameters) -> Bool[Array, ...]:
+        """Tell whether E_q[theta] is finite on paper, per batch element: nearly always."""
+        return jnp.ones_like(self.in_domain(lam))
+
+    def usable(self, lam: NaturalParameters) -> Bool[Array, ...]:
+        """Tell whether a step may end at lambda, per batch element.
+
+        It is a proper member, and its mean, where it has one, is a finite number.
+        """
+        inside = self.in_domain(lam)
+        return inside & (each_finite(self.mean(lam), inside) | ~self.has_mean(lam))
+
+    def keep(
+        self, lam: NaturalParameters, new: NaturalParameters, step: PyTree
+    ) -> tuple[NaturalParameters, PyTree, Array]:
+        """Return the new lambda where a step could be made, else the old one: member by member.
+
+        Args:
+            lam: the old parameters.
+            new: where the step led.
+            step: the step or its natural gradient; a member in which it is not finite stays.
+
+        Returns:
+            lambda, its mean, and how many members stayed where they were (int32).
+        """
+        means = self.mean(new), self.mean(lam)
+        good = self.usable(new)
+        good &= each_finite(step, good)
+        # No step is believed that leads from ordinary numbers to such as have no finite square.
+        finite = [jax.tree.map(lambda m: jnp.where(jnp.isinf(m), 0.0, m), mean) for mean in means]
+        good &= ordinary((new, finite[0]), good) | ~ordinary((lam, finite[1]), good)
+
+        def choose(x: Array, old: Array) -> Array:
+            return jnp.where(jnp.expand_dims(good, tuple(range(good.ndim, x.ndim))), x, old)
+
+        mean = jax.tree.map(choose, *means)
+        return jax.tree.map(choose, new, lam), mean, jnp.sum(~good, dtype=jnp.int32)
 
     def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
         """Return P(theta_i <= theta) for every coordinate i alone, where that is known."""

@@ -284,6 +284,9 @@ class InverseGamma(ExponentialFamily):
         over = -lam.log - 2.0
         return jnp.where(over > 0, -lam.reciprocal / jnp.where(over > 0, over, 1.0), jnp.inf)
 
+    def has_mean(self, lam: InverseGammaNatural) -> Array:
+        return lam.log < -2.0
+
     def variance(self, lam: InverseGammaNatural) -> Array:
         """b^2 / ((a - 1)^2 (a - 2)), infinite for a <= 2."""
         over = -lam.log - 3.0

@@ -27,8 +27,10 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
+from blr_optax.families._base.family import each_finite
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import DEFINITE, POSITIVE, REAL, checked
 from blr_optax.families._numerics.quantiles import GaussianMarginals
@@ -41,6 +43,8 @@ from blr_optax.families._numerics.special import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array, ArrayLike, Float
 
     from blr_optax._typing import Alternative, NaturalParameters, PyTree
@@ -77,15 +81,29 @@ class GaussianFamily(GaussianMarginals, ExponentialFamily):
 
     def displace(self, lam: NaturalParameters, z: Array) -> Array:
         """C z with C C^T = S^{-1}: a draw's displacement from the mean, for standard normal z."""
-        raise NotImplementedError
+        raise unwritten(self, "displace(self, lam, z)")
 
     def from_mean(self, mean: Array, precision: Array) -> NaturalParameters:
         """lambda = (S m, -S / 2)."""
-        raise NotImplementedError
+        raise unwritten(self, "from_mean(self, mean, precision)")
 
     def gradient(self, lam: NaturalParameters, g: Array, h: PyTree) -> NaturalParameters:
         """grad_mu E_q[l] = (g - H m, H / 2) from g = E[grad l] and H = E[hess l]."""
-        raise NotImplementedError
+        raise unwritten(self, "gradient(self, lam, g, h)")
+
+    def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
+        """Return N(0, S^{-1}): far from zero, E[theta^2] and E[theta] lose the variance."""
+        m = self.mean(lam)
+
+        def back(n: GaussianNatural) -> NaturalParameters:
+            return self.gradient(lam, n.linear, 2.0 * n.quadratic)
+
+        return lam._replace(linear=jnp.zeros_like(lam.linear)), lambda theta: m + theta, back
+
+    def usable(self, lam: NaturalParameters) -> Array:
+        """Whether the fields are finite and S has a factor, which the mean needs anyway."""
+        like = lam.linear[(..., *[0] * self.event_ndim)]
+        return each_finite((lam, self.mean(lam)), like)
 
 
 @jax.custom_jvp
@@ -174,6 +192,17 @@ class Normal(GaussianFamily):
         proper = domain.positive().contains(variance)
         lam = self.from_mean(mu.linear, 1.0 / jnp.where(proper, variance, jnp.nan))
         return (lam, self.in_domain(lam)) if with_status else lam
+
+    def inverse_fisher_product(
+        self, lam: GaussianNatural, v: GaussianExpectation
+    ) -> GaussianNatural:
+        """Return the change of lambda that changes mu by v, through those of m and S."""
+        s, m = self.precision(lam), self.mean(lam)
+        ds = -s * s * (v.quadratic - 2.0 * m * v.linear)
+        return GaussianNatural(s * v.linear + ds * m, -0.5 * ds)
+
+    def usable(self, lam: GaussianNatural) -> Array:
+        return self.in_domain(lam) & jnp.isfinite(self.mean(lam))
 
     def log_prob(self, lam: GaussianNatural, theta: Array) -> Array:
         s, d = self.precision(lam), theta - self.mean(lam)
@@ -315,6 +344,15 @@ class Gaussian(GaussianFamily):
         proper = domain.positive_definite().contains(covariance)
         lam = self.from_mean(mu.linear, _inverse(covariance))
         return (lam, proper) if with_status else lam
+
+    def inverse_fisher_product(
+        self, lam: GaussianNatural, v: GaussianExpectation
+    ) -> GaussianNatural:
+        """Return the change of lambda that changes mu by v, through those of m and S."""
+        s, m = self.precision(lam), self.mean(lam)
+        cross = m[..., :, None] * v.linear[..., None, :]
+        ds = _symmetric(-s @ (v.quadratic - cross - jnp.swapaxes(cross, -1, -2)) @ s)
+        return GaussianNatural(matvec(s, v.linear) + matvec(ds, m), -0.5 * ds)
 
     def log_prob(self, lam: GaussianNatural, theta: Array) -> Array:
         s, d = self.precision(lam), theta - self.mean(lam)
@@ -503,5 +541,12 @@ class GaussianFixed(GaussianFamily):
     def displace(self, lam: FixedNatural, z: Array) -> Array:
         return Gaussian().displace(self._free(lam), z)
 
-    def gradient(self, lam: FixedNatural, g: Array, h: None) -> FixedNatural:
+    def gradient(self, lam: FixedNatural, g: Array, h: PyTree) -> FixedNatural:
         return FixedNatural(g, jnp.zeros_like(lam.precision))
+
+    def centred(self, lam: FixedNatural) -> tuple[FixedNatural, Callable, Callable]:
+        return lam, lambda theta: theta, lambda n: n
+
+    def inverse_fisher_product(self, lam: FixedNatural, v: FixedExpectation) -> FixedNatural:
+        """F^{-1} = S."""
+        return FixedNatural(matvec(lam.precision, v.linear), jnp.zeros_like(lam.precision))

@@ -313,6 +313,9 @@ class NormalInverseGamma(ExponentialFamily):
         inverse = INVERSE_GAMMA.mean(_inverse_gamma(precise))
         return MeanVariance(NORMAL_GAMMA.normal(precise)[0], inverse)
 
+    def has_mean(self, lam: NormalInverseGammaNatural) -> Array:
+        return INVERSE_GAMMA.has_mean(_inverse_gamma(self._precise(lam)))
+
     def variance(self, lam: NormalInverseGammaNatural) -> MeanVariance:
         """Of x it is infinite for a <= 1, of v for a <= 2."""
         precise = self._precise(lam)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
@@ -98,11 +99,11 @@ class Scalar(ExponentialFamily):
 
     def _log_h(self, lam: NaturalParameters, x: Array) -> Array:
         """log h at a theta of the support."""
-        raise NotImplementedError
+        raise unwritten(self, "_log_h(self, lam, x)")
 
     def _log_q(self, lam: NaturalParameters, x: Array) -> Array:
         """log q at a theta of the support."""
-        raise NotImplementedError
+        raise unwritten(self, "_log_q(self, lam, x)")
 
     def _where_inside(self, f: Callable, lam: NaturalParameters, theta: Array) -> Array:
         x = jnp.asarray(theta, lam.linear.dtype) + jnp.zeros_like(lam.linear)

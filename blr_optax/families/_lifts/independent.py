@@ -9,7 +9,7 @@ is, parameters as lambda is. A lift says how its lambda, mu and theta are split 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -113,6 +113,21 @@ class Independent:
     def in_domain(self, lam: NaturalParameters) -> Bool[Array, ""]:
         return jnp.all(jnp.array([jnp.all(inside) for inside in self._each("in_domain", lam)]))
 
+    def has_mean(self, lam: NaturalParameters) -> Bool[Array, ""]:
+        return jnp.all(jnp.array([jnp.all(has) for has in self._each("has_mean", lam)]))
+
+    def usable(self, lam: NaturalParameters) -> Bool[Array, ""]:
+        return jnp.all(jnp.array([jnp.all(good) for good in self._each("usable", lam)]))
+
+    def keep(
+        self, lam: NaturalParameters, new: NaturalParameters, step: PyTree
+    ) -> tuple[NaturalParameters, PyTree, Array]:
+        """Return what every member keeps: one that stays does not hold the others."""
+        kept = self._each("keep", lam, new, step)
+        natural = self.joined(self.Natural, [own for own, _, _ in kept], lam)
+        mean = self.joined(None, [own for _, own, _ in kept], lam)
+        return natural, mean, sum((count for *_, count in kept), start=jnp.zeros((), jnp.int32))
+
     def natural_at(self, location: PyTree, like: PyTree = None) -> NaturalParameters:
         return self._natural("natural_at", *((location,) if like is None else (location, like)))
 
@@ -163,6 +178,19 @@ class Independent:
 
     def gradient_in_lambda(self, lam: NaturalParameters, gradient: PyTree) -> NaturalParameters:
         return self._natural("gradient_in_lambda", lam, gradient)
+
+    def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
+        natural, away, back = zip(*self._each("centred", lam), strict=True)
+
+        def moved(theta: PyTree) -> PyTree:
+            pairs = zip(away, self.split(theta, lam), strict=True)
+            return self.joined(None, [move(own) for move, own in pairs], lam)
+
+        def returned(n: PyTree) -> NaturalParameters:
+            pairs = zip(back, self.split(n, lam), strict=True)
+            return self.joined(self.Natural, [move(own) for move, own in pairs], lam)
+
+        return self.joined(self.Natural, natural, lam), moved, returned
 
     def fisher_product(self, lam: NaturalParameters, v: PyTree) -> ExpectationParameters:
         return self._expectation("fisher_product", lam, v)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from blr_optax.families._base.family import Family, derived
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree
@@ -58,6 +60,18 @@ class Viewed(Family):
     def in_domain(self, lam: NaturalParameters) -> Array:
         return self.family.in_domain(lam)
 
+    def has_mean(self, lam: NaturalParameters) -> Array:
+        return self.family.has_mean(lam)
+
+    def usable(self, lam: NaturalParameters) -> Array:
+        return self.family.usable(lam)
+
+    def keep(
+        self, lam: NaturalParameters, new: NaturalParameters, step: PyTree
+    ) -> tuple[NaturalParameters, PyTree, Array]:
+        natural, mean, count = self.family.keep(lam, new, step)
+        return natural, self.outward(mean), count
+
     def entropy(self, lam: NaturalParameters) -> Array:
         return self.family.entropy(lam)
 
@@ -82,3 +96,8 @@ class Viewed(Family):
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
         return self.family.log_base_measure(lam, self.inward(theta))
+
+    def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
+        family: Any = self.family
+        natural, away, back = family.centred(lam)
+        return natural, lambda theta: self.outward(away(self.inward(theta))), back

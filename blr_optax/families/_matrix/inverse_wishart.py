@@ -97,6 +97,9 @@ class InverseWishart(ExponentialFamily):
         finite = -lam.inverse / jnp.where(over > 0, over, 1.0)
         return jnp.where(over > 0, finite, jnp.where(eye, jnp.inf, jnp.nan))
 
+    def has_mean(self, lam: InverseWishartNatural) -> Array:
+        return self._wishart(lam).log_det > 0
+
     def variance(self, lam: InverseWishartNatural) -> Array:
         """Of every entry; infinite for nu <= d + 3."""
         over = self._wishart(lam).log_det[..., None, None]

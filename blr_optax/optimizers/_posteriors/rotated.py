@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blr_optax import _tree
+from blr_optax._validate import concrete
 from blr_optax.families import MeanField, Normal
 from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
@@ -40,8 +41,27 @@ class Basis(NamedTuple):
     right: Array | None
 
 
+def _own_mesh(x: Array) -> Any:
+    """Return the explicit mesh that the type of x names, also where none is set; else None."""
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty or set(mesh.axis_types) != {AxisType.Explicit} else mesh
+
+
+def beside(x: Array, like: Array) -> Array:
+    """x whole on every device of the explicit mesh of `like`, if it has one."""
+    mesh = _own_mesh(like)
+    if mesh is None:
+        return x
+    if not concrete(like):
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    placed: Any = like.sharding  # its type names no devices, this does
+    return jax.device_put(x, NamedSharding(placed.mesh, PartitionSpec()))
+
+
 def on_every_device(x: Array) -> Array:
-    """x whole on every device of the mesh that is set; x itself without one."""
+    """x whole on every device of its own mesh, else of the one that is set; x itself without."""
+    if _own_mesh(x) is not None:
+        return beside(x, x)
     kinds = set(jax.sharding.get_abstract_mesh().axis_types)
     if kinds == {AxisType.Explicit}:
         return jax.sharding.reshard(x, PartitionSpec())
@@ -57,7 +77,7 @@ def is_split(x: Array) -> bool:
 
 def placed_like(x: Array, like: Array) -> Array:
     """x split over devices as `like` is, where types say so."""
-    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if is_split(like) else x
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split(like) else x
 
 
 def _both_sides(x: Array, left: Array | None, right: Array | None) -> Array:
@@ -103,6 +123,43 @@ def squared(bases: dict[str, Basis]) -> dict[str, Basis]:
 def overlap(a: dict[str, Basis], b: dict[str, Basis]) -> dict[str, Basis]:
     """a^T b: `to_basis` of it turns coordinates in a into coordinates in b."""
     return jax.tree.map(lambda x, y: x.T @ y, a, b)
+
+
+def by_eigenvectors(factor: Array, basis: Array) -> Array:
+    """Eigenvectors, the largest first: the order that power iterations keep.
+
+    Signs, and vectors that the factor sends to zero, would be a matter of rounding. So every vector
+    points along one fixed direction, and the latter diagonalise a fixed matrix.
+    """
+    del basis
+    values, vectors = (x[..., ::-1] for x in jnp.linalg.eigh(factor))
+    size = factor.shape[0]
+    kept = values > _rounding(values[:1], size)
+    rest = jnp.eye(size, dtype=factor.dtype) - (vectors * kept) @ vectors.T
+    ramp = jnp.linspace(1.0, 2.0, size, dtype=factor.dtype)
+    others = jnp.linalg.eigh((rest * ramp) @ rest)[1][:, ::-1]
+    q = jnp.where(kept, vectors, jnp.roll(others, jnp.sum(kept), axis=1))
+    along = jnp.cos(jnp.arange(size, dtype=factor.dtype)) @ q
+    return q * jnp.where(along < 0, -1.0, 1.0).astype(q.dtype)
+
+
+def _rounding(largest: Array, size: int) -> Array:
+    """Return what an eigenvalue of zero may come out as, beside the largest one."""
+    return 8.0 * size * jnp.finfo(largest.dtype).eps * largest
+
+
+def by_power(factor: Array, basis: Array) -> Array:
+    """One orthogonal iteration, with the signs of the old vectors.
+
+    A rounding's worth of the identity keeps the vectors that the factor sends to zero; of what
+    rounding made of those nothing else is left.
+    """
+    rounding = jnp.finfo(factor.dtype).eps * jnp.trace(factor)
+    moved = factor @ basis
+    sizes = jnp.linalg.norm(moved, axis=0)
+    moved = jnp.where(sizes > _rounding(jnp.max(sizes), len(sizes)), moved, 0.0)
+    q, r = jnp.linalg.qr(moved + rounding * basis)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
 
 
 @parameters
