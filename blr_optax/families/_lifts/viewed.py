@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Viewed(Family):
     """Base of such lifts; a subclass has a field `family`, and says `inward` and `outward`."""
 
-    family: Family
+    family: Any  # a `Family`; what only exponential ones have is asked of these alone
 
     def __getattr__(self, name: str) -> Any:
         """Ask the wrapped family, for what concerns lambda and mu alone."""

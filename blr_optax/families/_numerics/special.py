@@ -11,6 +11,7 @@ by their recurrences; as much of both as the precision of a asks for.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -192,9 +193,9 @@ stirling_curvature.defjvp(
 def _mean_between(f: Callable[[float], Array], dtype: DTypeLike) -> Array:
     """Return the integral from 0 to 1 of an f that changes by a few percent, by Gauss's rule."""
     nodes, weights = np.polynomial.legendre.leggauss(2 if _single(dtype) else 5)
-    return sum(
-        float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in zip(nodes, weights, strict=True)
-    )
+    terms = zip(nodes, weights, strict=True)
+    values = [float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in terms]
+    return functools.reduce(operator.add, values)
 
 
 @jax.custom_jvp
