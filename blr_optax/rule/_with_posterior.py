@@ -118,6 +118,9 @@ def with_posterior(
 
     def init_fn(params: Params) -> WithPosteriorState:
         _tree.check_float_leaves(params, reader.who)
+        for name, x in hyper.items():
+            if not callable(x):
+                _tree.prefix_leaves(x, params, name)  # refuses what does not broadcast
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)
@@ -127,6 +130,8 @@ def with_posterior(
     def update_fn(
         updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
+        if updates is None:
+            raise ValueError(f"{reader.who}: update got no gradients, None in their place.")
         finite = all_finite(updates)
         out, inner = tx.update(updates, state.inner, params, **extra)
         # Skipped steps do not count: `tx`, whose schedules and averages the reader reads, has none.

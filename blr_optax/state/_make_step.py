@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax._validate import check_count
+from blr_optax.estimators._terms import Term
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
 
@@ -113,6 +114,11 @@ def make_step(
         tx = tx.gradient_transformation()
     check_transformation("make_step", tx)
     check_count("make_step: samples", samples)
+    if not (callable(loss) or isinstance(loss, Term)):
+        raise ValueError(
+            "make_step: the loss must be a function loss(params, *batch), not its value; got "
+            f"{type(loss).__name__}."
+        )
     tx = optax.with_extra_args_support(tx)
     options = {"antithetic": antithetic, "microbatch": microbatch, "has_aux": has_aux}
     asked = [name for name, value in options.items() if value]
@@ -136,6 +142,11 @@ def make_step(
 
     def step(params: Params, opt_state: OptState, *batch: Any) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
+        if find_posterior_states(params) and not states:
+            raise ValueError(
+                "make_step: the state stands where the parameters belong; the order is "
+                "step(params, opt_state, *batch)."
+            )
         if states and all(state.reader.evaluates_loss for state in states):
             return by_batch(params, opt_state, batch)
         draws = any(map(draws_noise, states))
