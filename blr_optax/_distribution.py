@@ -210,6 +210,23 @@ class Distribution:
         return dataclasses.replace(self, natural=natural)
 
 
+def check_distribution(name: str, given: Any) -> Distribution:
+    """Return what is a `Distribution`; raise ValueError for what is not."""
+    if isinstance(given, Distribution):
+        return given
+    plain = isinstance(given, (str, int, float))
+    shown = f"{name}={given!r}" if plain else name
+    more = ""
+    if isinstance(given, (str, Family)):
+        more = " A family alone has no parameters."
+    elif name == "prior" and (plain or getattr(given, "shape", None) == ()):
+        more = " A precision alone is prior_precision=, where that is an argument."
+    raise ValueError(
+        f"{shown}, of type {type(given).__name__}, must be a Distribution, such as "
+        f"distribution('normal', mean=0.0, precision=1.0).{more}"
+    )
+
+
 def distribution(family: str | Family, **standard: PyTree) -> Distribution:
     """Return a distribution, from the name of its family and its standard parameters.
 

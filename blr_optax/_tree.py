@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from blr_optax._validate import holds
@@ -91,10 +92,11 @@ def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
     """
     entries = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-    def look_up(path: Any, _: Any) -> Any:
+    def look_up(path: Any, leaf: Any) -> Any:
         for end in range(len(path), -1, -1):
             key = leaf_name(path[:end])
             if key in entries:
+                _check_spreads(entries[key], leaf, name, leaf_name(path))
                 return entries[key]
         raise ValueError(
             f"{name}: no entry for parameter {leaf_name(path)}; it has entries for "
@@ -106,6 +108,23 @@ def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
     return found
 
 
+def _check_spreads(entry: Any, leaf: Any, name: str, path: str) -> None:
+    """Raise ValueError for an array that does not broadcast to a parameter."""
+    shape, wanted = np.shape(entry), getattr(leaf, "shape", ())
+    if shape == () or shape == wanted:
+        return
+    try:
+        fits = np.broadcast_shapes(shape, wanted) == tuple(wanted)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: its shape {shape} does not fit that of the parameter {path or 'array'}, "
+            f"{tuple(wanted)}. Give one number, one for every entry of the parameter, or a tree; "
+            "a matrix has no meaning for independent weights."
+        )
+
+
 def _refuse_strays(entries: dict[str, Any], params: Params, name: str) -> None:
     """Raise ValueError when entries match no leaf of params, unless params is a masked part."""
     known = paths(params)
@@ -114,6 +133,27 @@ def _refuse_strays(entries: dict[str, Any], params: Params, name: str) -> None:
     strays = [key for key in entries if not any(path.startswith(key) for path in known)]
     if strays:
         raise ValueError(f"{name}: entries {strays} stand at no parameter; known: {sorted(known)}.")
+
+
+def _difference(tree: PyTree, missing: str, name: str) -> str:
+    """Say in words what a tree is that has no leaf where the parameters have one."""
+    known, kind = sorted(paths(tree)), type(tree).__name__
+    wanted = "its structure must be that of params"
+    if name == "params":
+        made_for = f"parameters with an array at {missing}" if missing else "one array"
+        wanted = f"the optimizer's state was made for {made_for}"
+    if tree is None or not known:
+        found = "it is None" if tree is None else f"it is a {kind} without arrays"
+    elif known == [""]:
+        found = f"nothing at {missing}: it is one array, of shape {jnp.shape(tree)}"
+    elif missing:
+        found = f"nothing at {missing}: it has leaves at {known}"
+    else:
+        pair = name == "grads" and isinstance(tree, tuple) and len(tree) == 2
+        hint = " (jax.value_and_grad returns (value, grads))" if pair else ""
+        place = "" if name == "params" else ", where params is one array"
+        found = f"it is a {kind} with leaves at {known}{hint}{place}"
+    return f"{found}; {wanted}"
 
 
 def matching_leaves(tree: PyTree, params: Params, name: str, leading: int = 0) -> PyTree:
@@ -129,18 +169,19 @@ def matching_leaves(tree: PyTree, params: Params, name: str, leading: int = 0) -
         ValueError: when a leaf is missing or has another shape.
     """
     entries = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    if type(tree).__name__ == "Estimate" and name in ("grads", "statistic"):
+        field = "grad" if name == "grads" else name
+        raise ValueError(f"{name}: got an Estimate; pass its field, est.{field}.")
 
     def look_up(path: Any, param: Any) -> Any:
         key = leaf_name(path)
         if key not in entries:
-            raise ValueError(
-                f"{name}: wrong tree structure, nothing at {key or 'the root'}; it has leaves at "
-                f"{sorted(entries)}. Its structure must be that of params."
-            )
+            raise ValueError(f"{name}: wrong tree structure, {_difference(tree, key, name)}.")
         shape = jnp.shape(entries[key])[leading:]
         if shape != jnp.shape(param):
+            what = f"leaf {key}" if key else "the array"
             raise ValueError(
-                f"{name}: leaf {key or 'the root'} has shape {jnp.shape(entries[key])}, expected "
+                f"{name}: {what} has shape {jnp.shape(entries[key])}, expected "
                 f"{'samples + ' if leading else ''}{jnp.shape(param)}."
             )
         return entries[key]

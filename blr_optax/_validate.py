@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable
@@ -283,6 +284,27 @@ def positive(tree: PyTree) -> Array:
     return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])
 
 
+# Names under which the second statistic of `update` is given by mistake; others may be meant for
+# another member of a chain.
+MISTAKEN = ("curvature", "hessian", "hess", "statistics")
+
+
+def check_update_arguments(state: Any, extra: dict[str, Any]) -> None:
+    """Raise ValueError for an `update` whose state is none, or whose statistic has another name."""
+    if not hasattr(state, "reader"):
+        raise ValueError(
+            "update: its second argument must be the optimizer state, as tx.init(params) makes and "
+            f"update returns it; got {type(state).__name__}. The order is update(grads, opt_state, "
+            "params)."
+        )
+    for name in MISTAKEN:
+        if name in extra:
+            raise ValueError(
+                f"update: {name}= is no argument, and would be ignored; the second statistic is "
+                "statistic=, as in update(est.grad, opt_state, params, statistic=est.statistic)."
+            )
+
+
 def _described(found: PyTree) -> str:
     """Say in words what a function returned."""
     if found is None:
@@ -294,17 +316,39 @@ def _described(found: PyTree) -> str:
     return f"a {type(found).__name__}"
 
 
-def scalar_loss(who: str, loss: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
-    """Return the loss, which now says in words when it does not return one real number.
+def _check_arguments(who: str, loss: Callable[..., Any], args: tuple) -> None:
+    """Raise ValueError when a function does not take this number of arguments."""
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # of some callables there is none
+        return
+    try:
+        signature.bind(*args)
+    except TypeError:
+        raise ValueError(
+            f"{who}: the loss takes {signature}, and got the parameters and {len(args) - 1} of the "
+            "batch. Pass its arrays one by one, (loss, opt_state, params, x, y); to an optimizer "
+            "that evaluates the loss itself, update(None, opt_state, params, batch=(x, y))."
+        ) from None
 
-    With `has_aux` it has to return `(number, aux)`. Only shapes are looked at, while tracing.
+
+def scalar_loss(
+    who: str, loss: Callable[..., Any], has_aux: bool = False, real: bool = True
+) -> Callable[..., Any]:
+    """Return the loss, which now says in words when it does not return one number.
+
+    With `has_aux` it has to return `(number, aux)`; with `real` a floating-point one, as a
+    derivative needs. Only shapes are looked at, while tracing.
     """
     if not callable(loss):
-        raise ValueError(f"{who}: the loss must be a function loss(params, *batch); got {loss!r}.")
+        raise ValueError(
+            f"{who}: the loss must be a function loss(params, *batch); got {type(loss).__name__}."
+        )
 
     @functools.wraps(loss, updated=())
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        found = loss(*args, **kwargs)
+    def checked(*args: Any) -> Any:
+        _check_arguments(who, loss, args)
+        found = loss(*args)
         value = found
         if has_aux:
             if not isinstance(found, (tuple, list)) or len(found) != 2:
@@ -325,7 +369,7 @@ def scalar_loss(who: str, loss: Callable[..., Any], has_aux: bool = False) -> Ca
                 f"{who}: the loss must return one number, the mean over the examples; it returned "
                 f"{_described(value)}. Take jnp.mean(...) of it."
             )
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if real and not jnp.issubdtype(jnp.result_type(value), jnp.floating):
             raise ValueError(
                 f"{who}: the loss must return one real floating-point number; it returned "
                 f"{_described(value)}."

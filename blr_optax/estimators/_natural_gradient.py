@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from blr_optax._random import canonical_key
+from blr_optax._validate import scalar_loss
 from blr_optax.estimators._curvature import Curvature
 from blr_optax.estimators._estimator import Estimator, check_points
 from blr_optax.estimators._expectation import monte_carlo
@@ -110,7 +111,10 @@ def natural_gradient(
     estimator = chosen(over, estimator)
     if over.conditional:
         return _block_gradient(over, loss, estimator)
-    parts = terms(loss)
+    parts = tuple(
+        part if isinstance(part, Term) else scalar_loss("blr_update", part, real=False)
+        for part in terms(loss)
+    )
     if any(not isinstance(part, Term) for part in parts):
         estimator.check(over)
     gaussian = getattr(over, "curvature", None) is not None

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from blr_optax._distribution import Distribution, distribution
-from blr_optax._validate import at, check_positive, is_schedule
+from blr_optax._validate import at, check_number, check_positive, is_schedule
 
 if TYPE_CHECKING:
     from blr_optax._typing import Hyperparameter, PyTree, ScalarOrSchedule
@@ -78,5 +79,11 @@ def as_prior(prior: Distribution | None, prior_precision: Hyperparameter) -> Dis
         raise ValueError(
             f"prior= and prior_precision={prior_precision} are both a prior; give one of them."
         )
-    check_positive("prior_precision", prior_precision, schedule=False)
+    if not jax.tree_util.all_leaves([prior_precision]) or np.ndim(prior_precision):
+        raise ValueError(
+            "prior_precision must be one number here, the precision of every parameter; got shape "
+            f"{jax.tree.map(np.shape, prior_precision)}. A matrix of precisions is the prior "
+            "prior=distribution('gaussian', mean=..., precision=matrix)."
+        )
+    check_number("prior_precision", prior_precision)
     return distribution("normal", mean=0.0, precision=prior_precision)

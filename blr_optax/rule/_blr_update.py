@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Distribution
+from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._typing import transformation
 from blr_optax._validate import all_finite, at, check_positive, holds
@@ -210,6 +210,8 @@ def from_steps(
     """`blr_update` from its step: `steps(family)` for the family over the parameters."""
     check_positive("learning_rate", learning_rate, scalar=True)
     check_positive("ess", ess, scalar=True)
+    if init is not None and not callable(init):
+        check_distribution("init", init)
     step_of = functools.cache(steps)
     step_of(family)  # checks its arguments where they are given
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from blr_optax._distribution import Distribution
+from blr_optax._distribution import Distribution, check_distribution
+from blr_optax._validate import scalar_loss
 from blr_optax.estimators import natural_gradient
 from blr_optax.estimators._curvature import SquaredGradient
 from blr_optax.estimators._natural_gradient import check_plain, chosen
@@ -46,6 +47,8 @@ class ConditionalStep:
         step: str,
     ) -> None:
         """Check the arguments, and build the natural gradient."""
+        if prior is not None:
+            check_distribution("prior", prior)
         self.family, self.prior, self.step = family, prior, check_step(step, family)
         self.estimator = chosen(family, estimator)
         check_plain(loss, family)
@@ -55,6 +58,8 @@ class ConditionalStep:
                 f"{type(family).__name__}, which would be squared with it; use exact() or "
                 "reparameterized()."
             )
+
+        loss = scalar_loss("blr_update", loss, real=False)
 
         def potential(theta: Any, prior: Distribution | None, ess: Array, *batch: Any) -> Array:
             total = ess * loss(theta, *batch)
@@ -101,8 +106,7 @@ def prior_over(prior: Any, params: Params) -> Distribution | None:
     """
     if prior is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return prior
-    if not isinstance(prior, Distribution):
-        raise ValueError(f"prior must be a Distribution; got {type(prior).__name__}.")
+    check_distribution("prior", prior)
     if prior.family.elementwise:
         prior = spread(prior, MeanField(prior.family), params)
     mean = jax.eval_shape(prior.family.mean, prior.natural)

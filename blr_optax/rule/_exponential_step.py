@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from blr_optax._distribution import check_distribution
 from blr_optax.estimators import natural_gradient
 from blr_optax.estimators._natural_gradient import chosen
 from blr_optax.rule._natural_step import check_step, direction, move, spread, spread_over
@@ -37,6 +38,8 @@ class ExponentialStep:
         step: str,
     ) -> None:
         """Check the arguments, and build the natural gradient."""
+        if prior is not None:
+            check_distribution("prior", prior)
         self.family, self.prior, self.step = family, prior, check_step(step, family)
         self.estimator = chosen(family, estimator)
         self.gradient = natural_gradient(family, loss, self.estimator)

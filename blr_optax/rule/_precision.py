@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._distribution import Distribution
+from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._typing import transformation
 from blr_optax._validate import (
@@ -135,11 +135,12 @@ def prior_trees(prior: Distribution | None, params: Params, name: str = "prior")
     """
     if prior is None:
         return ()
-    prior = own_part(spread(prior, MeanField(Normal()), params), MeanField(Normal()))
-    if not isinstance(prior, Distribution) or prior.family not in (Normal(), MeanField(Normal())):
-        found = prior.family if isinstance(prior, Distribution) else type(prior).__name__
+    given = spread(check_distribution(name, prior), MeanField(Normal()), params)
+    prior = check_distribution(name, own_part(given, MeanField(Normal())))
+    if prior.family not in (Normal(), MeanField(Normal())):
         raise ValueError(
-            f"{name} must be a mean-field Gaussian Distribution (gaussian_diagonal); got {found}."
+            f"{name} must be a mean-field Gaussian Distribution (gaussian_diagonal); got "
+            f"{prior.family}."
         )
     fields = [_tree.matching_leaves(field, params, name) for field in prior.natural]
     return GaussianNatural(*(jax.tree.map(filled, params, field) for field in fields))
@@ -587,6 +588,9 @@ def scale_by_precision(
     check_unit_interval("b2", b2)
     check_positive("damping", damping, zero=True, schedule=False)
     check_bound(clip_spikes)
+    for name, given in (("prior", prior), ("init", init)):
+        if given is not None and not callable(given):
+            check_distribution(name, given)
     if generator is not None:
         check_generator(generator)
     if step not in STEPS:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._distribution import Distribution
+from blr_optax._distribution import Distribution, check_distribution
 from blr_optax.families import (
     Centered,
     Family,
@@ -73,8 +73,7 @@ def check_like(name: str, given: Distribution | None, family: Any, params: Param
     """Raise ValueError when a posterior argument does not fit the family and the parameters."""
     if given is None or not jax.tree.leaves(params):  # optax's placeholder has no leaves
         return
-    if not isinstance(given, Distribution):
-        raise ValueError(f"{name} must be a Distribution; got {type(given).__name__}.")
+    check_distribution(name, given)
     if not isinstance(given.natural, family.Natural):
         raise ValueError(
             f"{name}: natural parameters of type {type(given.natural).__name__}; the family over "

@@ -107,6 +107,9 @@ def with_posterior(
 
     def init_fn(params: Params) -> WithPosteriorState:
         _tree.check_float_leaves(params, reader.who)
+        for name, x in hyper.items():
+            if not callable(x):
+                _tree.prefix_leaves(x, params, name)  # refuses what does not broadcast
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)
@@ -116,6 +119,8 @@ def with_posterior(
     def update_fn(
         updates: Updates, state: WithPosteriorState, params: Params = None, **extra: Any
     ) -> tuple[Any, WithPosteriorState]:
+        if updates is None:
+            raise ValueError(f"{reader.who}: update got no gradients, None in their place.")
         factor = 1.0 if growth is None else growth(state.count)
         finite = within_reach(updates, factor, squares=growth is None)
         out, inner = tx.update(updates, state.inner, params, **extra)

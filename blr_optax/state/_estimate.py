@@ -20,7 +20,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._random import canonical_key
-from blr_optax._validate import check_count
+from blr_optax._validate import check_count, scalar_loss
 from blr_optax.per_example._taps._moments import strided
 from blr_optax.state._reader import draws_noise, posterior_states, refuse_multi_steps
 from blr_optax.state._reading import covered, draw, noise_of
@@ -345,7 +345,9 @@ def estimate(
       [4. 4.] [4. 4.]
     """
     refuse_multi_steps(opt_state, "estimate")
-    states = posterior_states(opt_state, "estimate")
+    if weights is None:
+        loss = scalar_loss("estimate", loss, has_aux)
+    states = posterior_states(opt_state, "estimate", params)
     if any(state.reader.evaluates_loss for state in states):
         raise ValueError(
             "estimate: blr_update evaluates the loss itself; call update(None, opt_state, params, "

@@ -19,6 +19,7 @@ import optax
 
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count
+from blr_optax.estimators._terms import Term
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
 from blr_optax.state._weights import of_mean_one, weighted
@@ -120,6 +121,11 @@ def make_step(
         tx = tx.gradient_transformation()
     check_transformation("make_step", tx)
     check_count("make_step: samples", samples)
+    if not (callable(loss) or isinstance(loss, Term)):
+        raise ValueError(
+            "make_step: the loss must be a function loss(params, *batch), not its value; got "
+            f"{type(loss).__name__}."
+        )
     tx = optax.with_extra_args_support(tx)
     options = {"antithetic": antithetic, "microbatch": microbatch, "has_aux": has_aux}
     asked = [name for name, value in options.items() if value]
@@ -151,6 +157,11 @@ def make_step(
         weights: Float[ArrayLike, "B ..."] | None = None,
     ) -> tuple[Any, Any, StepInfo]:
         states = find_posterior_states(opt_state)
+        if find_posterior_states(params) and not states:
+            raise ValueError(
+                "make_step: the state stands where the parameters belong; the order is "
+                "step(params, opt_state, *batch)."
+            )
         if states and all(state.reader.evaluates_loss for state in states):
             if weights is not None:
                 raise ValueError(

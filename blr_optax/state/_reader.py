@@ -189,16 +189,31 @@ def find_posterior_states(opt_state: OptState) -> list[PyTree]:
     return [node for node in nodes if carries_posterior(node)]
 
 
-def posterior_states(opt_state: OptState, who: str) -> list[PyTree]:
+def posterior_states(opt_state: OptState, who: str, params: Params = None) -> list[PyTree]:
     """Return all states in `opt_state` that carry a posterior.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: when there is none; with `params` also when both are swapped.
     """
     found = find_posterior_states(opt_state)
-    if not found:
-        raise ValueError(NO_POSTERIOR.format(who=who))
-    return found
+    if found:
+        return found
+    if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
+        raise ValueError(
+            f"{who}: got the optimizer itself; pass its state, which tx.init(params) makes and "
+            "tx.update returns."
+        )
+    if find_posterior_states(params):
+        raise ValueError(
+            f"{who}: the state stands where the parameters belong; the order is "
+            "(opt_state, params)."
+        )
+    if type(opt_state).__name__ == "Distribution":
+        raise ValueError(
+            f"{who}: got a Distribution, which is a posterior already; pass the optimizer state, "
+            "or use q.mean, q.variance, q.sample(key)."
+        )
+    raise ValueError(NO_POSTERIOR.format(who=who))
 
 
 def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:

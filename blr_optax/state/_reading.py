@@ -79,7 +79,7 @@ def sample(opt_state: OptState, params: Params) -> PyTree:
       >>> print(jnp.abs(blr.sample(state, params)).max() < 1e-5)
       True
     """
-    states = posterior_states(opt_state, "sample")
+    states = posterior_states(opt_state, "sample", params)
     parts = covered(states, params, "sample")
     noises = [noise_of(state) for state in states]
     return draw(states, parts, params, noises)
@@ -120,7 +120,7 @@ def posterior(opt_state: OptState, params: Params) -> Distribution:
       >>> print(q.mean["w"], q.variance["w"])
       [1. 1.] [0.01 0.01]
     """
-    states = posterior_states(opt_state, "posterior")
+    states = posterior_states(opt_state, "posterior", params)
     parts = covered(states, params, "posterior")
     found = [
         (_tree.paths(part), state.reader.posterior(state, part))
@@ -184,7 +184,7 @@ def reseed(opt_state: OptState, key: KeyLike) -> OptState:
       >>> print(len(set(theta[:, 0].tolist())))
       4
     """
-    posterior_states(opt_state, "reseed")
+    posterior_states(opt_state, "reseed", key)
     key = canonical_key(key)
 
     def renew(state: OptState) -> Any:

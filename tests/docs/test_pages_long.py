@@ -147,6 +147,16 @@ def faq(names: Names) -> None:
     assert abs(sum(names["scores"])) / len(names["scores"]) ** 0.5 < 4.0
 
 
+def checking(names: Names) -> None:
+    assert names["report"].ok and names["report"].evaluations <= 14
+    mistakes = ["sum_loss", "ess_is_batch_size", "slow_b2", "transformed_gradient"]
+    assert sorted(one.name for one in names["found"].warnings) == sorted(mistakes)
+    assert all(name in names["printed"] for name in mistakes)
+    assert [one.name for one in names["stepped"].warnings] == ["gradient_at_params"]
+    assert [one.name for one in names["later"].warnings] == ["precision_disagrees"]
+    assert names["later"].numbers["statistic_over_precision"] > 10.0
+
+
 def composition(names: Names) -> None:
     assert float(names["train_state"].params["w"]) > 0.0
     assert int(names["train_state"].step) == 1
@@ -237,6 +247,7 @@ def watched(names: Names) -> None:
 
 FACTS: dict[str, Callable[[Names], None]] = {
     "README.md": readme,
+    "docs/checking.md": checking,
     "docs/composition.md": composition,
     "docs/estimators.md": estimators,
     "docs/families.md": families,

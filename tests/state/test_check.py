@@ -90,6 +90,12 @@ def test_a_mistake_is_named_with_what_to_write_instead(name):
     assert " ".join(one.fix.split())[:40] in " ".join(str(report).split())
 
 
+def test_weights_that_are_zero_have_no_size_but_a_loss():
+    zeros = np.zeros(3, np.float32)
+    assert found(ivon(), params=zeros).ok
+    assert names(found(ivon(hess_init=1e-4), params=zeros)) == ["wide_first_noise"]
+
+
 def test_numbers_of_the_mistakes():
     (one,) = found(**MISTAKES["ess_is_batch_size"]).warnings
     assert f"ess={EXAMPLES}" in one.fix and "3.95 times" in one.what  # sqrt(1000 / 64)

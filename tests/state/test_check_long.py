@@ -178,3 +178,20 @@ def test_losses_that_are_no_functions_of_the_weights_are_said_not_to_be_looked_a
     tx = blr.variational_online_newton(terms, 0.5, ess=N)
     report = blr.check(tx, terms, START, X, Y, num_examples=N)
     assert report.ok and "the loss, which is not a function" in report.unchecked[0]
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_arrays_on_a_mesh(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType[kind],))
+
+    def loss(w, x, y):
+        return 0.5 * jnp.mean((jnp.einsum("nd,d->n", x, w) - y) ** 2)
+
+    with jax.set_mesh(mesh):
+        split = jax.NamedSharding(mesh, jax.P("d"))
+        w = jax.device_put(np.full(8, 0.3, np.float32), split)
+        x = jax.device_put(RNG.normal(size=(N, 8)).astype(np.float32), split)
+        y = jax.device_put(Y, split)
+        assert blr.check(ivon(), loss, w, x, y, **GIVEN, step=blr.make_step(ivon(), loss)).ok
+        clipped = optax.chain(optax.clip(0.01), ivon())
+        assert names(blr.check(clipped, loss, w, x, y, **GIVEN)) == ["transformed_gradient"]

@@ -95,7 +95,8 @@ def test_replicas_draw_under_different_keys():
 
 def test_an_optimizer_that_evaluates_the_loss_takes_no_key():
     params = jnp.ones(3)
-    tx = blr.blr_update("normal", lambda w, x: jnp.mean((x @ w) ** 2), 0.1, ess=8.0)
-    step = blr.make_step(tx, None, donate=False)
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)  # noqa: E731
+    tx = blr.blr_update("normal", loss, 0.1, ess=8.0)
+    step = blr.make_step(tx, loss, donate=False)
     with pytest.raises(ValueError, match="make_step: key"):
         step(params, tx.init(params), X, key=0)

@@ -125,7 +125,9 @@ def rates(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _tree.statistics_dtype(p.dtype)), params)
 
     @jax.jit
-    def step(start: list[PyTree]) -> tuple[list[PyTree], list[PyTree]]:
+    def step(
+        start: list[PyTree], opt_state: OptState, params: Params, grads: Updates
+    ) -> tuple[list[PyTree], list[PyTree]]:
         def after(statistic: PyTree) -> list[PyTree]:
             _, new = tx.update(grads, opt_state, params, statistic=statistic, **extra)
             return _precisions(new)
@@ -134,10 +136,10 @@ def rates(
         return jax.jvp(after, (whole,), (jax.tree.map(jnp.ones_like, whole),))
 
     start = jax.tree.map(lambda p: 0.9 * p, before)
-    now, slope = step(start)
+    now, slope = step(start, opt_state, params, grads)
     start = jax.tree.map(lambda c, p, x, s: c + (p - x) / s, start, before, now, slope)
     found = []
-    for tree in step(start)[1]:
+    for tree in step(start, opt_state, params, grads)[1]:
         leaves = [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(tree)]
         found.append(float(np.mean(np.concatenate(leaves))) if leaves else 0.0)
     return [rate for rate in found if 0.0 < rate <= 1.0]
@@ -230,7 +232,7 @@ def in_front(
     arrivals = Arrivals()
 
     @jax.jit
-    def update(state: OptState, scale: Any) -> OptState:
+    def update(state: OptState, scale: Any, params: Params, grads: Updates) -> OptState:
         arrivals.given = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
         return tx.update(arrivals.given, state, params, **extra)[1]
 
@@ -238,7 +240,7 @@ def in_front(
         state = arrivals.watch(opt_state)
         for scale in scales:
             arrivals.ratios, arrivals.distances = [], []
-            state = update(state, scale)
+            state = update(state, scale, params, grads)
             jax.block_until_ready(state)
             jax.effects_barrier()
         return float(np.mean(arrivals.ratios or [1.0])), max(arrivals.distances, default=0.0)
@@ -308,10 +310,13 @@ def spread(states: list[PyTree], params: Params, draws: list[PyTree]) -> tuple[f
 def of_noise_scale(
     deviation: float, weights: float, at_mean: float, at_draws: float
 ) -> list[Finding]:
-    """Compare the first noise with the weights, and what it does to the loss."""
-    if not 0.0 < weights < deviation:
+    """Compare the first noise with the weights, and what it does to the loss.
+
+    Weights that are all zero have no size of their own: then the loss alone tells.
+    """
+    worse = at_draws > at_mean + (WORSE if weights else 1.0) * abs(at_mean)
+    if not weights < deviation or (weights == 0.0 and not worse):
         return []
-    worse = at_draws > at_mean + WORSE * abs(at_mean)
     return [Finding(
         "wide_first_noise",
         "warning" if worse else "note",
