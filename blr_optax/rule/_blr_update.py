@@ -30,7 +30,7 @@ from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
 from blr_optax.rule._conditional_step import ConditionalStep
 from blr_optax.rule._exponential_step import ExponentialStep
-from blr_optax.rule._start import family_over
+from blr_optax.rule._start import check_whole_tree, family_over
 from blr_optax.state._reader import Reader
 
 if TYPE_CHECKING:
@@ -208,7 +208,9 @@ def from_steps(
 
     def init_fn(params: Params) -> BlrUpdateState:
         _tree.check_float_leaves(params, "blr_update")
-        step = step_of(family_over(family, params))
+        over = family_over(family, params)
+        check_whole_tree(over, params)
+        step = step_of(over)
         natural = step.first(params, init(params) if callable(init) else init)
         return BlrUpdateState(
             count=jnp.zeros((), jnp.int32),

@@ -53,6 +53,7 @@ class PointReader(Reader):
     """A delta-method rule: the loss is evaluated at the parameters."""
 
     who = "with_posterior"  # the optimizer's name, in errors
+    takes_numbers = False  # whether a parameter may be a number of Python
 
     def part(self, state: WithPosteriorState, params: Params) -> PyTree:
         return _tree.covered_part(state.covered, params, self.who)
@@ -63,7 +64,9 @@ class PointReader(Reader):
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """N(params, 1 / precision)."""
-        mean = jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
+        mean = jax.tree.map(
+            lambda m: jnp.asarray(m, _tree.statistics_dtype(jnp.result_type(m))), params
+        )
         family = MeanField(Normal())
         return Distribution(family, family.from_mean(mean, self.precision(state, mean)))
 
@@ -106,7 +109,7 @@ def with_posterior(
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Params) -> WithPosteriorState:
-        _tree.check_float_leaves(params, reader.who)
+        _tree.check_float_leaves(params, reader.who, reader.takes_numbers)
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)
