@@ -74,6 +74,8 @@ from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
     from blr_optax._typing import (

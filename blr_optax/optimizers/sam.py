@@ -171,7 +171,7 @@ def sam(
         refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
-    def init_fn(params: Params) -> WithPosteriorState:
+    def init_fn(params: Params) -> OptState:
         check_decay(weight_decay, params)
         return inner.init(params)
 
