@@ -10,7 +10,6 @@ from registry import Programs, make_batch, one_step, rows
 
 import blr_optax as blr
 
-
 # Not those of the other lines of the contract, whose traces are counted.
 own_programs = functools.cache(Programs)
 
