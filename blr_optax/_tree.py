@@ -64,9 +64,17 @@ def spacing(x: Array, dtype: DTypeLike | None = None) -> Array:
     return jnp.maximum(found, jnp.finfo(wide).smallest_normal)  # one below it would be flushed to 0
 
 
-def check_float_leaves(params: Params, who: str) -> None:
-    """Raise ValueError when a parameter leaf is not a real floating-point array."""
+def check_float_leaves(params: Params, who: str, numbers: bool = False) -> None:
+    """Raise ValueError when a parameter leaf is not a real floating-point array.
+
+    With `numbers` those of Python pass.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not numbers and not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{who}: parameter {leaf_name(path) or 'params'} is {leaf!r}, no array; make one "
+                "of it, jnp.asarray(...): jax.tree.map(jnp.asarray, params)."
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
@@ -276,7 +284,21 @@ def covered_part(coverage: PyTree, params: Params, who: str) -> PyTree:
                 f"{coverage}. Pass the tree that init got."
             )
         return params
-    return mask_to(params, {leaf_name(path) for path, _ in known})
+    return part_at(params, {leaf_name(path) for path, _ in known}, who)
+
+
+def part_at(params: Params, keep: Set[str], who: str) -> PyTree:
+    """Return the leaves of params at these paths, `MaskedNode` elsewhere.
+
+    Raises:
+        ValueError: when params has nothing at one of them.
+    """
+    if missing := keep - paths(params):
+        raise ValueError(
+            f"{who}: params has nothing at {sorted(missing)[0] or 'the root'}, which the state was "
+            f"made for; it has leaves at {sorted(paths(params))}. Pass the tree that init got."
+        )
+    return mask_to(params, keep)
 
 
 def is_hole(leaf: Any) -> bool:
@@ -310,3 +332,8 @@ def total(f: Any, *trees: PyTree) -> Array:
 def ratio(a: Array, b: Array) -> Array:
     """Return a / b, and 0 where both are."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
+
+
+def is_split(x: Array) -> bool:
+    """Whether the type of x says that it is split over devices, as it does on explicit meshes."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)

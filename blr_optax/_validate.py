@@ -188,16 +188,16 @@ def check_unit_interval(name: str, number: Any) -> None:
         raise ValueError(f"{name}={number} must be in [0, 1).")
 
 
-def check_whole(name: str, number: Any) -> int:
-    """Return a whole number of Python.
+def check_whole(name: str, number: Any, arrays: bool = False) -> int:
+    """Return a whole number of Python; with `arrays` also from an array of one.
 
     Raises:
         ValueError: for what is none, or not known to Python.
     """
     try:
-        if isinstance(number, bool):
+        if isinstance(number, bool) or (isinstance(number, jax.Array) and not arrays):
             raise TypeError
-        return operator.index(number)  # of a traced one it is an error
+        return operator.index(number)
     except TypeError:
         raise ValueError(
             f"{name}={number!r} must be a plain whole number; with inject_hyperparams name it in "
@@ -205,9 +205,9 @@ def check_whole(name: str, number: Any) -> int:
         ) from None
 
 
-def check_count(name: str, number: Any, least: int = 1) -> None:
+def check_count(name: str, number: Any, least: int = 1, arrays: bool = False) -> None:
     """Raise ValueError for what is not a whole number, or too small a one."""
-    number = check_whole(name, number)
+    number = check_whole(name, number, arrays)
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}.")
 

@@ -204,7 +204,7 @@ def from_torch_ivon(
         raise ValueError(
             f"from_torch_ivon: {len(weights)} weights, but order= has {len(order)} names."
         )
-    check_count("from_torch_ivon: step", step, least=0)
+    check_count("from_torch_ivon: step", step, least=0, arrays=True)
     if "param_groups" not in optimizer_state:
         raise ValueError(
             f"from_torch_ivon: found {[*optimizer_state][:3]}... where an optimizer's "

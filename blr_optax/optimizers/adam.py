@@ -35,6 +35,7 @@ class AdamReader(PointReader):
     """Precision ess (sqrt(v_hat + eps_root) + eps) + prior."""
 
     who = "adam"
+    takes_numbers = True
 
     def part(self, state: WithPosteriorState, params: Params) -> PyTree:  # noqa: D102
         return _tree.matching_leaves(params, optax.tree.get(state.inner, "nu"), "params")
@@ -59,6 +60,7 @@ class RmspropReader(PointReader):
     """Precision ess times optax's own denominator, + prior."""
 
     who = "rmsprop"
+    takes_numbers = True
 
     def __init__(self, eps_in_sqrt: bool, centered: bool, bias_correction: bool) -> None:
         """Remembers which denominator optax.rmsprop was asked for."""

@@ -98,7 +98,7 @@ class DropoutReader(Reader):
 
     def part(self, state: DropoutState, params: Params) -> PyTree:
         """Return the leaves that the state was made for."""
-        return _tree.mask_to(params, set(_shapes(state)))
+        return _tree.part_at(params, set(_shapes(state)), "dropout")
 
     def noise(self, state: DropoutState, key: Array) -> UnitNoise:
         """Draw a normal per unit, kept when below the quantile: its mirror image is antithetic."""

@@ -61,7 +61,6 @@ from blr_optax.optimizers._posteriors.rotated import (
     by_eigenvectors,
     by_power,
     from_basis,
-    is_split,
     on_every_device,
     over,
     overlap,
@@ -174,7 +173,7 @@ def _first_bases(params: Params, max_size: int) -> Any:
 
 def _gram(g: Array, basis: Basis) -> Basis:
     """G G^T and G^T G of the sides that have a basis."""
-    g = (on_every_device(g) if is_split(g) else g).reshape(-1, g.shape[-1])
+    g = (on_every_device(g) if _tree.is_split(g) else g).reshape(-1, g.shape[-1])
     return Basis(None if basis.left is None else g @ g.T, None if basis.right is None else g.T @ g)
 
 
@@ -481,7 +480,7 @@ def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:
 
         def widened(u: Array) -> Array:
             u = u.astype(_tree.statistics_dtype(u.dtype))
-            return on_every_device(u) if is_split(u) else u
+            return on_every_device(u) if _tree.is_split(u) else u
 
         wide = jax.tree.map(widened, updates)
         out, _ = muon.update(wide, muon.init(wide))  # beta = 0: it keeps nothing between steps

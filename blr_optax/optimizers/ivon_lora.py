@@ -111,7 +111,7 @@ def ivon_lora(
         check_positive("clip_radius", clip_radius, schedule=False)
 
     def ess(count: Any) -> Any:
-        return at(gamma, count) * jnp.sqrt(examples)
+        return at(gamma, count) * jnp.sqrt(jnp.asarray(examples, jnp.result_type(float)))
 
     return optax.chain(
         scale_by_precision(

@@ -64,6 +64,7 @@ class SamReader(StepSizeReader):
 
     radius: float
     who = "sam"
+    takes_numbers = False
     adversarial = True
 
     def adversary(self, state: WithPosteriorState, params: Params, grads: Updates) -> PyTree:

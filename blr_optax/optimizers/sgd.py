@@ -41,6 +41,7 @@ class StepSizeReader(PointReader):
     """Precision ess / step size, the same for every parameter; at a step size of 0, a point's."""
 
     who = "sgd"
+    takes_numbers = True
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:  # noqa: D102
         s = jnp.minimum(state.hyper["ess"] / state.hyper["step_size"], POINT)

@@ -30,7 +30,7 @@ from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
 from blr_optax.rule._conditional_step import ConditionalStep
 from blr_optax.rule._exponential_step import ExponentialStep
-from blr_optax.rule._start import family_over
+from blr_optax.rule._start import check_whole_tree, family_over
 from blr_optax.state._reader import Reader
 
 if TYPE_CHECKING:
@@ -224,7 +224,9 @@ def from_steps(
                 "numbers, such as jax.tree.map(jnp.ones_like, q.mean); they become q's mean as "
                 "soon as it is finite."
             )
-        step = step_of(family_over(family, params))
+        over = family_over(family, params)
+        check_whole_tree(over, params)
+        step = step_of(over)
         natural = step.first(params, init(params) if callable(init) else init)
         count = jnp.zeros((), jnp.int32)
         return BlrUpdateState(

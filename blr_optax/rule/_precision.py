@@ -661,8 +661,7 @@ def scale_by_precision(
             return new, direction(v, pull, by, gate).astype(m.dtype)
 
         moved = jax.tree.map(move, state.precision, c, d0, v, pull, params)
-        pair = jax.tree.structure((0, 0))
-        precision, out = jax.tree.transpose(jax.tree.structure(g), pair, moved)
+        precision, out = (jax.tree.map(lambda _, x, i=i: x[i], g, moved) for i in range(2))
         count = optax.safe_increment(state.count)
         after = state._replace(
             count=count,

@@ -40,11 +40,33 @@ def family_over(family: str | Family, params: Params) -> Family:
         if family.event_ndim == 2 and leaves:
             is_matrix = one and jnp.ndim(params) == 2
             return family if is_matrix else Leafwise.like(family, params)
+        if family.event_ndim == 1 and leaves:
+            one = one and jnp.ndim(params) == 1
         return family if one else Raveled.like(family, params)
     if family.elementwise:
         return MeanField(family)
     is_vector = isinstance(params, jax.Array) and params.ndim == 1
     return Raveled.like(family, params) if family.location and not is_vector else family
+
+
+def check_whole_tree(family: Family, params: Params) -> None:
+    """Raise ValueError for parameters that a family over all of them cannot be made for.
+
+    They are the placeholder of `map_params`, and leaves that an explicit mesh splits.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves and not isinstance(family, (MeanField, Product, SideBySide)):
+        raise ValueError(
+            f"blr_update: params has no leaves, so there is nothing for {type(family).__name__} to "
+            "be over. If this is optax.tree.map_params: the state holds the raveled parameters or "
+            "a matrix over them, and no tree like params; use jax.tree.map on the state."
+        )
+    if any(map(_tree.is_split, leaves)):
+        raise ValueError(
+            "blr_update: a parameter is split over an axis of a mesh whose type is Explicit; rows "
+            "that evaluate the loss themselves take whole parameters, or a mesh of Auto axes: "
+            "jax.make_mesh(..., axis_types=(AxisType.Auto,))."
+        )
 
 
 def first_natural(

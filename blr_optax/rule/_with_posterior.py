@@ -17,7 +17,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
-from blr_optax._validate import at, unwritten, within_reach, zero_unless
+from blr_optax._validate import at, is_schedule, unwritten, within_reach, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
@@ -53,6 +53,7 @@ class PointReader(Reader):
     """A delta-method rule: the loss is evaluated at the parameters."""
 
     who = "with_posterior"  # the optimizer's name, in errors
+    takes_numbers = False  # whether a parameter may be a number of Python
 
     def part(self, state: WithPosteriorState, params: Params) -> PyTree:
         return _tree.covered_part(state.covered, params, self.who)
@@ -63,7 +64,9 @@ class PointReader(Reader):
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """N(params, 1 / precision)."""
-        mean = jax.tree.map(lambda m: m.astype(_tree.statistics_dtype(m.dtype)), params)
+        mean = jax.tree.map(
+            lambda m: jnp.asarray(m, _tree.statistics_dtype(jnp.result_type(m))), params
+        )
         family = MeanField(Normal())
         return Distribution(family, family.from_mean(mean, self.precision(state, mean)))
 
@@ -106,9 +109,9 @@ def with_posterior(
         return {name: jnp.array(at(x, count), jnp.result_type(float)) for name, x in hyper.items()}
 
     def init_fn(params: Params) -> WithPosteriorState:
-        _tree.check_float_leaves(params, reader.who)
+        _tree.check_float_leaves(params, reader.who, reader.takes_numbers)
         for name, x in hyper.items():
-            if not callable(x):
+            if not is_schedule(x):
                 _tree.prefix_leaves(x, params, name)  # refuses what does not broadcast
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)

@@ -70,19 +70,14 @@ def on_every_device(x: Array) -> Array:
     return x
 
 
-def is_split(x: Array) -> bool:
-    """Whether the type of x says that it is split over devices, as it does on explicit meshes."""
-    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
-
-
 def placed_like(x: Array, like: Array) -> Array:
     """x split over devices as `like` is, where types say so."""
-    return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_split(like) else x
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if _tree.is_split(like) else x
 
 
 def _both_sides(x: Array, left: Array | None, right: Array | None) -> Array:
     """left X right; leading sample axes stay."""
-    if is_split(x):
+    if _tree.is_split(x):
         return placed_like(_both_sides(on_every_device(x), left, right), x)
     shape = x.shape
     if left is not None:
