@@ -141,7 +141,7 @@ def linear(mu, slope):
     return jnp.sum(slope * mu.linear)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -3e38])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -3e38, 1e30])
 def test_one_number_of_a_mean_field_stays_alone(bad):
     prior = blr.distribution("normal", mean=0.0, precision=1.0)
     tx = blr.blr_update(
@@ -170,6 +170,21 @@ def test_one_factor_of_a_product_stays_alone():
     )
     assert updates["a"] == 0.0 and state.skipped == 1
     np.testing.assert_allclose(updates["b"], 2.0 / 1.5 - 2.0, rtol=1e-6)
+
+
+def test_one_leaf_of_a_tree_of_matrices_stays_alone():
+    tx = blr.blr_update(
+        "matrix_gaussian",
+        lambda p, c: jnp.sum(p["w"] ** 2) + c * jnp.sum(p["b"]),
+        0.3,
+        estimator=estimators.monte_carlo(2),
+    )
+    params = {"b": jnp.ones(2), "w": jnp.ones((2, 3))}
+    updates, state = jax.jit(lambda s, p: tx.update(None, s, p, batch=(jnp.nan,)))(
+        tx.init(params), params
+    )
+    assert state.skipped == 1 and not updates["b"].any() and (updates["w"] != 0.0).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.natural))
 
 
 # --- a mean that does not exist -------------------------------------------------------------------
@@ -272,3 +287,24 @@ def test_rows_without_a_mean_say_so():
     np.testing.assert_array_equal(family.has_mean(lam), [False, False, True])
     q = blr.distribution("normal", mean=np.zeros(3), precision=1.0)
     assert q.family.has_mean(q.natural).all()
+
+
+def test_accumulated_gradients_recover_from_one_that_is_not_finite():
+    """What docs/composition.md tells: the accumulator of `MultiSteps` keeps it for ever else."""
+    tx = optax.MultiSteps(blr.ivon(0.1, ess=10.0), 2, should_skip_update_fn=optax.skip_not_finite)
+    start = jnp.ones(2)
+
+    @jax.jit
+    def run(values):
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(jnp.full(2, g), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (start, tx.init(start)), values)[1]
+
+    with_nan = run(jnp.array([1.0, jnp.nan, 1.0, 1.0, 1.0]))
+    without = run(jnp.ones(4))
+    np.testing.assert_allclose(with_nan[-1], without[-1], rtol=1e-3)
+    assert (with_nan[-1] < 0.85).all()
