@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     Labels = Int[ArrayLike, "*n"]  # the class of each example
     Reals = Float[ArrayLike, "*n"]  # one number per example
     Truths = Bool[ArrayLike, "*n"] | Int[ArrayLike, "*n"]  # one truth, or 0 or 1, per example
+    # How much an example counts: a number, how often it occurs, or whether it does.
+    Weights = Float[ArrayLike, "*n"] | Int[ArrayLike, "*n"] | Bool[ArrayLike, "*n"]
     Numbers = Float[ArrayLike, "*#n"]  # one number per example, or one for all
 
     # What is returned.
@@ -75,7 +77,7 @@ def accuracy(
     labels: Labels,
     *,
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Scalar:
     """Fraction of examples whose most probable class is the label.
 
@@ -95,7 +97,7 @@ def nll(
     *,
     log: bool = False,
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Scores:
     """Negative log-likelihood ``-log p[label]`` in nats, per example.
 
@@ -120,7 +122,7 @@ def brier(
     labels: Labels,
     *,
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Scores:
     """Brier score ``sum_k (p_k - 1[k = label])^2``, between 0 and 2, per example.
 
@@ -139,7 +141,7 @@ def temperature(
     labels: Labels,
     *,
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Scalar:
     """Fit the T for which softmax(logits / T) is most likely, on held-out examples.
 
@@ -224,7 +226,7 @@ def calibration(
     bins: int = 15,
     closed: Literal["left", "right"] = "left",
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Calibration:
     """Return the calibration errors of the most probable class, in bins of equal width.
 
@@ -256,7 +258,7 @@ def classwise_calibration(
     bins: int = 15,
     closed: Literal["left", "right"] = "left",
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Calibration:
     """Calibration of every class's probability against how often that class occurs.
 
@@ -280,7 +282,7 @@ def adaptive_calibration(
     *,
     bins: int = 15,
     ignore_index: int | None = None,
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Calibration:
     """Calibration of the most probable class in bins of equal mass.
 
@@ -357,7 +359,7 @@ def in_vs_out(
     return scores, jnp.arange(scores.size) < jnp.size(inside)
 
 
-def auroc(scores: Reals, positive: Truths, *, weights: Reals | None = None) -> Scalar:
+def auroc(scores: Reals, positive: Truths, *, weights: Weights | None = None) -> Scalar:
     """Probability that a positive scores above a negative, a tie counting one half.
 
     >>> float(auroc(jnp.array([0.1, 0.4, 0.35, 0.8]), jnp.array([0, 0, 1, 1])))
@@ -370,7 +372,7 @@ def auroc(scores: Reals, positive: Truths, *, weights: Reals | None = None) -> S
     return given.unless_nan(_mean_of_positives(given, wins))
 
 
-def average_precision(scores: Reals, positive: Truths, *, weights: Reals | None = None) -> Scalar:
+def average_precision(scores: Reals, positive: Truths, *, weights: Weights | None = None) -> Scalar:
     """Area under the precision-recall steps, ``sum_k (R_k - R_{k-1}) P_k`` (as scikit-learn).
 
     Computed as the mean over positives of the precision at their own score. With the other class as
@@ -401,7 +403,7 @@ class OperatingPoint(NamedTuple):
 
 
 def fpr_at_tpr(
-    scores: Reals, positive: Truths, *, tpr: float = 0.95, weights: Reals | None = None
+    scores: Reals, positive: Truths, *, tpr: float = 0.95, weights: Weights | None = None
 ) -> OperatingPoint:
     """False-positive rate at the highest threshold that finds a fraction `tpr` of the positives.
 
@@ -500,7 +502,7 @@ def regression(
     targets: Numbers,
     *,
     levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95),
-    weights: Reals | None = None,
+    weights: Weights | None = None,
 ) -> Regression:
     """Accuracy, likelihood, coverage and sharpness of Gaussian predictions (`std` with the noise).
 

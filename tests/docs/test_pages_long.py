@@ -245,6 +245,37 @@ def watched(names: Names) -> None:
     assert names["clipped"][0] > 0.2 and names["clipped"][-1] == 0.0
 
 
+def hetero(names: Names) -> None:
+    quiet, loud = np.sqrt(names["moments"].aleatoric)
+    assert 0.02 < quiet < 0.2 and 0.25 < loud < 0.6  # 0.05 and 0.35
+    assert 0.8 < names["coverage"] < 0.98
+
+
+def ensemble(names: Names) -> None:
+    assert names["all_four"].epistemic.mean() > 1.05 * names["one"].epistemic.mean()
+    assert float(names["printed"].split()[-1]) > 0.85
+
+
+def tempered(names: Names) -> None:
+    nll, cold, q = names["nll"], names["cold"], names["q"]
+    test = names["test_x"], names["test_y"]
+    assert nll(cold, *test) < nll(q, *test)
+    assert names["held"][1.0] > min(names["held"].values())
+    near(cold.mean["w1"], q.mean["w1"], rtol=1e-5)
+    assert np.isfinite(names["temperature"])
+
+
+def saved(names: Names) -> None:
+    for same in (names["pickled"], names["arrays"], names["restored"]):
+        assert same.family == names["q"].family
+        assert_same(same, names["q"])
+
+
+def padded(names: Names) -> None:
+    assert names["losses"][0] > 2 and names["losses"][-1] < 0.7
+    assert names["accuracy"] > 0.95 and np.isfinite(names["nll"])
+
+
 FACTS: dict[str, Callable[[Names], None]] = {
     "README.md": readme,
     "docs/checking.md": checking,
@@ -267,6 +298,11 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "Checkpoints with orbax": orbax,
     "Checkpoints with flax msgpack": msgpack,
     "Diagnostics of a training step": watched,
+    "Regression with noise that depends on the input": hetero,
+    "An ensemble by vmap": ensemble,
+    "Cold posteriors and temperature scaling": tempered,
+    "Saving a posterior": saved,
+    "Sequences with padding": padded,
 }
 
 
