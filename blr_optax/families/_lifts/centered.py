@@ -78,7 +78,7 @@ class Centered(Viewed):
 
     def _shifted(self, theta: PyTree, sign: float) -> PyTree:
         """Theta plus or minus `at`, in the mean of joint families."""
-        if self.family.joint:
+        if getattr(self.family, "joint", False):
             return theta._replace(mean=self._shifted_mean(theta.mean, sign))
         return self._shifted_mean(theta, sign)
 

@@ -87,7 +87,11 @@ class Raveled(Viewed):
             standard = {**standard, "mean": self.ravel(mean)}
         return self.family.natural(**standard)
 
-    inward, outward = ravel, unravel
+    def inward(self, theta: PyTree) -> PyTree:
+        return self.ravel(theta)
+
+    def outward(self, x: PyTree) -> PyTree:
+        return self.unravel(x)
 
     def variance(self, lam: NaturalParameters) -> PyTree:
         return self.unravel(self.family.variance(lam))

@@ -78,7 +78,9 @@ class Viewed(Family):
     def sufficient_statistics(
         self, theta: PyTree, lam: NaturalParameters = None
     ) -> ExpectationParameters:
-        return self.family.sufficient_statistics(self.inward(theta), lam)
+        inner: Any = self.family
+        return inner.sufficient_statistics(self.inward(theta), lam)
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
-        return self.family.log_base_measure(lam, self.inward(theta))
+        inner: Any = self.family
+        return inner.log_base_measure(lam, self.inward(theta))

@@ -186,9 +186,8 @@ stirling_curvature.defjvp(
 def _mean_between(f: Callable[[float], Array], dtype: DTypeLike) -> Array:
     """Return the integral from 0 to 1 of an f that changes by a few percent, by Gauss's rule."""
     nodes, weights = np.polynomial.legendre.leggauss(2 if _single(dtype) else 5)
-    return sum(
-        float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in zip(nodes, weights, strict=True)
-    )
+    points = zip(nodes, weights, strict=True)
+    return jnp.asarray(sum(float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in points))
 
 
 @jax.custom_jvp
