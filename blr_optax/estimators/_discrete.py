@@ -158,8 +158,8 @@ def enumeration(total: int | None = None) -> Enumeration:
       >>> print(gradient(None, blr.families.get("bernoulli").natural(logit=0.7))[1].linear.round(4))
       5.0
     """
-    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 1):
-        raise ValueError(f"enumeration: total={total!r} must be an integer, at least 1, or None.")
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 0):
+        raise ValueError(f"enumeration: total={total!r} must be an integer, at least 0, or None.")
     return Enumeration(total)
 
 

@@ -95,10 +95,10 @@ class Raveled(Viewed):
             standard = {**standard, "mean": self.ravel(mean)}
         return self.family.natural(**standard)
 
-    def inward(self, theta: PyTree) -> Array:
+    def inward(self, theta: PyTree) -> PyTree:
         return self.ravel(theta)
 
-    def outward(self, x: Array) -> PyTree:
+    def outward(self, x: PyTree) -> PyTree:
         return self.unravel(x)
 
     def variance(self, lam: NaturalParameters) -> PyTree:

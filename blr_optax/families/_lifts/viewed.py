@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Viewed(Family):
     """Base of such lifts; a subclass has a field `family`, and says `inward` and `outward`."""
 
-    family: Any  # a `Family`; what only exponential ones have is asked of these alone
+    family: Family
 
     def __getattr__(self, name: str) -> Any:
         """Ask the wrapped family, for what concerns lambda and mu alone."""
@@ -92,12 +92,14 @@ class Viewed(Family):
     def sufficient_statistics(
         self, theta: PyTree, lam: NaturalParameters = None
     ) -> ExpectationParameters:
-        return self.family.sufficient_statistics(self.inward(theta), lam)
+        inner: Any = self.family
+        return inner.sufficient_statistics(self.inward(theta), lam)
 
     def log_base_measure(self, lam: NaturalParameters, theta: PyTree) -> Array:
-        return self.family.log_base_measure(lam, self.inward(theta))
+        inner: Any = self.family
+        return inner.log_base_measure(lam, self.inward(theta))
 
     def centred(self, lam: NaturalParameters) -> tuple[NaturalParameters, Callable, Callable]:
-        family: Any = self.family
-        natural, away, back = family.centred(lam)
+        inner: Any = self.family
+        natural, away, back = inner.centred(lam)
         return natural, lambda theta: self.outward(away(self.inward(theta))), back

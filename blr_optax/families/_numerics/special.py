@@ -11,7 +11,6 @@ by their recurrences; as much of both as the precision of a asks for.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -193,9 +192,8 @@ stirling_curvature.defjvp(
 def _mean_between(f: Callable[[float], Array], dtype: DTypeLike) -> Array:
     """Return the integral from 0 to 1 of an f that changes by a few percent, by Gauss's rule."""
     nodes, weights = np.polynomial.legendre.leggauss(2 if _single(dtype) else 5)
-    terms = zip(nodes, weights, strict=True)
-    values = [float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in terms]
-    return functools.reduce(operator.add, values)
+    points = zip(nodes, weights, strict=True)
+    return jnp.asarray(sum(float(0.5 * w) * f(float(0.5 * (t + 1.0))) for t, w in points))
 
 
 @jax.custom_jvp
