@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from blr_optax import metrics
+from blr_optax import _loops, metrics
 from blr_optax._random import canonical_key
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _mean_over_samples(
 
     # Zeros like the shapes, as these know how the outputs are sharded.
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(total, index[0]))
-    sums, _ = jax.lax.scan(step, zeros, index)
+    sums, _ = _loops.scan(step, zeros, index)
     return jax.tree.map(lambda x: x / samples, sums)
 
 

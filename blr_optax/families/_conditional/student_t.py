@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _loops
 from blr_optax._validate import require
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import (
@@ -160,7 +161,7 @@ class StudentT(ConditionalFamily):
         return GAUSSIAN.in_domain(self._inner(lam)) & domain.positive().contains(lam.shape)
 
     def sample(self, key: Array, lam: StudentTNatural, shape: tuple[int, ...] = ()) -> Array:
-        hidden, draw = jax.random.split(key)
+        hidden, draw = jax.random.split(_loops.key_for(key, lam.shape))
         log_w = jnp.log(lam.shape) - jax.random.loggamma(
             hidden, lam.shape, shape + lam.shape.shape, lam.shape.dtype
         )
@@ -172,7 +173,7 @@ class StudentT(ConditionalFamily):
     def noise(
         self, key: Array, lam: StudentTNatural, samples: int, antithetic: bool = False
     ) -> StudentTNoise:
-        hidden, draw = jax.random.split(key)
+        hidden, draw = jax.random.split(_loops.key_for(key, lam.shape))
         like = lam.linear
 
         def log_scale(a: Array) -> Array:
