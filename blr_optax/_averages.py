@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blr_optax import _tree
+from blr_optax import _loops, _tree
 from blr_optax._validate import check_count, concrete
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def traced(task: Task, key: Array, q: Any, arrays: list[Any]) -> Any:
         return task.finish(functools.reduce(merged, map(part, indices)))
     # Zeros like the shapes, as these know how the outputs are sharded.
     start = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, indices[0]))
-    total, _ = jax.lax.scan(lambda a, index: (merged(a, part(index)), None), start, indices)
+    total, _ = _loops.scan(lambda a, index: (merged(a, part(index)), None), start, indices)
     return task.finish(total)
 
 

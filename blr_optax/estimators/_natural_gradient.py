@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from blr_optax import _loops
 from blr_optax._random import canonical_key
 from blr_optax._validate import scalar_loss
 from blr_optax.estimators._curvature import Curvature
@@ -131,14 +132,19 @@ def natural_gradient(
     ) -> tuple[Array, Any]:
         check_points(estimator, points)
         key = None if key is None else canonical_key(key)
-        results = []
-        for part in parts:
-            if isinstance(part, Term):
-                results.append(part.natural_gradient(lifted, lam, batch))
-            else:
-                results.append(estimator.natural_gradient(lifted, part, key, lam, batch))
-        value: Any = sum(value for value, _ in results)
-        return value, lifted.combine(*((1.0, g) for _, g in results))
+
+        def at(lam: NaturalParameters) -> tuple[Array, Any]:
+            results = []
+            for part in parts:
+                if isinstance(part, Term):
+                    term: Any = part
+                    results.append(term.natural_gradient(lifted, lam, batch))
+                else:
+                    results.append(estimator.natural_gradient(lifted, part, key, lam, batch))
+            value: Any = sum(value for value, _ in results)
+            return value, lifted.combine(*((1.0, g) for _, g in results))
+
+        return at(_loops.by_its_value(at, lam))
 
     return gradient
 
@@ -162,6 +168,10 @@ def _block_gradient(family: ConditionalFamily, loss: Any, estimator: Estimator) 
     ) -> tuple[Array, Any]:
         check_points(estimator, points)
         key = None if key is None else canonical_key(key)
-        return estimator.block_gradient(family, lambda x: loss(x, *batch), key, lam, points)
+
+        def at(lam: NaturalParameters) -> tuple[Array, Any]:
+            return estimator.block_gradient(family, lambda x: loss(x, *batch), key, lam, points)
+
+        return at(_loops.by_its_value(at, lam))
 
     return gradient

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from blr_optax import _tree
+from blr_optax import _loops, _tree
 from blr_optax._distribution import Distribution
 from blr_optax._typing import transformation
 from blr_optax._validate import (
@@ -270,12 +270,9 @@ def scale_by_eigenbasis(
         factors = _averaged(state.factors, times(short, raw), bases, beta, finite)
         now = (finite & (made % refresh_every == 0)).astype(jnp.int32)
         moving = (bases, after.precision, after.momentum.ema)
-        bases, precision, ema = jax.lax.switch(
-            jnp.where(made == 0, 2 * now, now),
-            BRANCHES,
-            jax.lax.stop_gradient(factors),
-            moving,
-        )
+        given = _loops.together((jax.lax.stop_gradient(factors), moving))
+        which = jnp.where(made == 0, 2 * now, now)
+        bases, precision, ema = jax.lax.switch(which, BRANCHES, *given)
         bases, factors = jax.tree.map(on_every_device, (bases, factors))
         after = after._replace(precision=precision, momentum=after.momentum._replace(ema=ema))
         return out, ScaleByEigenbasisState(reader, after, bases, factors)

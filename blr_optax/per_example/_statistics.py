@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blr_optax import _tree
+from blr_optax import _loops, _tree
 from blr_optax._random import canonical_key
 from blr_optax.per_example._likelihood import EXACT, exact_cotangent, sampled_cotangent
 from blr_optax.per_example._separable import (
@@ -175,6 +175,7 @@ def _statistics(
     key: KeyLike | None,
 ) -> PerExample:
     """Compute the requested statistics; the arguments have been checked."""
+    params, batch, weights = _together(loss, params, batch, weights)
     found = checked("per_example", loss, params, batch)
     leaves, tree = jax.tree.flatten(params)
     size = len(jax.tree.leaves(batch)[0])
@@ -205,6 +206,17 @@ def _statistics(
         _named(params, total.factors, n) if kron else None,
         tree.unflatten(total.ggn) if ggn else None,
     )
+
+
+def _together(loss: Callable[..., Array], params: Params, batch: tuple, weights: Any) -> tuple:
+    """Parameters and batch of each device, where those of several are traced as one.
+
+    The gradients are then those of the device's own examples, whatever `jax.grad` would add up.
+    """
+    axes = _loops.varying((params, batch, weights))
+    if _loops.on_manual_axes():  # what the loss closes over may vary as well
+        axes |= _loops.varying(jax.eval_shape(loss, params, *batch))
+    return _loops.spread((params, batch, weights), axes)
 
 
 def _of_glm(
@@ -325,7 +337,7 @@ class Model(NamedTuple):
             return jax.tree.map(jnp.add, total, found), None
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, f))
-        total = jax.lax.scan(step, zero, jnp.arange(passes))[0]
+        total = _loops.scan(step, zero, jnp.arange(passes))[0]
         same = [
             None if k is None else k._replace(inputs=k.inputs / passes, mean=k.mean / passes)
             for k in total.factors

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from blr_optax import _tree
+from blr_optax import _loops, _tree
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count, scalar_loss
 from blr_optax.per_example._taps._moments import strided
@@ -129,14 +129,15 @@ def _total(evaluate: Callable[[Any], Any], inputs: Any, count: int, unrolled: in
     """Sum of evaluate over the leading axis of inputs: unrolled up to a count, else one scan.
 
     A CPU runs convolutions inside a scan many times slower than outside, so a few samples are
-    unrolled; micro-batches are asked for to save memory, which only a scan does.
+    unrolled; micro-batches are asked for to save memory, which only a scan does: XLA keeps what the
+    backward passes of unrolled pieces need at once, with or without barriers in between.
     """
     if count <= unrolled:
         rows = [jax.tree.map(lambda x, i=i: x[i], inputs) for i in range(count)]
         return functools.reduce(_accumulate, map(evaluate, rows))
     first = jax.tree.map(lambda x: x[0], inputs)
     start = _zeros(jax.eval_shape(evaluate, first))
-    return jax.lax.scan(lambda t, x: (_accumulate(t, evaluate(x)), None), start, inputs)[0]
+    return _loops.scan(lambda t, x: (_accumulate(t, evaluate(x)), None), start, inputs)[0]
 
 
 def _averaged(total: Any, evaluations: int, axis_name: AxisName | None) -> Any:
@@ -195,6 +196,7 @@ class Evaluation:
     ) -> tuple[Array, PyTree, list[PyTree], PyTree]:
         """(value, gradient, every state's statistic, aux) at one draw of the weights."""
         weights = draw(self.states, self.parts, self.params, noises)
+        weights = _loops.by_its_value(self.loss, weights, *examples)
         (value, aux), first, squares = self.gradient(weights, examples)
         grad = self.second_gradient(first, weights, examples)
         statistics = [
@@ -313,10 +315,13 @@ def estimate(
         has_aux: whether the loss returns `(value, aux)`; not for vogn and ogn.
         microbatch: evaluate the batch in pieces of this size, in bounded memory. Micro-batches are
             strided: example i goes to piece i mod M. For sam and bsam each has its own adversary.
+            The pieces are a loop, in which a CPU is slow at convolutions; unrolled, they would take
+            the memory of the whole batch.
         split: whether every sample sees its own part of the batch, strided too: the cost of one
             sample whatever their number, and m-sharpness for `sam` and `bsam`.
         axis_name: a named axis (shard_map, vmap) to average over; draws then differ between
-            devices.
+            devices. Without it each device of a `shard_map` gets the gradient of its own value;
+            that of a loss which is averaged over the devices itself is the same on all.
         key: typed key or integer seed for a loss that draws by itself (dropout): the loss is called
             as `loss(theta, *batch, key=...)`, with a key of its own for every draw of the weights,
             micro-batch and device. The two evaluations of an antithetic pair share it.

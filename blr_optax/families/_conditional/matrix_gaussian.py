@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
+from blr_optax import _loops
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import ConditionalFamily, move_field, normals
 from blr_optax.families._base.parameters import parameters
@@ -92,7 +93,7 @@ def _contract(
         ), None
 
     start = (jnp.zeros((n, n), theta.dtype), jnp.zeros((p, p), theta.dtype))
-    return jax.lax.scan(add, start, jnp.arange(n * p))[0]
+    return _loops.scan(add, start, jnp.arange(n * p))[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import betainc
 
+from blr_optax import _loops
 from blr_optax._validate import require
 from blr_optax.families._base import domain
 from blr_optax.families._base.conditional import (
@@ -173,7 +174,7 @@ class StudentT(ConditionalFamily):
         return jnp.where(t < 0, below, jnp.where(near, 0.5 + 0.5 * middle, 1.0 - tail))
 
     def sample(self, key: Array, lam: StudentTNatural, shape: tuple[int, ...] = ()) -> Array:
-        hidden, draw = jax.random.split(key)
+        hidden, draw = jax.random.split(_loops.key_for(key, lam.shape))
         log_w = jnp.log(lam.shape) - jax.random.loggamma(
             hidden, lam.shape, shape + lam.shape.shape, lam.shape.dtype
         )
@@ -185,7 +186,7 @@ class StudentT(ConditionalFamily):
     def noise(
         self, key: Array, lam: StudentTNatural, samples: int, antithetic: bool = False
     ) -> StudentTNoise:
-        hidden, draw = jax.random.split(key)
+        hidden, draw = jax.random.split(_loops.key_for(key, lam.shape))
         like = lam.linear
 
         def log_scale(a: Array) -> Array:

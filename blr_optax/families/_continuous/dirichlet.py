@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import betainc
 
+from blr_optax import _loops
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
@@ -178,7 +179,7 @@ def _root(g: Float[Array, "... k"]) -> Float[Array, "... k"]:
 
     t = jnp.clip(jnp.log(start), LOWEST, HIGHEST)
     begin = (t, jnp.full_like(t, LOWEST), jnp.full_like(t, HIGHEST), jnp.zeros(t.shape, bool))
-    (*_, near), a, _ = jax.lax.while_loop(running, unless_near, (begin, jnp.exp(g), 0))
+    (*_, near), a, _ = _loops.while_loop(running, unless_near, (begin, jnp.exp(g), 0))
     return jnp.where(near[..., None], a, jnp.nan)
 
 
@@ -197,7 +198,7 @@ def _concentrations(g: Float[Array, "... k"]) -> Float[Array, "... k"]:
         _, largest, count = carry
         return (largest > jnp.finfo(g.dtype).eps ** 0.5) & (count < MAX_POLISH_STEPS)
 
-    return jax.lax.while_loop(running, polish, (_root(g), jnp.array(jnp.inf, g.dtype), 0))[0]
+    return _loops.while_loop(running, polish, (_root(g), jnp.array(jnp.inf, g.dtype), 0))[0]
 
 
 @_concentrations.defjvp

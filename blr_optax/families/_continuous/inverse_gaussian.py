@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.special
 
+from blr_optax import _loops
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
@@ -43,7 +44,7 @@ def _mills(w: Float[Array, ...]) -> tuple[Array, Array]:
     def back(step: Array, tail: Array) -> Array:  # M = 1 / (w + 1 / (w + 2 / (w + ...)))
         return high + (80.0 - step) / tail
 
-    tail = jax.lax.fori_loop(0, 79, back, high)
+    tail = _loops.fori_loop(0, 79, back, high)
     far = 1.0 / (high + 1.0 / tail)
     return jnp.where(small, near, far), jnp.where(small, 1.0 - low * near, far / tail)
 
@@ -84,7 +85,7 @@ def _scaled_exp2(y: Float[Array, ...]) -> Float[Array, ...]:
         n = 80.0 - step
         return high + 2.0 * n - n * (n + 1.0) / tail
 
-    tail = jax.lax.fori_loop(0, 80, back, high + 162.0)
+    tail = _loops.fori_loop(0, 80, back, high + 162.0)
     return jnp.where(small, 1.0 - low * scaled_exp1(low), 1.0 / tail)
 
 

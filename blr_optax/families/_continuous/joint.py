@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _loops
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
@@ -70,7 +72,7 @@ def retract_shortened(
 
     out = outside(jnp.ones((), lam[0].dtype))
     begin = (jnp.ones(out.shape, lam[0].dtype), out)
-    t, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), shorten, begin)
+    t, _ = _loops.while_loop(lambda carry: jnp.any(carry[1]), shorten, begin)
     new, safe = move(lam, cut(t, step))
     inside = kept(new, safe)
     return lam._replace(

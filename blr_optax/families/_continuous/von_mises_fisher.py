@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
 from blr_optax.families._base.parameters import parameters
@@ -129,7 +130,7 @@ def _solve(mu: Array) -> Array:
         return jnp.where(length > 0.5, bent, kappa + (length - b.ratio * kappa) / b.slope)
 
     start = length * (mu.shape[-1] - length**2) / (rest * (1.0 + length))
-    kappa = jax.lax.fori_loop(0, NEWTON_STEPS, newton, start)
+    kappa = _loops.fori_loop(0, NEWTON_STEPS, newton, start)
     return mu / bessel(nu, kappa * kappa).ratio[..., None]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _loops
 from blr_optax.families._base import domain
 from blr_optax.families._base.parameters import parameters
 from blr_optax.families._base.standard_parameters import (
@@ -418,5 +419,6 @@ class NegativeBinomial(Waiting):
     ) -> Array:
         """Draw a Poisson count whose rate is a draw from a gamma density."""
         key_rate, key_count = jax.random.split(key)
+        key_rate = _loops.key_for(key_rate, lam.total)
         g = jax.random.gamma(key_rate, lam.total, (*shape, *lam.total.shape), lam.total.dtype)
         return lf.draw_poisson(key_count, g * lf.failures(lam.linear))

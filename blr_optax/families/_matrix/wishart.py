@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax._validate import require
 from blr_optax.families._base import domain
 from blr_optax.families._base.exponential import ExponentialFamily
@@ -118,7 +119,7 @@ def _solve_gap(gap: Array, d: int) -> Float[Array, ...]:
         return b * jnp.exp(jnp.clip(jnp.log(found / gap) * found / (b * slope), -2.0, 2.0))
 
     start = (0.25 * d * (d + 1) + gap) / (gap * (1.0 + gap))
-    return jax.lax.fori_loop(0, NEWTON_STEPS, newton, start)
+    return _loops.fori_loop(0, NEWTON_STEPS, newton, start)
 
 
 @_solve_gap.defjvp

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax.families._numerics.special import LOG_2PI
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def bessel(nu: float, x: Float[Array, ...]) -> Bessel:
         return ratio, new, slope, new * (orders[k] - kappa * rest), product * (orders[k] * new)
 
     start = (jnp.where(direct, 1.0, v) for v in (far.ratio, far.ratio, far.slope, far.rest))
-    carry = jax.lax.fori_loop(0, shift, down, (*start, jnp.ones_like(x)))
+    carry = _loops.fori_loop(0, shift, down, (*start, jnp.ones_like(x)))
     last, ratio, slope, rest, product = carry
     log = log - jnp.log(product) - nu * math.log(2.0) - math.lgamma(nu + 1.0)
     near = Bessel(log, ratio, slope, ratio * (last - ratio), log - x * ratio, rest)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax.families._numerics.special import NEAR, excess_near, log_minus_digamma
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def _lower_slope(a: Array, x: Array, centre: Array) -> Float[Array, ...]:
         return 1.0 + ratio * total, ratio * (slope - total / (a + n))
 
     start = (jnp.ones_like(x), jnp.zeros_like(x))
-    total, slope = jax.lax.fori_loop(0, SERIES_TERMS, back, start)
+    total, slope = _loops.fori_loop(0, SERIES_TERMS, back, start)
     return -(total * (centre - 1.0 / a) + slope) / a
 
 
@@ -95,7 +96,7 @@ def gamma_log_draw(
     Only log x carries the derivative in the concentration; for large ones g has more digits.
     """
     frozen = jax.lax.stop_gradient(a)
-    key, key_power = jax.random.split(key)
+    key, key_power = jax.random.split(_loops.key_for(key, frozen))
     # For a < 1, x = g u^{1 / a} with g of concentration a + 1 and u uniform (Marsaglia and Tsang).
     small = frozen < 1.0
     g = jax.random.gamma(key, jnp.where(small, frozen + 1.0, frozen), shape + a.shape, a.dtype)

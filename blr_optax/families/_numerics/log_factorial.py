@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from blr_optax import _loops
 from blr_optax._validate import concrete
 from blr_optax.families._numerics.special import LOG_2PI, relative_excess, stirling
 
@@ -232,7 +233,7 @@ def _trapezes(kernel: Callable, low: Array, high: Array, *args: Array) -> Array:
 
     # The nodes below the first one are a geometric series.
     first = kernel(low, *args) / -jnp.expm1(-step)
-    return step * jax.lax.fori_loop(1, NODES, add, first)
+    return step * _loops.fori_loop(1, NODES, add, first)
 
 
 @functools.cache
@@ -375,7 +376,7 @@ def draw_poisson(key: Array, rate: Float[Array, ...]) -> Float[Array, ...]:
     """
     many = rate > MANY
     high, low = jnp.where(many, rate, MANY), jnp.where(many, 1.0, rate)
-    draws = jax.random.poisson(key, low).astype(rate.dtype)
+    draws = jax.random.poisson(_loops.key_for(key, low), low).astype(rate.dtype)
     return jnp.where(many, _draw_many(key, high, high, 1.0, 1.0), draws)
 
 
@@ -385,7 +386,7 @@ def draw_binomial(key: Array, n: Array, p: Array, not_p: Array) -> Float[Array, 
     Where jax's rejection rounds n away (beyond 8e5 in float32) and the variance is lower still, the
     rarer outcome is drawn as its limit, a Poisson count: its probability is at most 1.2e-3.
     """
-    key, key_rare, key_many = jax.random.split(key, 3)
+    key, key_rare, key_many = jax.random.split(_loops.key_for(key, n, p, not_p), 3)
     n, p, not_p = jnp.broadcast_arrays(n, p, not_p)
     rare = jnp.minimum(p, not_p)
     variance = n * rare * (1.0 - rare)
@@ -412,5 +413,5 @@ def draw_multinomial(key: Array, n: Array, p: Float[Array, "... K"]) -> Float[Ar
         return left - x, x
 
     n = jnp.broadcast_to(n, p.shape[1:])
-    _, counts = jax.lax.scan(draw, n, (jax.random.split(key, len(p)), p, after))
+    _, counts = _loops.scan(draw, n, (jax.random.split(key, len(p)), p, after))
     return jnp.moveaxis(counts, 0, -1)

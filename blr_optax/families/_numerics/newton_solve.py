@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax import _loops
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -93,7 +95,7 @@ def _solve_one(family: Any, mu: ExpectationParameters) -> tuple[Any, Array]:
             good = family.in_domain(to_fields(new)) & falls
             return ~good & (halvings < MAX_HALVINGS)
 
-        t, _ = jax.lax.while_loop(
+        t, _ = _loops.while_loop(
             too_long, lambda c: (0.5 * c[0], c[1] + 1), (jnp.ones_like(value), 0)
         )
         # -slope / 2 is the distance to the solution, as a KL divergence, and Newton squares it: the
@@ -113,7 +115,7 @@ def _solve_one(family: Any, mu: ExpectationParameters) -> tuple[Any, Array]:
         )
     )
     begin = (start, jnp.array(jnp.inf, start.dtype), 0, jnp.array(False))
-    x, _, _, done = jax.lax.while_loop(running, newton, begin)
+    x, _, _, done = _loops.while_loop(running, newton, begin)
     converged = done & family.in_domain(to_fields(x))
     return to_fields(jnp.where(converged, x, jnp.nan)), converged
 

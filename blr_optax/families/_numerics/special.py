@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from blr_optax import _loops
+
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float
 
@@ -335,7 +337,7 @@ def scaled_exp1(x: Float[Array, ...]) -> Float[Array, ...]:
         n = 80.0 - k
         return high + 2.0 * n - 1.0 - n * n / tail
 
-    fraction = jax.lax.fori_loop(0, 80, back, high + 161.0)
+    fraction = _loops.fori_loop(0, 80, back, high + 161.0)
     return jnp.where(small, jnp.exp(low) * series, 1.0 / fraction)
 
 

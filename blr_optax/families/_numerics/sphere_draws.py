@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax.families._numerics.bessel import bessel
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def _versine(key: Array, kappa: Float[Array, ...], d: int) -> Float[Array, ...]:
         accept = height + jax.random.exponential(key_u, kappa.shape, kappa.dtype) >= 0
         return key, jnp.where(done, versine, new), done | accept
 
-    begin = (key, jnp.zeros_like(kappa), jnp.zeros(kappa.shape, bool))
-    _, versine, _ = jax.lax.while_loop(lambda c: ~jnp.all(c[2]), propose, begin)
+    begin = (_loops.key_for(key, kappa), jnp.zeros_like(kappa), jnp.zeros(kappa.shape, bool))
+    _, versine, _ = _loops.while_loop(lambda c: ~jnp.all(c[2]), propose, begin)
     return versine
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from blr_optax import _loops
 from blr_optax.per_example._taps import _jaxpr
 from blr_optax.per_example._taps._plan import scan_parts
 from blr_optax.per_example._taps._primitives import (
@@ -68,7 +69,7 @@ def coupling(loss: Callable[..., Any], params: Any, batch: tuple) -> Kind:
 
     def at(size: int) -> tuple[Any, Sequence[Any]]:
         def sized(x: Any) -> Any:  # in the dtype that jax computes in: numpy's may be wider
-            return jax.ShapeDtypeStruct((size, *x.shape[1:]), jax.typeof(x).dtype)
+            return _loops.shaped(x, (size, *x.shape[1:]))
 
         many = jax.tree.map(sized, batch)
         return _jaxpr.open_jaxpr(_jaxpr.trace(loss, params, *many)[0])

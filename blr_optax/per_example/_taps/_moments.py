@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _loops
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -166,7 +168,7 @@ def _shared(
         return jax.tree.map(jnp.add, sums, found._replace(norms=None)), found.norms
 
     zeros = wanted._replace(norms=None, factors=None).shaped(lambda _: jnp.zeros((e, m, k), dtype))
-    sums, norms = jax.lax.scan(step, zeros, jnp.arange(count))
+    sums, norms = _loops.scan(step, zeros, jnp.arange(count))
     return sums._replace(norms=None if norms is None else norms.T.reshape(batch))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blr_optax import _loops
 from blr_optax.per_example._taps import _jaxpr, _places
 from blr_optax.per_example._taps._equations import BATCHED, CASTS, CONST, VIEW, rule
 from blr_optax.per_example._taps._moments import Shadow
@@ -123,7 +124,7 @@ class Runner(NamedTuple):
             return kept, out[len(kept) :]
 
         params = eqn.params
-        carry, ys = jax.lax.scan(
+        carry, ys = _loops.scan(
             step, carry, scanned, params["length"], params["reverse"], params["unroll"]
         )
         return [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blr_optax import _tree
+from blr_optax import _loops, _tree
 from blr_optax.per_example._taps import _jaxpr
 from blr_optax.per_example._taps._layers import layer
 from blr_optax.per_example._taps._moments import KroneckerFactors, Shadow, pieces, strided, weighed
@@ -67,14 +67,12 @@ class Sums(NamedTuple):
 
 def one_example(batch: Any) -> Any:
     """Return the shapes of a batch of one example."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), jax.typeof(x).dtype), batch
-    )
+    return jax.tree.map(lambda x: _loops.shaped(x, (1, *x.shape[1:])), batch)
 
 
 def shapes(tree: Any) -> Any:
     """Return the shapes and dtypes of a tree."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.typeof(x).dtype), tree)
+    return jax.tree.map(lambda x: _loops.shaped(x, x.shape), tree)
 
 
 def traced(loss: Callable[..., Array], params: Any, batch: tuple) -> Traced:
@@ -135,6 +133,7 @@ def sums(found: Traced, params: Any, batch: tuple, wanted: Wanted, weights: Arra
         norms if wanted.norms else None,
         factors,
     )
+    dummies = _loops.spread(dummies, _loops.varying((params, batch)))
     chunks = [i for i, way in enumerate(found.ways) if way.kind == CHUNKS]
     in_chunks: Any = chunk_sums(found, params, chunks, batch, wanted, weights) if chunks else None
     if chunks and all(way.kind in (CHUNKS, UNUSED) for way in found.ways):
@@ -209,5 +208,5 @@ def over_pieces(piece: Callable[[Array], Sums], count: int) -> Sums:
         found = piece(index)
         return jax.tree.map(jnp.add, total, found._replace(norms=None)), found.norms
 
-    total, norms = jax.lax.scan(step, zero._replace(norms=None), jnp.arange(count))
+    total, norms = _loops.scan(step, zero._replace(norms=None), jnp.arange(count))
     return total._replace(norms=None if norms is None else norms.T.reshape(-1))
