@@ -403,8 +403,12 @@ def evon(
         check_unit_interval("shampoo_beta", shampoo_beta)
     if clip_curvature is not None:
         check_positive("clip_curvature", clip_curvature, scalar=True)
-    check_count("refresh_every", refresh_every)
-    check_count("max_size", max_size)
+    for name, size in (("refresh_every", refresh_every), ("max_size", max_size)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{name}={size!r} must be a plain integer, at least 1; with inject_hyperparams "
+                'name it in static_args=("refresh_every", "max_size").'
+            )
     if isinstance(from_name(curvature), PerExampleSquares):
         raise ValueError(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
