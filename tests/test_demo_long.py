@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tools import ROOT
 
-from blr_optax._demo import run as experiment
+from blr_optax._demo.folder import STATE
 
 PROGRAM = """
 import sys
@@ -34,7 +34,7 @@ def launch(out: Path, *arguments: str) -> subprocess.Popen:
 
 def epochs_behind(out: Path) -> int:
     """Of both runs, by the numbers of their finished checkpoints."""
-    folders = (out / experiment.STATE).glob("*/*")
+    folders = (out / STATE).glob("*/*")
     steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
     return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
 
