@@ -192,6 +192,12 @@ def accumulation(names: Names) -> None:
     near(names["params"], np.array([1.0, -2.0, 0.5, 0.0]), rtol=1e-5, atol=0.1)
 
 
+def numpyro_svi(names: Names) -> None:
+    """The conjugate answer: precision 50 + 1 / 0.5^2, mean 150 over it."""
+    near(names["mean"], 150 / 54, rtol=0.01)
+    near(names["deviation"], 54**-0.5, rtol=0.1)
+
+
 def partitioned(names: Names) -> None:
     assert np.mean(names["losses"][-5:]) < 0.2 * names["losses"][0]
     q, theta = names["q"], names["theta"]
@@ -238,6 +244,7 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "nnx with several samples and dropout": nnx_samples,
     "VOGN: squares of the gradients of single examples": classifies,
     "Gradient accumulation with optax.MultiSteps": accumulation,
+    "numpyro's SVI": numpyro_svi,
     "A posterior over a part of the model with optax.partition": partitioned,
     "Checkpoints with orbax": orbax,
     "Checkpoints with flax msgpack": msgpack,
