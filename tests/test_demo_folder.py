@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_a_run_that_is_stopped_keeps_the_old_results(out, capfd, monkeypatch):
     arguments = ["demo", *QUICK, "--epochs", "1", "--resume", "--out", str(out)]
     assert cli.main(arguments) == 0
     assert json.loads((out / "results.json").read_text())["settings"]["epochs"] == 1
+
+
+def test_stopping_waits_for_a_checkpoint():
+    before, written = signal.getsignal(signal.SIGINT), []
+    with pytest.raises(KeyboardInterrupt), folder.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        written.append(True)
+    assert written
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("where", ["build", "run_demo"])

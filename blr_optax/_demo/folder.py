@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -133,7 +135,8 @@ def restored(manager: Any, like: Any, epochs: int, folder: Path) -> tuple[int, A
     shapes, broken, why = jax.tree.map(lambda x: (x.shape, x.dtype), like), [], ""
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            run = manager.restore(step, args=ocp.args.StandardRestore(like))
+            with uninterrupted():
+                run = manager.restore(step, args=ocp.args.StandardRestore(like))
             if step > epochs or jax.tree.map(lambda x: (x.shape, x.dtype), run) != shapes:
                 raise ValueError("it is of another run")
         except Exception as error:  # of orbax, tensorstore, zarr, json, the file system
@@ -164,6 +167,22 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until this is over: orbax's threads would answer it with pages of errors."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
 def save(manager: Any, step: int, run: Any, folder: Path) -> None:
     """Write a checkpoint.
 
@@ -174,7 +193,8 @@ def save(manager: Any, step: int, run: Any, folder: Path) -> None:
 
     try:
         _try_room(folder / "room.partial", 16 * sum(x.size for x in jax.tree.leaves(run)))
-        manager.save(step, args=ocp.args.StandardSave(run))
+        with uninterrupted():
+            manager.save(step, args=ocp.args.StandardSave(run))
     except Exception as error:  # of orbax, tensorstore, the file system
         raise DemoError(
             f"cannot write checkpoint {step} into {folder} ({line(error)}); make room, then "
