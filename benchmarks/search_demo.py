@@ -29,6 +29,7 @@ import numpy as np
 
 from blr_optax import metrics
 from blr_optax._demo import run as experiment
+from blr_optax._demo.folder import write_json
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -152,7 +153,7 @@ def main() -> None:
         "trials": trials,
     }
     RESULT.parent.mkdir(exist_ok=True)
-    experiment.write_json(RESULT, result)
+    write_json(RESULT, result)
     print(choices)
 
 

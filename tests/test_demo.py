@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from tools import ROOT
 
-from blr_optax._demo import cli, report
+from blr_optax._demo import cli, folder, report
 from blr_optax._demo import run as experiment
 
 SEARCH = json.loads((ROOT / "benchmarks" / "results" / "search_demo.json").read_text())
@@ -29,7 +29,7 @@ def demo(out: Path, *arguments: str) -> dict:
 @pytest.fixture
 def no_figures(monkeypatch):
     """For tests of flags and of going on: the figures of `small` are enough."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw", lambda *_: {})
 
 
 @pytest.fixture(scope="module")
@@ -294,8 +294,8 @@ def test_resume_without_anything_to_go_on_from_starts(tmp_path, small):
 )
 def test_resume_with_other_settings_is_an_error(arguments, message, tmp_path, capsys):
     record = experiment.Settings(("sgd",), (0,), 2).record()
-    (tmp_path / experiment.STATE).mkdir()
-    experiment.write_json(tmp_path / experiment.STATE / "settings.json", record)
+    (tmp_path / folder.STATE).mkdir()
+    folder.write_json(tmp_path / folder.STATE / "settings.json", record)
     quick = QUICK if arguments[0] != "--seed" else QUICK[:2] + QUICK[4:]
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", *quick, *arguments, "--resume", "--out", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""A demo that is killed, whenever it is, ends as an uninterrupted one."""
+"""A demo that is killed, whenever it is, ends as an uninterrupted one; stopped, it says so."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tools import ROOT
 
-from blr_optax._demo import run as experiment
+from blr_optax._demo.folder import STATE
 
 PROGRAM = """
 import sys
@@ -22,19 +22,20 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def launch(out: Path, *arguments: str) -> subprocess.Popen:
+def launch(out: Path, *arguments: str, stderr: int | None = None) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Eight devices would only make it slower; what compiles cheaply stays (tests/conftest.py).
     flags = environment.get("XLA_FLAGS", "")
     environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
     command = [sys.executable, "-c", PROGRAM, "demo", "--out", str(out), *arguments]
     command += ["--optimizer", "sgd,ivon", "--seed", "0", "--epochs", "40", "--samples", "4"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 def epochs_behind(out: Path) -> int:
     """Of both runs, by the numbers of their finished checkpoints."""
-    folders = (out / experiment.STATE).glob("*/*")
+    folders = (out / STATE).glob("*/*")
     steps = {(f.parent.name, int(f.name)) for f in folders if f.name.isdigit()}
     return sum(max((n for run, n in steps if run == name), default=0) for name in dict(steps))
 
@@ -59,3 +60,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path):
         assert process.returncode == 0
     killed, whole = ((tmp_path / name / "results.json").read_text() for name in ("killed", "whole"))
     assert killed == whole
+
+
+@pytest.mark.timeout(600)
+def test_stopped_from_the_keyboard_it_says_so_in_one_line(tmp_path):
+    with launch(tmp_path, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and epochs_behind(tmp_path) < 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert process.returncode == 130
+    assert error == "interrupted; --resume goes on from the last checkpoint\n"

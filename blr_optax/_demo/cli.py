@@ -154,15 +154,17 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `blr-optax`; returns 0, exits with 2 on errors, 130 if interrupted."""
-    from blr_optax._demo.run import DemoError
-
-    arguments = build().parse_args(argv)
     try:
-        arguments.command(arguments)
-    except (DemoError, OSError) as error:
-        arguments.parser.error(str(error))
+        from blr_optax._demo.folder import DemoError
+
+        arguments = build().parse_args(argv)
+        try:
+            arguments.command(arguments)
+        except (DemoError, OSError) as error:
+            arguments.parser.error(str(error))
     except KeyboardInterrupt:
-        arguments.parser.exit(130, "interrupted; --resume goes on from the last checkpoint\n")
+        sys.stderr.write("interrupted; --resume goes on from the last checkpoint\n")
+        sys.exit(130)
     return 0
 
 

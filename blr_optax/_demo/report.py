@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import metrics, plots
+from blr_optax._demo import folder
 from blr_optax._demo import run as experiment
 from blr_optax._demo.run import LABELS, Data, Run, Settings
 
@@ -60,12 +62,16 @@ def demo(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
         What was written into `results.json`.
 
     Raises:
-        DemoError: when an extra is missing, or `resume` meets other settings.
+        DemoError: when an extra is missing, another run writes into `out`, a file cannot be
+            written, or `resume` meets other settings or checkpoints that it cannot read.
     """
     experiment.require_extras()
-    state = experiment.open_state(out, settings, resume)
-    for name in ("results.json", *FIGURES):
-        (out / name).unlink(missing_ok=True)
+    with folder.alone(out):
+        return _demo(settings, out, resume)
+
+
+def _demo(settings: Settings, out: Path, resume: bool) -> dict[str, Any]:
+    state = folder.open_state(out, settings.record(), resume)
     data, console = experiment.load_data(), _console()
     runs: dict[tuple[str, int], Run] = {}
     pairs = [(name, seed) for name in settings.optimizers for seed in settings.seeds]
@@ -102,8 +108,12 @@ def demo(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
     results["table"] = summary(results["runs"])
     results["comparison"] = comparison(results["table"])
     show(console, results)
-    draw(runs, predictions, data, out)
-    experiment.write_json(out / "results.json", results)
+    text = json.dumps(results, indent=2) + "\n"
+    new: dict[Path, Callable[[Path], object]] = {
+        out / name: save for name, save in draw(runs, predictions, data).items()
+    }
+    new[out / "results.json"] = lambda path: path.write_text(text)
+    folder.replace(new)
     console.print(f"\nwritten: {', '.join(('results.json', *FIGURES))} in {out}", soft_wrap=True)
     return results
 
@@ -205,9 +215,9 @@ def _than(lower: bool) -> str:
 
 
 def draw(
-    runs: dict[tuple[str, int], Run], predictions: list[Prediction], data: Data, out: Path
-) -> None:
-    """Writes the figures: all seeds pooled, curves averaged."""
+    runs: dict[tuple[str, int], Run], predictions: list[Prediction], data: Data
+) -> dict[str, Callable[[Path], object]]:
+    """The figures, by name what writes them: all seeds pooled, curves averaged."""
     from matplotlib.figure import Figure
 
     pooled: dict[str, list[Prediction]] = {}
@@ -239,10 +249,11 @@ def draw(
     curve = plots.training_curves(
         curves, steps=epochs, xlabel="epoch", ylabel="training loss, mean over seeds", yscale="log"
     )
-    for name, figure in zip(FIGURES, (*figures, curve), strict=True):
-        partial = out / (name + ".partial")
-        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight")
-        partial.replace(out / name)
+    how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+    return {
+        name: functools.partial(figure.savefig, **how)
+        for name, figure in zip(FIGURES, (*figures, curve), strict=True)
+    }
 
 
 def _console() -> Console:

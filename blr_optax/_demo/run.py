@@ -21,8 +21,8 @@ Every choice, each the same for all optimizers unless it says otherwise:
 
 Initialisation, shuffling and noise are functions of (seed, purpose, epoch) alone and nothing else
 is random, so a run that goes on from a checkpoint makes the very steps of one that never stopped.
-A checkpoint holds the whole state of a run; the last one of a run is its result. All of them live
-in the folder `STATE` of the output folder; only that folder is ever removed.
+A checkpoint holds the whole state of a run; the last one of a run is its result. Where they live is
+in `folder`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
-import os
-import shutil
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +39,8 @@ import numpy as np
 import optax
 
 import blr_optax as blr
+from blr_optax._demo import folder as files
+from blr_optax._demo.folder import DemoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,16 +62,11 @@ SMALLEST_SCORE = 3.0  # of a run; of size one when the statistic knows nothing o
 SPLIT_SEED = 0
 SHIFT = 2
 
-STATE = ".blr_optax_demo"
 CHECKPOINT_EVERY = 10
 EXTRAS = ("flax", "matplotlib", "orbax.checkpoint", "rich", "sklearn")
 
 # Purposes of randomness: each has its own stream of keys.
 INITIALISE, SHUFFLE, NOISE, PREDICT = range(4)
-
-
-class DemoError(Exception):
-    """What the user can put right; the message says how."""
 
 
 class Data(NamedTuple):
@@ -276,17 +270,16 @@ def train(
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
+    manage = functools.partial(ocp.CheckpointManager, folder.absolute(), options=options)
+    with files.quiet(), manage() as manager:
         run = _start(name, seed, settings.epochs, len(data.train_x))
-        first = manager.latest_step() or 0
-        if first:
-            run = manager.restore(first, args=ocp.args.StandardRestore(run))
+        first, run = files.restored(manager, run, settings.epochs, folder)
         advance(first)
         for epoch in range(first, settings.epochs):
             run = _train_epoch(name, run, seed, epoch, data.train_x, data.train_y)
             done = epoch + 1
             if done % CHECKPOINT_EVERY == 0 or done == settings.epochs:
-                manager.save(done, args=ocp.args.StandardSave(run))
+                files.save(manager, done, run, folder)
             advance(1)
     if name == "ivon":
         warn_of_scores(run.scores)
@@ -301,42 +294,3 @@ def _start(name: str, seed: Any, epochs: int, examples: int) -> Run:
 @functools.partial(jax.jit, static_argnums=0)
 def _train_epoch(name: str, run: Run, seed: Any, epoch: Any, x: Array, y: Array) -> Run:
     return train_epoch(name, DEFAULTS[name], run, seed, epoch, x, y)
-
-
-def open_state(out: Path, settings: Settings, resume: bool) -> Path:
-    """The folder of checkpoints: emptied, or the one to go on from.
-
-    Raises:
-        DemoError: when `resume` is asked for with other settings or versions than the saved ones.
-    """
-    state, record = out / STATE, settings.record()
-    saved = state / "settings.json"
-    if resume and saved.exists():
-        _compare(json.loads(saved.read_text()), record, out)
-        return state
-    if state.exists() and not resume:
-        print(f"{out}: starting afresh, an earlier demo's results are replaced", flush=True)
-    # Without this file nothing is ever resumed, so it goes first and comes last.
-    saved.unlink(missing_ok=True)
-    if state.exists():
-        shutil.rmtree(state)
-    state.mkdir(parents=True)
-    write_json(saved, record)
-    return state
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    for part in new:
-        for name, value in new[part].items():
-            if (before := old.get(part, {}).get(name)) != value:
-                raise DemoError(
-                    f"--resume: {out} was made with {name} = {before}, this is {name} = {value}; "
-                    "give the same options, or leave --resume out to start afresh"
-                )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes all of the file or nothing of it, whenever the process is killed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)

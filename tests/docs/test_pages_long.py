@@ -17,6 +17,7 @@ import pytest
 from tools import ROOT, assert_same, near
 
 import blr_optax as blr
+from blr_optax.state._reader import posterior_states
 
 DOCS = ROOT / "docs"
 RECIPES = DOCS / "recipes.md"
@@ -215,6 +216,35 @@ def accumulation(names: Names) -> None:
     near(names["params"], np.array([1.0, -2.0, 0.5, 0.0]), rtol=1e-5, atol=0.1)
 
 
+def outstanding(names: Names) -> None:
+    assert set(names["suspects"].tolist()) == set(names["flipped"].tolist())
+
+
+def lora(names: Names) -> None:
+    """Learnt, with ess the tokens: the precision of b is ess times (statistic + decay)."""
+    assert names["losses"][-1] < 0.3 * names["losses"][0]
+    variance = names["q"].variance
+    assert float(jnp.max(variance["frozen"]["head"])) == 0
+    assert bool(jnp.all(variance["adapter"]["b"] > 0))
+    (state,) = posterior_states(names["opt_state"], "test")
+    ess = names["tokens"] ** 0.5 * np.sqrt(names["tokens"])
+    near(1 / (ess * variance["adapter"]["b"]), state.precision["adapter"]["b"], rtol=1e-4)
+
+
+def from_torch_and_back(names: Names) -> None:
+    group, (saved,) = names["group"], names["saved"]["param_groups"]
+    near([saved["hess"], saved["momentum"]], [group["hess"], group["momentum"]], rtol=1e-5)
+    near(names["back"], names["weights"], rtol=1e-6)
+    deviation = (100.0 * (group["hess"][:6].reshape(3, 2).T + 1e-3)) ** -0.5
+    near(np.sqrt(names["q"].variance["kernel"]), deviation, rtol=1e-5)
+
+
+def numpyro_svi(names: Names) -> None:
+    """The conjugate answer: precision 50 + 1 / 0.5^2, mean 150 over it."""
+    near(names["mean"], 150 / 54, rtol=0.01)
+    near(names["deviation"], 54**-0.5, rtol=0.1)
+
+
 def partitioned(names: Names) -> None:
     assert np.mean(names["losses"][-5:]) < 0.2 * names["losses"][0]
     q, theta = names["q"], names["theta"]
@@ -294,6 +324,10 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "nnx with several samples and dropout": nnx_samples,
     "VOGN: squares of the gradients of single examples": classifies,
     "Gradient accumulation with optax.MultiSteps": accumulation,
+    "Which examples stand out": outstanding,
+    "LoRA: what ess means for tokens": lora,
+    "From PyTorch and back": from_torch_and_back,
+    "numpyro's SVI": numpyro_svi,
     "A posterior over a part of the model with optax.partition": partitioned,
     "Checkpoints with orbax": orbax,
     "Checkpoints with flax msgpack": msgpack,
