@@ -104,7 +104,6 @@ def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
         for end in range(len(path), -1, -1):
             key = leaf_name(path[:end])
             if key in entries:
-                _check_spreads(entries[key], leaf, name, leaf_name(path))
                 return entries[key]
         raise ValueError(
             f"{name}: no entry for parameter {leaf_name(path)}; it has entries for "
@@ -113,6 +112,19 @@ def prefix_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
 
     found = jax.tree_util.tree_map_with_path(look_up, params)
     _refuse_strays(entries, params, name)
+    return found
+
+
+def fitting_leaves(tree: PyTree, params: Params, name: str) -> PyTree:
+    """Return `prefix_leaves`, whose entries broadcast to the parameters.
+
+    Raises:
+        ValueError: for one that does not, and as `prefix_leaves`.
+    """
+    found = prefix_leaves(tree, params, name)
+    pairs = zip(jax.tree.leaves(found), jax.tree_util.tree_leaves_with_path(params), strict=True)
+    for entry, (path, leaf) in pairs:
+        _check_spreads(entry, leaf, name, leaf_name(path))
     return found
 
 

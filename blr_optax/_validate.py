@@ -316,19 +316,21 @@ def _described(found: PyTree) -> str:
     return f"a {type(found).__name__}"
 
 
-def _check_arguments(who: str, loss: Callable[..., Any], args: tuple) -> None:
-    """Raise ValueError when a function does not take this number of arguments."""
+def _check_arguments(who: str, loss: Callable[..., Any], args: tuple, options: dict) -> None:
+    """Raise ValueError when a function does not take these arguments."""
     try:
         signature = inspect.signature(loss)
     except (TypeError, ValueError):  # of some callables there is none
         return
     try:
-        signature.bind(*args)
+        signature.bind(*args, **options)
     except TypeError:
+        given = "".join(f", {name}=" for name in options)
         raise ValueError(
             f"{who}: the loss takes {signature}, and got the parameters and {len(args) - 1} of the "
-            "batch. Pass its arrays one by one, (loss, opt_state, params, x, y); to an optimizer "
-            "that evaluates the loss itself, update(None, opt_state, params, batch=(x, y))."
+            f"batch{given}. Pass its arrays one by one, (loss, opt_state, params, x, y); to an "
+            "optimizer that evaluates the loss itself, update(None, opt_state, params, "
+            "batch=(x, y))."
         ) from None
 
 
@@ -346,9 +348,9 @@ def scalar_loss(
         )
 
     @functools.wraps(loss, updated=())
-    def checked(*args: Any) -> Any:
-        _check_arguments(who, loss, args)
-        found = loss(*args)
+    def checked(*args: Any, **options: Any) -> Any:
+        _check_arguments(who, loss, args, options)
+        found = loss(*args, **options)
         value = found
         if has_aux:
             if not isinstance(found, (tuple, list)) or len(found) != 2:

@@ -183,7 +183,7 @@ def _units_of(params: Params, mask: Any, unit_axis: int) -> PyTree:
     """Where the units are, a tree like params."""
     if not jax.tree.leaves(params):  # one leaf, see `_tree.coverage`; no mask fits a placeholder
         return jnp.zeros((), jnp.int32)
-    wanted = _tree.prefix_leaves(mask(params) if is_schedule(mask) else mask, params, "mask")
+    wanted = _tree.fitting_leaves(mask(params) if is_schedule(mask) else mask, params, "mask")
 
     def units(path: Any, leaf: Array, drop: Any) -> Units:
         if isinstance(drop, str):

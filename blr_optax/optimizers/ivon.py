@@ -65,7 +65,7 @@ def _rescale(
     def update_fn(
         updates: Updates, state: RescaleState, params: Params = None
     ) -> tuple[Any, RescaleState]:
-        h = _tree.prefix_leaves(hess_init, updates, "hess_init")
+        h = _tree.fitting_leaves(hess_init, updates, "hess_init")
         d = decay_leaves(weight_decay, updates, state.count)
         updates = jax.tree.map(lambda u, h, d: u * jnp.asarray(h + d, u.dtype), updates, h, d)
         return updates, state._replace(count=optax.safe_increment(state.count))

@@ -716,7 +716,7 @@ def lie_multiplicative(
     def init_fn(params: Params) -> LieMultiplicativeState:
         check_decay(weight_decay, params)
         count, first_key = start("lie_multiplicative", params, key)
-        offset = _tree.prefix_leaves(init_offset, params, "init_offset")
+        offset = _tree.fitting_leaves(init_offset, params, "init_offset")
 
         def gain(sign: float) -> Any:
             def leaf(m: Any, x: Any) -> Array:

@@ -16,12 +16,11 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._random import canonical_key, standard_uniform
-from blr_optax._typing import transformation
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import KeyLike, Params, Updates
+    from blr_optax._typing import KeyLike, OptState, Params, Updates
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -67,10 +66,10 @@ def round_stochastically(key: KeyLike = 0) -> optax.GradientTransformationExtraA
 
     def update(
         updates: Updates,
-        state: RoundStochasticallyState,
+        state: OptState,
         params: Params = None,
         **extra: object,
-    ) -> tuple[Updates, RoundStochasticallyState]:
+    ) -> tuple[Updates, OptState]:
         if params is None:
             raise ValueError(
                 "round_stochastically: update needs params, tx.update(grads, state, params)."
@@ -90,4 +89,4 @@ def round_stochastically(key: KeyLike = 0) -> optax.GradientTransformationExtraA
         step = optax.safe_increment(state.step)
         return jax.tree.map(leaf, updates, params, chances), state._replace(step=step)
 
-    return transformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -54,7 +54,7 @@ def mask_leaves(mask: PyTree, like: Params) -> PyTree:
     """
     if not jax.tree.leaves(like):  # `map_params`'s placeholder, or an empty group
         return like
-    found = _tree.prefix_leaves(mask(like) if is_schedule(mask) else mask, like, "mask")
+    found = _tree.fitting_leaves(mask(like) if is_schedule(mask) else mask, like, "mask")
     for leaf in jax.tree.leaves(found):
         if not concrete(leaf) or np.ndim(leaf) or np.asarray(leaf).dtype != bool:
             raise ValueError(
@@ -69,7 +69,7 @@ def decay_leaves(
 ) -> PyTree:
     """Return the decay of every leaf at a step, a tree like `like`."""
     if not isinstance(decay, MaskedDecay):
-        return _tree.prefix_leaves(at(decay, count), like, name)
+        return _tree.fitting_leaves(at(decay, count), like, name)
     numbers = decay_leaves(decay.decay, like, count, name)
     return jax.tree.map(lambda d, m: d if m else 0.0, numbers, mask_leaves(decay.mask, like))
 

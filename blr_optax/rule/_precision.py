@@ -464,7 +464,7 @@ def _first_precision(
     Raises:
         ValueError: when it is not positive, under an improper prior.
     """
-    h = _tree.prefix_leaves(hess_init, params, "hess_init")
+    h = _tree.fitting_leaves(hess_init, params, "hess_init")
     precision = jax.tree.map(lambda m, h, d: filled(m, h + d + damping), params, h, d0)
     if not holds(positive, precision):
         raise ValueError(

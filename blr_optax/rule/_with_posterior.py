@@ -112,7 +112,7 @@ def with_posterior(
         _tree.check_float_leaves(params, reader.who, reader.takes_numbers)
         for name, x in hyper.items():
             if not is_schedule(x):
-                _tree.prefix_leaves(x, params, name)  # refuses what does not broadcast
+                _tree.fitting_leaves(x, params, name)  # refuses what does not broadcast
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
         inner = tx.init(params)
         refuse_own_weights(inner, reader.who)

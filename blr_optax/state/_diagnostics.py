@@ -82,7 +82,7 @@ def _clipped(part: Any, updates: Updates, bound: Any) -> Array | None:
     if updates is None or bound is None:
         return None
     updates = _tree.matching_leaves(updates, part, "updates")
-    bound = _tree.prefix_leaves(bound, part, "bound")
+    bound = _tree.fitting_leaves(bound, part, "bound")
 
     def count(x: Array, b: Any) -> Array:
         edge = jnp.asarray(b, _tree.statistics_dtype(x.dtype)) * (1 - 2 * jnp.finfo(x.dtype).eps)
