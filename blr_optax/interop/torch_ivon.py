@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from blr_optax._typing import Hyperparameter, OptState, Params
 
+__all__ = ["TorchIvon", "from_torch_ivon", "to_torch_ivon"]
+
 NAMES = {"lr": "learning_rate", "beta1": "b1", "beta2": "b2"}
 ARGUMENTS = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius")
 DEFAULTS = {

@@ -179,8 +179,8 @@ def ogn(
     Its posterior is a diagonal Laplace approximation that is kept while training.
 
     Args:
-        learning_rate, ess, prior_precision, init_precision, b1, b2, damping, prior, init,
-            clip_spikes: as in `vogn`.
+        learning_rate, ess, prior_precision, init_precision, b1, b2: as in `vogn`.
+        damping, prior, init, clip_spikes: as in `vogn`.
 
     Raises:
         ValueError: as `vogn`.
