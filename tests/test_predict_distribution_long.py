@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize, special, stats
-from test_predict_programs import Q, X, head, outputs
+from test_predict_programs_long import Q, X, head, outputs
 
 import blr_optax as blr
 
