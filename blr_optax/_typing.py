@@ -6,7 +6,6 @@ the type checker it is anything; the names say which tree is meant.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,8 +13,6 @@ import jax
 import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
-
-from blr_optax._validate import check_update_arguments
 
 __all__ = [
     "Alternative",
@@ -36,7 +33,6 @@ __all__ = [
     "ScalarOrSchedule",
     "TreeDef",
     "Updates",
-    "transformation",
 ]
 
 AnyArray: TypeAlias = jax.Array | np.ndarray  # of jax or of numpy
@@ -57,19 +53,3 @@ Loss: TypeAlias = Callable[..., Any]  # loss(params, *batch), a number, or (numb
 LossOrTerm: TypeAlias = Any  # a loss, or a part of one that `estimators` makes, such as glm(...)
 KeyLike: TypeAlias = jax.Array | int  # a typed key, or the seed of one
 AxisName: TypeAlias = str | tuple[str, ...]  # a named axis of shard_map or vmap
-
-
-def transformation(
-    init: Callable[..., OptState], update: Callable[..., tuple[Updates, OptState]]
-) -> optax.GradientTransformationExtraArgs:
-    """Make a transformation; optax's own type has room for states of nothing but arrays.
-
-    Its `update` refuses a state that is none, and names under which the statistic is mistaken.
-    """
-
-    @functools.wraps(update)
-    def checked(updates: Updates, state: OptState, *rest: Params, **extra: Any) -> Any:
-        check_update_arguments(state, extra)
-        return update(updates, state, *rest, **extra)
-
-    return optax.GradientTransformationExtraArgs(init, checked)

@@ -22,13 +22,16 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def launch(out: Path, *arguments: str, stderr: int | None = None) -> subprocess.Popen:
+def launch(
+    out: Path, *arguments: str, epochs: int = 40, stderr: int | None = None
+) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Eight devices would only make it slower; what compiles cheaply stays (tests/conftest.py).
     flags = environment.get("XLA_FLAGS", "")
     environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
     command = [sys.executable, "-c", PROGRAM, "demo", "--out", str(out), *arguments]
-    command += ["--optimizer", "sgd,ivon", "--seed", "0", "--epochs", "40", "--samples", "4"]
+    command += ["--optimizer", "sgd,ivon", "--seed", "0", "--samples", "4"]
+    command += ["--epochs", str(epochs)]
     pipes = {"stdout": subprocess.PIPE, "stderr": stderr}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -64,7 +67,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_numbers(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_stopped_from_the_keyboard_it_says_so_in_one_line(tmp_path):
-    with launch(tmp_path, stderr=subprocess.PIPE) as process:
+    with launch(tmp_path, epochs=4000, stderr=subprocess.PIPE) as process:  # it is not done before
         while process.poll() is None and epochs_behind(tmp_path) < 2:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

@@ -29,7 +29,7 @@ from blr_optax._random import (
     check_generator,
     standard_logistic,
 )
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
     check_number,

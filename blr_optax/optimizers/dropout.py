@@ -25,7 +25,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, standard_normal
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
     check_number,

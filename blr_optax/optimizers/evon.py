@@ -45,7 +45,7 @@ import optax.contrib
 
 from blr_optax import _loops, _tree
 from blr_optax._distribution import Distribution
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import (
     check_count,
     check_positive,

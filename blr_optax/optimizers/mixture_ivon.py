@@ -32,7 +32,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_schedule, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
 from blr_optax.optimizers._zero_mean_prior import per_example

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
 from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision

@@ -23,7 +23,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, standard_normal
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import all_finite, at, check_positive, holds
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta

@@ -37,7 +37,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
     check_positive,

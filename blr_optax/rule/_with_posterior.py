@@ -16,7 +16,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
-from blr_optax._typing import transformation
+from blr_optax._transformation import transformation
 from blr_optax._validate import at, is_schedule, unwritten, within_reach, zero_unless
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights

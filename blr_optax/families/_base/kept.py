@@ -21,7 +21,7 @@ from blr_optax._validate import concrete
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax.families._base.standard_parameters import Parameter
+    from blr_optax.families._base import standard_parameters as standards
 
 TOLERANCE = 1e-3  # relative, of a standard parameter that comes back
 ORDINARY = (0.1, 10.0)  # powers and products of such numbers lose nothing
@@ -71,7 +71,7 @@ def _spread(back: Values) -> Any:
     return np.zeros(())
 
 
-def _errors(found: Any, given: Values, own: Mapping[str, Parameter]) -> Values:
+def _errors(found: Any, given: Values, own: Mapping[str, standards.Parameter]) -> Values:
     """Return the relative error of every parameter that comes back, for each batch element."""
     at, up, down, _ = found
     axes = {name: parameter.axes.split() for name, parameter in own.items()}
@@ -87,7 +87,9 @@ def _errors(found: Any, given: Values, own: Mapping[str, Parameter]) -> Values:
     return errors
 
 
-def _lost(found: Any, given: Values, own: Mapping[str, Parameter]) -> tuple[np.ndarray, Values]:
+def _lost(
+    found: Any, given: Values, own: Mapping[str, standards.Parameter]
+) -> tuple[np.ndarray, Values]:
     """Return which batch elements are lost, and the errors."""
     at, *_, inside = found
     errors = _errors(found, given, own)
@@ -98,7 +100,7 @@ def _lost(found: Any, given: Values, own: Mapping[str, Parameter]) -> tuple[np.n
 
 
 def _kept_from(
-    program: Callable[..., Any], name: str, element: Values, own: Mapping[str, Parameter]
+    program: Callable[..., Any], name: str, element: Values, own: Mapping[str, standards.Parameter]
 ) -> str:
     """Say from where on a parameter is kept, all others as they are; nothing if that is unknown."""
     x = element[name]
@@ -122,7 +124,7 @@ def check_kept(
     family: Any,
     natural: Callable[..., Any],
     given: Mapping[str, Array],
-    own: Mapping[str, Parameter],
+    own: Mapping[str, standards.Parameter],
 ) -> None:
     """Raise ValueError where lambda would not give standard parameters back; not for traced ones.
 
@@ -174,7 +176,7 @@ def check_kept(
     )
 
 
-def _ordinary(x: np.ndarray, parameter: Parameter) -> np.ndarray:
+def _ordinary(x: np.ndarray, parameter: standards.Parameter) -> np.ndarray:
     """Whether numbers, one for each batch element, need no check."""
     if len(parameter.axes.split()) > 1:
         return np.zeros(len(x), bool)
