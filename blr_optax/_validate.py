@@ -97,7 +97,7 @@ def refuse_mask(name: str, hyper: Any, params: Params) -> None:
         return
     try:
         made = jax.eval_shape(lambda tree: hyper(tree), params)
-    except Exception:
+    except Exception:  # of whatever a schedule raises that is given a tree
         return
     structure = jax.tree.structure(params)
     if structure.num_leaves and jax.tree.structure(made) == structure:

@@ -105,14 +105,18 @@ def test_one_bad_batch_is_forgotten(name):
     """3000 steps after it the variance is that of the run without, within 5 percent, and so is the
     mean within its own noise; and it never went far.
 
-    EVON goes on in another basis, so under other noise: two averages of c = h eps^2 over
-    1 / (1 - b2) = 100 steps, each off by sqrt(2 (1 - b2) / 2) = 0.1, agree to 3 sqrt(2) of that.
+    EVON's basis wanders with the noise, and its variance with the basis: there the two runs differ
+    by no more than calm runs with other keys do among each other.
     """
     path, variance, spikes = run(name)
     calm, expected, nothing = run(name, spike=False)
     assert int(spikes.shortened) == 1 and int(nothing.shortened) == 0
-    tolerance = 3 * np.sqrt(2) * 0.1 if name == "evon" else 0.05
-    np.testing.assert_allclose(variance, expected, rtol=tolerance)
+    if name == "evon":
+        others = [np.log(run(name, spike=False, key=key)[1]) for key in range(1, 5)]
+        spread = np.sqrt(np.mean(np.var(others, axis=0, ddof=1)))
+        assert np.abs(np.log(variance / expected)).max() < 4 * np.sqrt(2) * spread < 0.5
+    else:
+        np.testing.assert_allclose(variance, expected, rtol=0.05)
     scatter = np.abs(calm[-1000:] - calm[-1000:].mean(0)).max()
     assert np.abs(path[-1] - calm[-1]).max() <= scatter
     assert np.abs(path[AT:] - calm[AT:]).max() < 0.15 * (1.0 + np.abs(calm).max())
