@@ -6,11 +6,12 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ def concrete(*values: PyTree) -> bool:
 def holds(test: Callable[[PyTree], PyTree], value: Any) -> bool:
     """Whether a test holds for all of a value; True for traced ones, which Python cannot see.
 
-    Constants are evaluated outside any trace that the caller may be in, such as a scan's.
+    Constants are evaluated outside any trace that the caller may be in, such as a scan's. Of plain
+    numbers nothing is compiled, if the test is an operator of Python.
     """
     if not concrete(value):
         return True
     with jax.ensure_compile_time_eval():
-        return bool(jnp.all(test(value)))
+        found = test(value)
+        return bool(jnp.all(found) if isinstance(found, jax.Array) else np.all(found))
 
 
 def require(name: str, value: Any, valid: str, test: Callable[[PyTree], PyTree]) -> None:
@@ -217,8 +220,7 @@ def all_finite(*trees: PyTree) -> PyTree:
 
     Sizes are compared over the leading axes first, whole rows at a time.
     """
-    checks = [jnp.all(jnp.isfinite(_largest(x))) for x in jax.tree.leaves(trees)]
-    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+    return jnp.isfinite(_once(_tree_max(map(_size, jax.tree.leaves(trees)))))
 
 
 def within_reach(grads: Updates, growth: Any, squares: bool) -> Array:
@@ -227,13 +229,29 @@ def within_reach(grads: Updates, growth: Any, squares: bool) -> Array:
     Both in the gradient's own type, in which optax forms them. The cost is `all_finite`'s.
     """
 
-    def check(x: Array) -> Array:
-        size = _largest(x)
-        size = jnp.square(1.01 * size) if squares else (growth * size).astype(size.dtype)
-        return jnp.all(jnp.isfinite(size))
+    def grown(x: Array) -> Array:
+        size = _size(x)
+        return jnp.square(1.01 * size) if squares else (growth * size).astype(size.dtype)
 
-    checks = [check(x) for x in jax.tree.leaves(grads)]
-    return functools.reduce(jnp.logical_and, checks, jnp.array(True))
+    return jnp.isfinite(_once(_tree_max(map(grown, jax.tree.leaves(grads)))))
+
+
+def _once(size: Array) -> Array:
+    """Return the root of a number made of all leaves.
+
+    XLA computes a root once, and stores it. A chain of sums or comparisons alone, a link for each
+    leaf, it would compile into every kernel that reads the end of the chain.
+    """
+    return jnp.sqrt(jax.lax.stop_gradient(size))
+
+
+def _tree_max(numbers: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.maximum, numbers, jnp.zeros((), jnp.float32))
+
+
+def _size(x: Array) -> Array:
+    """max |x|, over the leading axes first."""
+    return jnp.max(_largest(x), initial=0.0)
 
 
 def _largest(x: Array) -> Array:
@@ -253,19 +271,22 @@ def squares_finite(grads: Updates, curvature: PyTree = None) -> Array:
 def finite_and_square(grads: Updates, curvature: PyTree = None) -> tuple[Array, Array]:
     """(`squares_finite`, sum of all squares of the gradients).
 
-    One pass over both trees: a second would read them again.
+    One sum tells both: a second pass would read the trees again, and be compiled for every leaf.
     """
     leaves = jax.tree.leaves(grads)
     beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
-    checks, squares = [jnp.array(True)], [jnp.zeros((), jnp.float32)]
-    for g, c in zip(leaves, beside, strict=True):
-        leading = tuple(range(jnp.ndim(g) - 1))
-        # It never binds: a maximum keeps XLA from summing the squares once more, for their total.
-        square = jnp.maximum(jnp.sum(g * g, axis=leading), 0.0)
-        rows = square if c is None else square + jnp.sum(jnp.abs(c), axis=tuple(range(c.ndim - 1)))
-        checks.append(jnp.all(rows < float(jnp.finfo(g.dtype).max) ** 0.7))
-        squares.append(jnp.sum(square))
-    return functools.reduce(jnp.logical_and, checks), functools.reduce(jnp.add, squares)
+    reach = [float(jnp.finfo(g.dtype).max) ** 0.7 for g in leaves]
+
+    def summed(g: Array, c: Array | None, limit: float) -> Array:
+        square = jnp.square(g) if c is None else jnp.where(jnp.abs(c) < limit, g * g, jnp.nan)
+        # It never binds: a maximum keeps XLA from joining the two sums into one, which no processor
+        # makes of many numbers at a time.
+        return jnp.sum(jnp.maximum(jnp.sum(square, axis=tuple(range(g.ndim - 1))), 0.0))
+
+    total = functools.reduce(
+        jnp.add, map(summed, leaves, beside, reach), jnp.zeros((), jnp.float32)
+    )
+    return _once(total) < min(reach, default=1.0) ** 0.5, total
 
 
 def zero_unless(finite: Any, tree: PyTree) -> PyTree:
@@ -279,9 +300,11 @@ def near(a: Array, b: Array) -> Array:
     return jnp.all(jnp.abs(a - b.astype(a.dtype)) <= rounding * (1.0 + jnp.abs(a)))
 
 
-def positive(tree: PyTree) -> Array:
-    """Whether all entries of a tree are positive."""
-    return jnp.array([jnp.all(x > 0) for x in jax.tree.leaves(tree)])
+def positive(tree: PyTree) -> list[Any]:
+    """Whether all entries are positive, for every leaf of a tree."""
+    return [
+        jnp.all(x > 0) if isinstance(x, jax.Array) else np.all(x > 0) for x in jax.tree.leaves(tree)
+    ]
 
 
 # Names under which the second statistic of `update` is given by mistake; others may be meant for

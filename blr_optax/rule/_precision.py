@@ -122,7 +122,10 @@ class EmpiricalPrior:
 
 def filled(m: PyTree, x: PyTree) -> Array:
     """x in the shape and sharding of a parameter, in its statistics dtype."""
-    return jnp.zeros_like(m, dtype=_tree.statistics_dtype(m.dtype)) + x
+    dtype = _tree.statistics_dtype(m.dtype)
+    if isinstance(x, (int, float)):
+        return jnp.full_like(m, x, dtype=dtype)
+    return jnp.zeros_like(m, dtype=dtype) + x
 
 
 def prior_trees(prior: Distribution | None, params: Params, name: str = "prior") -> PyTree:
@@ -465,8 +468,12 @@ def _first_precision(
         ValueError: when it is not positive, under an improper prior.
     """
     h = _tree.fitting_leaves(hess_init, params, "hess_init")
-    precision = jax.tree.map(lambda m, h, d: filled(m, h + d + damping), params, h, d0)
-    if not holds(positive, precision):
+    total = jax.tree.map(lambda _, h, d: h + d + damping, params, h, d0)
+    precision = jax.tree.map(filled, params, total)
+    # To look at the arrays, when all of one are one number, would compile a program for each.
+    numbers = all(isinstance(x, (int, float)) for x in jax.tree.leaves(total))
+    held = jax.tree.map(lambda p, x: p.dtype.type(x), precision, total) if numbers else precision
+    if not holds(positive, held):
         raise ValueError(
             "hess_init + the prior's precision per example must be positive everywhere; "
             "with an improper prior raise hess_init, or pass init=."
