@@ -3,7 +3,7 @@
 lambda <- lambda - rho * grad_mu { E_q[loss] - H(q) }
 """
 
-from blr_optax import estimators, families, metrics, plots, rule, state
+from blr_optax import estimators, families, metrics, plots, recipes, rule, state
 from blr_optax._distribution import Distribution, distribution
 from blr_optax._ensemble import Ensemble, ensemble
 from blr_optax._predict import (
@@ -40,6 +40,8 @@ from blr_optax.optimizers import (
     online_newton,
     orthogonalize,
     random_signs,
+    relative_noise,
+    relative_prior,
     rmsprop,
     round_stochastically,
     sam,
@@ -130,6 +132,9 @@ __all__ = [
     "predict_distribution",
     "predict_regression",
     "random_signs",
+    "recipes",
+    "relative_noise",
+    "relative_prior",
     "reseed",
     "rmsprop",
     "round_stochastically",

@@ -17,7 +17,7 @@ import optax
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from blr_optax._typing import Hyperparameter, Params, PyTree, Updates
+    from blr_optax._typing import Hyperparameter, Params, PyTree, ScalarOrSchedule, Updates
 
 
 def concrete(*values: PyTree) -> bool:
@@ -65,6 +65,12 @@ def at(hyper: Hyperparameter, count: Any) -> PyTree:
     return hyper(count) if is_schedule(hyper) else hyper
 
 
+def size_at(ess: ScalarOrSchedule, count: Any) -> Any:
+    """Return the effective sample size at a step; a whole number may be larger than an int32."""
+    size = at(ess, count)
+    return size if isinstance(size, jax.Array) else float(size)
+
+
 def _first_value(name: str, schedule: Any, scalar: bool) -> Any:
     """Return what a schedule gives for step 0.
 
@@ -98,12 +104,14 @@ def refuse_mask(name: str, hyper: Any, params: Params) -> None:
     """
     if not is_schedule(hyper) or jax.tree_util.all_leaves([params]):
         return
+    count = jax.ShapeDtypeStruct((), jnp.int32)
     try:
         made = jax.eval_shape(lambda tree: hyper(tree), params)
+        of_count = jax.tree.structure(jax.eval_shape(lambda step: hyper(step), count))
     except Exception:  # of whatever a schedule raises that is given a tree
         return
     structure = jax.tree.structure(params)
-    if structure.num_leaves and jax.tree.structure(made) == structure:
+    if structure.num_leaves and jax.tree.structure(made) == structure != of_count:
         raise ValueError(
             f"{name} is a function that makes a tree like params of params. A function there is a "
             "schedule, of the step: give the tree itself, or the number and mask=, a tree of "

@@ -253,6 +253,13 @@ ROWS = [
     Row("ivon_clip", "precision", lambda **k: blr.ivon(clip_radius=0.5, **k), _IVON, noisy=True),
     Row("ivon_prior", "precision", lambda **k: blr.ivon(prior=_prior(2.0), **k), _IVON, noisy=True),
     Row(
+        "ivon_run",
+        "precision",
+        lambda **k: blr.ivon(num_steps=50, **k),
+        {"learning_rate": 0.1, "ess": 50.0, "b1": 0.9, "b2": 0.95},
+        noisy=True,
+    ),
+    Row(
         "ivon_squared",
         "precision",
         lambda **k: blr.ivon(curvature=blr.estimators.squared_gradient(8), **k),
@@ -294,6 +301,15 @@ ROWS = [
     Row("vprop", "precision", blr.vprop, _VPROP, noisy=True),
     Row("vogn", "examples", blr.vogn, _VOGN, exempt=_SINGLE, noisy=True, estimated=True),
     Row("ogn", "examples", blr.ogn, _VOGN, exempt=_SINGLE, estimated=True),
+    Row(
+        "vogn_run",
+        "examples",
+        lambda **k: blr.vogn(num_steps=50, **k),
+        _VOGN,
+        exempt=_SINGLE,
+        noisy=True,
+        estimated=True,
+    ),
     Row(
         "bayesbinn", "signs", blr.bayesbinn, _SIGNS, exempt={Contract.CORE_PATH: SIGNS}, noisy=True
     ),

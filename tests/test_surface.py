@@ -50,6 +50,7 @@ LAYERS = [
         "continual",
         "plots",
     },
+    {"recipes"},
     {"__init__"},
     {"_demo"},
 ]

@@ -1,5 +1,6 @@
 """The deep-learning rows of the table, each a short composition of the rule's parts."""
 
+from blr_optax.optimizers._first_weights import relative_noise, relative_prior
 from blr_optax.optimizers.adam import adam, rmsprop
 from blr_optax.optimizers.bayesbinn import bayesbinn, random_signs, ste
 from blr_optax.optimizers.dropout import dropout
@@ -38,6 +39,8 @@ __all__ = [
     "ogn",
     "online_newton",
     "random_signs",
+    "relative_noise",
+    "relative_prior",
     "rmsprop",
     "round_stochastically",
     "sam",

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from blr_optax._distribution import Distribution, distribution
-from blr_optax._validate import at, check_number, check_positive, is_schedule
+from blr_optax._validate import check_number, check_positive, is_schedule, size_at
 
 if TYPE_CHECKING:
     from blr_optax._typing import Hyperparameter, PyTree, ScalarOrSchedule
@@ -25,7 +25,7 @@ def decay_of(prior_precision: Hyperparameter, ess: ScalarOrSchedule) -> PyTree:
     """Return delta = prior_precision / ess, a schedule where ess is one."""
 
     def decay(count: Any) -> Any:
-        return jax.tree.map(lambda p: p / at(ess, count), prior_precision)
+        return jax.tree.map(lambda p: p / size_at(ess, count), prior_precision)
 
     return decay if is_schedule(ess) else decay(0)
 

@@ -54,6 +54,14 @@ from blr_optax._validate import (
     is_zero,
 )
 from blr_optax.estimators._curvature import PerExampleSquares, from_name
+from blr_optax.optimizers._first_weights import (
+    GivenRun,
+    RelativeNoise,
+    RelativePrior,
+    from_first_weights,
+    of_run,
+    prior_of,
+)
 from blr_optax.optimizers._posteriors.rotated import (
     Basis,
     Rotated,
@@ -68,7 +76,6 @@ from blr_optax.optimizers._posteriors.rotated import (
     squared,
     to_basis,
 )
-from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._decay import decay_leaves, masked, moves
@@ -319,17 +326,20 @@ BRANCHES = (lambda _, moving: moving, _refresh(by_power), _refresh(by_eigenvecto
 
 
 def evon(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     *,
     ess: ScalarOrSchedule,
-    hess_init: Hyperparameter = 1.0,
+    num_steps: int | None = None,
+    hess_init: Hyperparameter | RelativeNoise = None,
     b1: Scalar = 0.95,
-    b2: Scalar = 0.9999,
+    b2: Scalar | None = None,
     shampoo_beta: Scalar | None = None,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
     mask: PyTree | Callable[[Params], PyTree] = None,
+    prior: RelativePrior | None = None,
     clip_curvature: float | None = None,
+    clip_step: Scalar | None = None,
     refresh_every: int = 10,
     max_size: int = 4096,
     rescale_lr: bool = True,
@@ -353,16 +363,20 @@ def evon(
     Args:
         learning_rate: lr, a number or schedule, rescaled by hess_init + weight_decay.
         ess: effective sample size; may be a schedule.
-        hess_init: h_0, the first curvature per example. A number or a prefix tree.
+        num_steps: of the whole run, from which what is not given follows, as in `ivon`.
+        hess_init: h_0, the first curvature per example. A number, a prefix tree, or
+            `relative_noise(0.2)`; 1 by default.
         b1: decay of the gradient's average, which turns with the basis.
-        b2: decay of the precision.
+        b2: decay of the precision; 0.9999 by default.
         shampoo_beta: decay of A and B; b2 by default.
         weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, a prefix
             tree with one number per matrix, or a schedule; 1e-6 by default.
         prior_precision: the same prior by its total precision, ess * delta, in place of
             weight_decay; a number or prefix tree.
         mask: which leaves decay, as in `ivon`.
+        prior: `relative_prior(3.2)`, in place of a weight_decay.
         clip_curvature: bound on |C| in units of p; None for none.
+        clip_step: bound on the step of every weight, as in `ivon`.
         refresh_every: steps between power iterations of the basis.
         max_size: a side longer than this keeps the identity as its basis.
         rescale_lr: multiply the learning rate by hess_init + weight_decay, as IVON does.
@@ -397,7 +411,6 @@ def evon(
       >>> print(bool(jnp.corrcoef(draws.T)[0, 1] < -0.7))  # -1.9 / 2 is exact
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
     if shampoo_beta is not None:
         check_unit_interval("shampoo_beta", shampoo_beta)
@@ -414,29 +427,48 @@ def evon(
             "evon: curvature=per_example_squares() is along the weights' own axes, not along the "
             "basis; use 'reparameterized' or squared_gradient(...)."
         )
-    weight_decay = masked(per_example(weight_decay, prior_precision, None, ess, default=1e-6), mask)
-    return steps_after(
-        scale_by_eigenbasis(
-            ess,
-            b1=b1,
-            debias=debias,
-            beta=b2 if shampoo_beta is None else shampoo_beta,
-            weight_decay=weight_decay,
-            clip_curvature=clip_curvature,
-            refresh_every=refresh_every,
-            max_size=max_size,
-            b2=b2,
-            hess_init=hess_init,
-            curvature=curvature,
-            clip_spikes=clip_spikes,
-            generator=generator,
-            key=key,
-        ),
-        learning_rate,
-        hess_init,
-        weight_decay,
-        rescale_lr=rescale_lr,
+    if prior is not None and not isinstance(prior, RelativePrior):
+        raise ValueError(
+            f"evon: prior={prior!r} must be relative_prior(...); another strength goes into "
+            "weight_decay= or prior_precision=."
+        )
+    run = of_run(
+        "evon",
+        num_steps,
+        GivenRun(learning_rate, b2, hess_init, prior, clip_step),
+        GivenRun(None, 0.9999, 1.0, None, None),
+        has_prior=weight_decay is not None or prior_precision is not None,
     )
+    decay = prior_of("evon", run.prior, weight_decay, prior_precision, ess, default=1e-6).strength
+
+    def make(hess_init: PyTree, decay: PyTree) -> optax.GradientTransformationExtraArgs:
+        decay = masked(decay, mask)
+        return steps_after(
+            scale_by_eigenbasis(
+                ess,
+                b1=b1,
+                debias=debias,
+                beta=run.b2 if shampoo_beta is None else shampoo_beta,
+                weight_decay=decay,
+                clip_curvature=clip_curvature,
+                refresh_every=refresh_every,
+                max_size=max_size,
+                b2=run.b2,
+                hess_init=hess_init,
+                curvature=curvature,
+                clip_spikes=clip_spikes,
+                generator=generator,
+                key=key,
+            ),
+            run.learning_rate,
+            hess_init,
+            decay,
+            ess=ess,
+            clip_step=run.clip_step,
+            rescale_lr=rescale_lr,
+        )
+
+    return from_first_weights(make, run.noise, decay, ess, trial=(1.0, 1.0))
 
 
 def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:

@@ -22,7 +22,16 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
-from blr_optax.optimizers._zero_mean_prior import per_example
+from blr_optax.optimizers._first_weights import (
+    GivenRun,
+    RelativeNoise,
+    RelativePrior,
+    clipped_step,
+    first_precision,
+    from_first_weights,
+    of_run,
+    prior_of,
+)
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._decay import decay_leaves, masked
 from blr_optax.rule._spikes import CLIP_SPIKES
@@ -79,7 +88,9 @@ def steps_after(
     hess_init: Hyperparameter,
     weight_decay: Hyperparameter,
     *,
+    ess: ScalarOrSchedule,
     clip_radius: Hyperparameter = None,
+    clip_step: Scalar | None = None,
     rescale_lr: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """IVON's chain: a preconditioned direction, clipped, rescaled by h_0 + delta, times -lr."""
@@ -95,24 +106,29 @@ def steps_after(
         parts.append(optax.clip(clip_radius))
     if rescale_lr:
         parts.append(_rescale(hess_init, weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    parts.append(optax.scale_by_learning_rate(learning_rate))
+    if clip_step is not None:
+        parts.append(clipped_step(clip_step, first_precision(hess_init, weight_decay, ess)))
+    return optax.chain(*parts)
 
 
 def ivon(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     *,
     ess: ScalarOrSchedule,
-    hess_init: Hyperparameter = 1.0,
+    num_steps: int | None = None,
+    hess_init: Hyperparameter | RelativeNoise = None,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.99999,
+    b2: Scalar | None = None,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
     mask: PyTree | Callable[[Params], PyTree] = None,
     clip_radius: Hyperparameter = None,
+    clip_step: Scalar | None = None,
     rescale_lr: bool = True,
     debias: bool = True,
     curvature: str | Curvature = "reparameterized",
-    prior: Distribution | None = None,
+    prior: Distribution | RelativePrior | None = None,
     init: Distribution | None = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
@@ -126,15 +142,24 @@ def ivon(
     A training loop changes in one line: the gradient is taken at `sample(opt_state, params)`; or
     use `estimate` for several samples and pass `statistic=est.statistic` to `update`.
 
+    `ivon(ess=num_examples, num_steps=num_steps)` needs nothing else: noise and prior are then
+    relative to the first weights, and rate, schedule and b2 follow from the number of steps. See
+    `recipes.ivon`, which says what was chosen.
+
     Args:
         learning_rate: lr, a number or schedule, rescaled by hess_init + weight_decay. Lower it, or
-            set clip_radius, when a run diverges.
+            set clip_step, when a run diverges. With `num_steps` by default 5 after a warm-up of
+            5 %, falling to 0 as a cosine.
         ess: effective sample size: the number of training examples, larger for a colder posterior.
             May be a schedule.
+        num_steps: of the whole run. It sets what is not given among learning_rate, b2, hess_init,
+            clip_step and the prior; all of it is in `recipes.ivon`.
         hess_init: h_0, the first curvature per example: 0.01 to 1; too small makes the noise too
-            large. A number or a prefix tree.
+            large. A number, a prefix tree, or `relative_noise(0.2)`; 1 by default, that noise with
+            `num_steps`.
         b1: decay of the gradient's average; 0 for none.
-        b2: decay of the precision, very close to 1 (1 - b2 must fall as ess grows).
+        b2: decay of the precision, very close to 1 (1 - b2 must fall as ess grows); 0.99999 by
+            default, 1 - 1 / num_steps with `num_steps`.
         weight_decay: delta, per example: the prior is N(0, 1 / (ess delta)). A number, prefix tree
             or schedule; 1e-4 by default, 0 when a prior is given.
         prior_precision: the same prior by its total precision, ess * delta, in place of
@@ -142,11 +167,14 @@ def ivon(
         mask: which leaves decay, as in `optax.adamw`: a prefix tree of booleans or a function from
             params to one; None for all. A `prior` is not masked.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
+        clip_step: bound on the step that every weight makes, in deviations of its first posterior;
+            None for none, 0.1 with `num_steps`.
         rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
         prior: any mean-field Gaussian posterior, also an improper one (a prior times a site), or
-            one of one number for all parameters; a weight_decay given besides adds to it.
+            one of one number for all parameters; a weight_decay given besides adds to it. Or
+            `relative_prior(3.2)`, in place of a weight_decay; with `num_steps` the default.
         init: the first posterior, whose mean must be the parameters.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
@@ -178,28 +206,42 @@ def ivon(
       True
     """
     check_unit_interval("b1", b1)
-    weight_decay = per_example(weight_decay, prior_precision, prior, ess)
-    return steps_after(
-        scale_by_precision(
-            ess=ess,
-            b2=b2,
-            hess_init=hess_init,
-            weight_decay=weight_decay,
-            mask=mask,
-            prior=prior,
-            init=init,
-            momentum=optax.ema(b1, debias=debias),
-            curvature=curvature,
-            clip_spikes=clip_spikes,
-            generator=generator,
-            key=key,
-        ),
-        learning_rate,
-        hess_init,
-        masked(weight_decay, mask),
-        clip_radius=clip_radius,
-        rescale_lr=rescale_lr,
+    run = of_run(
+        "ivon",
+        num_steps,
+        GivenRun(learning_rate, b2, hess_init, prior, clip_step),
+        GivenRun(None, 0.99999, 1.0, None, None),
+        has_prior=weight_decay is not None or prior_precision is not None,
+        has_start=init is not None,
     )
+    chosen = prior_of("ivon", run.prior, weight_decay, prior_precision, ess)
+
+    def make(hess_init: PyTree, decay: PyTree) -> optax.GradientTransformationExtraArgs:
+        return steps_after(
+            scale_by_precision(
+                ess=ess,
+                b2=run.b2,
+                hess_init=hess_init,
+                weight_decay=decay,
+                mask=mask,
+                prior=chosen.density,
+                init=init,
+                momentum=optax.ema(b1, debias=debias),
+                curvature=curvature,
+                clip_spikes=clip_spikes,
+                generator=generator,
+                key=key,
+            ),
+            run.learning_rate,
+            hess_init,
+            masked(decay, mask),
+            ess=ess,
+            clip_radius=clip_radius,
+            clip_step=run.clip_step,
+            rescale_lr=rescale_lr,
+        )
+
+    return from_first_weights(make, run.noise, chosen.strength, ess, trial=(1.0, 1.0))
 
 
 def soba(

@@ -35,7 +35,14 @@ from blr_optax._distribution import Distribution
 from blr_optax._transformation import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_schedule, is_zero
 from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
-from blr_optax.optimizers._zero_mean_prior import per_example
+from blr_optax.optimizers._first_weights import (
+    GivenRun,
+    RelativeNoise,
+    RelativePrior,
+    from_first_weights,
+    of_run,
+    prior_of,
+)
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
 from blr_optax.rule._decay import masked
@@ -282,21 +289,23 @@ def _scale_by_mixture(
 
 
 def mixture_ivon(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     *,
     ess: ScalarOrSchedule,
+    num_steps: int | None = None,
     weight_rate: ScalarOrSchedule = 0.0,
     repulsion: ScalarOrSchedule = 1.0,
-    hess_init: Hyperparameter = 1.0,
+    hess_init: Hyperparameter | RelativeNoise = None,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.99999,
+    b2: Scalar | None = None,
     weight_decay: Hyperparameter = None,
     prior_precision: Hyperparameter = None,
     mask: PyTree | Callable[[Params], PyTree] = None,
     clip_radius: Hyperparameter = None,
+    clip_step: Scalar | None = None,
     rescale_lr: bool = True,
     debias: bool = True,
-    prior: Distribution | None = None,
+    prior: Distribution | RelativePrior | None = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str = "hash",
@@ -318,7 +327,8 @@ def mixture_ivon(
     start from different initialisations, and expect the repulsion to act where they meet.
 
     Args:
-        learning_rate, hess_init, b1, b2, clip_radius: as in `ivon`, over the stacked parameters.
+        learning_rate, num_steps, hess_init, b1, b2: as in `ivon`, over the stacked parameters.
+        clip_radius, clip_step: as in `ivon`.
         weight_decay, prior_precision, mask: as in `ivon`.
         rescale_lr, debias, clip_spikes, key, generator: as in `ivon`.
         ess: effective sample size, as in `ivon`; may be a schedule.
@@ -328,7 +338,7 @@ def mixture_ivon(
         repulsion: multiplies log(q / q_k), a number or schedule: 0 is K independent IVONs, an
             ensemble; 1 is the mixture.
         prior: a mean-field Gaussian posterior over the weights of one network, or one of one
-            number; the same for every component.
+            number; the same for every component. Or `relative_prior(3.2)`.
 
     Raises:
         ValueError: as `ivon`; for leaves without a common leading axis; for missing losses.
@@ -353,28 +363,40 @@ def mixture_ivon(
       >>> print(params[:, 0].round(1), blr.posterior(state, params).mean.round(1))
       [-2.  2.] [0.]
     """
-    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_positive("weight_rate", weight_rate, zero=True, scalar=True)
     check_positive("repulsion", repulsion, zero=True, scalar=True)
     check_unit_interval("b1", b1)
-    weight_decay = per_example(weight_decay, prior_precision, prior, ess)
-    return steps_after(
-        _scale_by_mixture(
-            ess,
-            masked(weight_decay, mask),
-            prior,
-            repulsion,
-            weight_rate,
-            b2=b2,
-            hess_init=hess_init,
-            momentum=optax.ema(b1, debias=debias),
-            clip_spikes=clip_spikes,
-            generator=generator,
-            key=key,
-        ),
-        learning_rate,
-        hess_init,
-        masked(weight_decay, mask),
-        clip_radius=clip_radius,
-        rescale_lr=rescale_lr,
+    run = of_run(
+        "mixture_ivon",
+        num_steps,
+        GivenRun(learning_rate, b2, hess_init, prior, clip_step),
+        GivenRun(None, 0.99999, 1.0, None, None),
+        has_prior=weight_decay is not None or prior_precision is not None,
     )
+    chosen = prior_of("mixture_ivon", run.prior, weight_decay, prior_precision, ess)
+
+    def make(hess_init: PyTree, decay: PyTree) -> optax.GradientTransformationExtraArgs:
+        return steps_after(
+            _scale_by_mixture(
+                ess,
+                masked(decay, mask),
+                chosen.density,
+                repulsion,
+                weight_rate,
+                b2=run.b2,
+                hess_init=hess_init,
+                momentum=optax.ema(b1, debias=debias),
+                clip_spikes=clip_spikes,
+                generator=generator,
+                key=key,
+            ),
+            run.learning_rate,
+            hess_init,
+            masked(decay, mask),
+            ess=ess,
+            clip_radius=clip_radius,
+            clip_step=run.clip_step,
+            rescale_lr=rescale_lr,
+        )
+
+    return from_first_weights(make, run.noise, chosen.strength, ess, trial=(1.0, 1.0))

@@ -26,13 +26,10 @@ from blr_optax import _tree
 from blr_optax._transformation import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
-from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
+from blr_optax.optimizers._first_weights import GivenRun, RelativeNoise, RelativePrior
 from blr_optax.optimizers.sgd import StepSizeReader, growth
-from blr_optax.optimizers.vogn import (
-    check_one_start,
-    curvature_at_start,
-)
-from blr_optax.rule import scale_by_precision, with_posterior
+from blr_optax.optimizers.vogn import from_totals
+from blr_optax.rule import with_posterior
 from blr_optax.rule._decay import check_decay, mask_leaves
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
@@ -52,6 +49,9 @@ if TYPE_CHECKING:
         Updates,
     )
     from blr_optax.rule import WithPosteriorState
+
+
+DAMPING = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,17 +179,19 @@ def sam(
 
 
 def bsam(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule | None = None,
     *,
     ess: ScalarOrSchedule,
+    num_steps: int | None = None,
     rho: float = 0.05,
     prior_precision: Hyperparameter = None,
-    init_precision: Hyperparameter = None,
+    init_precision: Hyperparameter | RelativeNoise = None,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    damping: Hyperparameter = 0.1,
-    prior: Distribution | None = None,
+    b2: Scalar | None = None,
+    damping: Hyperparameter = None,
+    prior: Distribution | RelativePrior | None = None,
     init: Distribution | None = None,
+    clip_step: Scalar | None = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
@@ -207,17 +209,22 @@ def bsam(
     Args:
         learning_rate: lr, a number or schedule.
         ess: effective sample size, N or N times an augmentation factor; may be a schedule.
+        num_steps: of the whole run, from which what is not given follows, as in `ivon`.
         rho: r, the size of the adversary's step in units of the natural gradient: a plain number.
         prior_precision: total precision of a zero-mean prior; a number or prefix tree. 1 by
             default, 0 when a prior is given.
         init_precision: total precision of the first posterior, at least prior_precision +
-            ess * damping; by default the curvature starts at one per example.
+            ess * damping; by default the curvature starts at one per example. Or
+            `relative_noise(0.2)`.
         b1: decay of the average of gradients, the prior's included; not debiased.
-        b2: decay of the precision.
+        b2: decay of the precision; 0.999 by default.
         damping: gamma, added to the precision per example; too small a value makes steps and noise
-            large where gradients vanish.
-        prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
+            large where gradients vanish. 0.1 by default; 0 with `num_steps`, as nothing vanishes in
+            a run of which the precision forgets a factor of e.
+        prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it. Or
+            `relative_prior(3.2)`, in place of a prior_precision.
         init: the first posterior, whose mean must be the parameters.
+        clip_step: bound on the step of every weight, as in `ivon`.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
@@ -243,28 +250,23 @@ def bsam(
       >>> print(est.grad, updates, blr.posterior(state, params).variance)  # 1 / (10 * 2.5)
       [5.6] [-2.8] [0.04]
     """
-    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     _check_rho(rho)
     check_unit_interval("b1", b1)
-    prior_precision = total_precision(prior_precision, prior, ess)
-    check_one_start("bsam", init, init_precision, prior)
-    return optax.chain(
-        scale_by_precision(
-            ess=ess,
-            b2=b2,
-            hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
-            weight_decay=decay_of(prior_precision, ess),
-            prior=prior,
-            init=init,
-            momentum=optax.ema(b1, debias=False),
-            curvature=absolute_gradient(),
-            step="plain_old",
-            damping=damping,
-            prior_in_momentum=True,
-            adversary=float(rho),
-            clip_spikes=clip_spikes,
-            generator=generator,
-            key=key,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    if damping is None:
+        damping = DAMPING if num_steps is None else 0.0
+    return from_totals(
+        "bsam",
+        GivenRun(learning_rate, b2, init_precision, prior, clip_step),
+        num_steps,
+        prior_precision,
+        ess=ess,
+        init=init,
+        damping=damping,
+        momentum=optax.ema(b1, debias=False),
+        curvature=absolute_gradient(),
+        step="plain_old",
+        adversary=float(rho),
+        clip_spikes=clip_spikes,
+        generator=generator,
+        key=key,
     )

@@ -18,9 +18,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import optax
 
-from blr_optax._validate import at, check_positive, check_unit_interval, holds
+from blr_optax._validate import check_positive, check_unit_interval, holds, size_at
 from blr_optax.estimators import per_example_squares
-from blr_optax.optimizers._zero_mean_prior import decay_of, total_precision
+from blr_optax.optimizers._first_weights import (
+    GivenRun,
+    RelativeNoise,
+    RelativePrior,
+    clipped_step,
+    first_precision,
+    from_first_weights,
+    of_run,
+    prior_of,
+)
+from blr_optax.optimizers._zero_mean_prior import decay_of
 from blr_optax.rule import scale_by_precision
 from blr_optax.rule._spikes import CLIP_SPIKES
 
@@ -41,7 +51,7 @@ def curvature_at_start(
     check_positive("init_precision", init_precision, schedule=False)
 
     def leaf(first: Any, prior: Any) -> Any:
-        return (first - prior) / at(ess, 0) - damping
+        return (first - prior) / size_at(ess, 0) - damping
 
     if jax.tree_util.all_leaves([init_precision]):
         start = jax.tree.map(lambda prior: leaf(init_precision, prior), prior_precision)
@@ -68,17 +78,73 @@ def check_one_start(who: str, init: PyTree, init_precision: Hyperparameter, prio
         )
 
 
-def vogn(
-    learning_rate: ScalarOrSchedule,
+def from_totals(
+    who: str,
+    given: GivenRun,
+    num_steps: int | None,
+    prior_precision: Hyperparameter,
     *,
     ess: ScalarOrSchedule,
+    init: Distribution | None,
+    damping: Hyperparameter,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Return the chain of `vogn` and `bsam`: precision, prior in the momentum, rate, bound.
+
+    Args:
+        who: the row.
+        given: its arguments, noise and prior by their total precisions.
+        num_steps, prior_precision, ess, init, damping: as in `vogn`.
+        options: others of `scale_by_precision`.
+    """
+    run = of_run(
+        who,
+        num_steps,
+        given,
+        GivenRun(None, 0.999, None, None, None),
+        has_prior=prior_precision is not None,
+        has_start=init is not None,
+    )
+    check_positive("learning_rate", run.learning_rate, zero=True, scalar=True)
+    chosen = prior_of(who, run.prior, None, prior_precision, ess, total=True)
+    check_one_start(who, init, run.noise, chosen.density)
+
+    def make(first: PyTree, prior: PyTree) -> optax.GradientTransformationExtraArgs:
+        start, decay = curvature_at_start(first, prior, ess, damping), decay_of(prior, ess)
+        parts: list[optax.GradientTransformation] = [
+            scale_by_precision(
+                ess=ess,
+                b2=run.b2,
+                hess_init=start,
+                weight_decay=decay,
+                prior=chosen.density,
+                init=init,
+                damping=damping,
+                prior_in_momentum=True,
+                **options,
+            ),
+            optax.scale_by_learning_rate(run.learning_rate),
+        ]
+        if run.clip_step is not None:
+            parts.append(clipped_step(run.clip_step, first_precision(start, decay, ess, damping)))
+        return optax.chain(*parts)
+
+    return from_first_weights(make, run.noise, chosen.strength, None, trial=(None, 1.0))
+
+
+def vogn(
+    learning_rate: ScalarOrSchedule | None = None,
+    *,
+    ess: ScalarOrSchedule,
+    num_steps: int | None = None,
     prior_precision: Hyperparameter = None,
-    init_precision: Hyperparameter = None,
+    init_precision: Hyperparameter | RelativeNoise = None,
     b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
+    b2: Scalar | None = None,
     damping: Hyperparameter = 0.0,
-    prior: Distribution | None = None,
+    prior: Distribution | RelativePrior | None = None,
     init: Distribution | None = None,
+    clip_step: Scalar | None = None,
     clip_spikes: Scalar | None = CLIP_SPIKES,
     key: KeyLike = 0,
     generator: str | None = "hash",
@@ -96,17 +162,20 @@ def vogn(
     Args:
         learning_rate: lr, a number or schedule.
         ess: effective sample size, N or N / temperature; may be a schedule.
+        num_steps: of the whole run, from which what is not given follows, as in `ivon`.
         prior_precision: total precision of a zero-mean prior, in the units of the posterior; a
             number or prefix tree. 1 by default, 0 when a prior is given.
         init_precision: total precision of the first posterior, a number or prefix tree, at least
             prior_precision + ess * damping; by default the curvature starts at one per example. A
             step is lr over this per example: the curvature follows at rate 1 - b2, and small
-            models of well-scaled data often need less.
+            models of well-scaled data often need less. Or `relative_noise(0.2)`.
         b1: decay of the average of gradients, the prior's included; 0 for none. Not debiased.
-        b2: decay of the curvature.
+        b2: decay of the curvature; 0.999 by default.
         damping: gamma, added to the precision per example.
-        prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it.
+        prior: any mean-field Gaussian posterior; a prior_precision given besides adds to it. Or
+            `relative_prior(3.2)`, in place of a prior_precision.
         init: the first posterior, whose mean must be the parameters.
+        clip_step: bound on the step of every weight, as in `ivon`.
         clip_spikes: the longest gradient in units of those before it, against bad batches; see
             `scale_by_precision`. None for no bound.
         key: typed key or integer seed.
@@ -134,28 +203,21 @@ def vogn(
       >>> print(bool(abs(params[0] - 2.9) < 0.1))
       True
     """
-    check_positive("learning_rate", learning_rate, zero=True, scalar=True)
     check_unit_interval("b1", b1)
-    prior_precision = total_precision(prior_precision, prior, ess)
-    check_one_start("vogn", init, init_precision, prior)
-    return optax.chain(
-        scale_by_precision(
-            ess=ess,
-            b2=b2,
-            hess_init=curvature_at_start(init_precision, prior_precision, ess, damping),
-            weight_decay=decay_of(prior_precision, ess),
-            prior=prior,
-            init=init,
-            momentum=optax.ema(b1, debias=False),
-            curvature=per_example_squares(),
-            step="plain",
-            damping=damping,
-            prior_in_momentum=True,
-            clip_spikes=clip_spikes,
-            generator=generator,
-            key=key,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    return from_totals(
+        "vogn",
+        GivenRun(learning_rate, b2, init_precision, prior, clip_step),
+        num_steps,
+        prior_precision,
+        ess=ess,
+        init=init,
+        damping=damping,
+        momentum=optax.ema(b1, debias=False),
+        curvature=per_example_squares(),
+        step="plain",
+        clip_spikes=clip_spikes,
+        generator=generator,
+        key=key,
     )
 
 

@@ -313,6 +313,20 @@ class PrecisionReader(Reader):
         held = jax.tree.map(lambda c, d, p: jnp.sum(c.astype(p.dtype) + d), c, d0, p)
         return _tree.ratio(_tree.total(jnp.asarray, held), _tree.total(jnp.sum, p))
 
+    def learnt(
+        self, before: OptState, after: OptState, b2: Hyperparameter, weight_decay: Hyperparameter
+    ) -> Array:
+        """Share of coordinates with |log( p / ((p_0 - d0) b2^t + d0) )| > 0.1, after t steps."""
+        d0 = prior_precision(weight_decay, after.prior, after.ess, after.precision, after.count)
+        left = jnp.asarray(b2, jnp.float32) ** (after.count - before.count)
+
+        def moved(p0: Array, p: Array, d: Any) -> Array:
+            expected = left.astype(p.dtype) * (p0 - d) + d
+            return jnp.sum(jnp.abs(jnp.log(p / expected)) > 0.1)
+
+        size = sum(p.size for p in jax.tree.leaves(after.precision))
+        return _tree.total(moved, before.precision, after.precision, d0) / size
+
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
         return jax.tree.map(

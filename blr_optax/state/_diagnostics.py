@@ -59,6 +59,12 @@ class Diagnostics(NamedTuple):
             correction sustains a share. Far above 1: the precision has not followed, since the
             gradients of the steps were taken at the parameters (80 in a trial), or `b2` is too slow
             (3 there). Draws must be taken at samples, by `estimate`, whatever the steps do.
+        learnt: share of coordinates whose precision differs by more than 10 % from what decay alone
+            makes of the old one, (p - d0) b2^t + d0 after t steps: what the data have told. Give
+            the state after `init` as `before`; near 0 all deviations are still those of the start.
+            Needs `b2`, and `weight_decay`.
+        growth: the largest p / p' of all coordinates: how much longer the step of one gradient has
+            become. With a constant rate a run diverges at some such factor.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
         shortened: gradients shortened so far by `clip_spikes`; None without that bound.
@@ -72,9 +78,20 @@ class Diagnostics(NamedTuple):
     curvature_signal_to_noise: Array | None
     statistic_score: Array | None
     statistic_over_precision: Array | None
+    learnt: Array | None
+    growth: Array | None
     retracted: Array | None
     skipped: Array | None
     shortened: Array | None
+
+
+def _growth(before: Any, after: Any) -> Array | None:
+    """Return how much longer the same gradient's step is, at most."""
+    old, new = (getattr(state, "precision", None) for state in (before, after))
+    if old is None or new is None:
+        return None
+    ratios = jax.tree.map(lambda p, q: jnp.max(p / q, initial=0.0), old, new)
+    return functools.reduce(jnp.maximum, jax.tree.leaves(ratios), jnp.zeros(()))
 
 
 def _clipped(part: Any, updates: Updates, bound: Any) -> Array | None:
@@ -238,6 +255,8 @@ def _one(
         curvature_signal_to_noise=_signal_to_noise(part, getattr(before, "precision", None), draws),
         statistic_score=_score(old, new, b2, weight_decay),
         statistic_over_precision=_over_precision(old, statistic, draws, weight_decay),
+        learnt=None if b2 is None else new.reader.learnt(old, new, b2, weight_decay),
+        growth=_growth(before, core),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
         shortened=getattr(getattr(core, "spikes", None), "shortened", None),

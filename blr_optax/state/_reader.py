@@ -109,6 +109,12 @@ class Reader:
         """Return sum (c + d0) / sum p, from a statistic; None where no precision is kept."""
         return None
 
+    def learnt(
+        self, before: OptState, after: OptState, b2: Hyperparameter, weight_decay: Hyperparameter
+    ) -> Array | None:
+        """Return the share of coordinates that the data have moved; None without a precision."""
+        return None
+
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
@@ -171,6 +177,12 @@ class OuterReader(Reader):
     ) -> Array | None:
         core = self.core(state)
         return core.reader.statistic_over_precision(core, statistic, weight_decay)
+
+    def learnt(
+        self, before: OptState, after: OptState, b2: Hyperparameter, weight_decay: Hyperparameter
+    ) -> Array | None:
+        old, new = self.core(before), self.core(after)
+        return new.reader.learnt(old, new, b2, weight_decay)
 
 
 def draws_noise(state: OptState) -> bool:

@@ -422,3 +422,26 @@ def test_the_statistic_over_the_precision_tells_three_runs_apart(name):
         np.testing.assert_allclose(found, np.mean(x**2), rtol=0.15)
     else:
         assert low < found < high
+
+
+def test_learnt_and_growth_tell_a_posterior_of_data_from_one_of_its_start():
+    """A loss with curvature 3 in one half of the weights, and none in the other."""
+    params = jnp.zeros(8)
+    tx = blr.ivon(0.0, ess=100.0, hess_init=1.0, b2=0.99, weight_decay=0.0)
+    first = tx.init(params)
+    none, curved = jnp.zeros(8), jnp.where(jnp.arange(8) < 4, 3.0, 0.0)
+
+    @jax.jit
+    def run(state, statistic):
+        def body(state, _):
+            return tx.update(none, state, params, statistic=statistic)[1], None
+
+        return jax.lax.scan(body, state, None, 50)[0]
+
+    for statistic, learnt in ((curved, 0.5), (none, 0.0)):
+        (found,) = blr.diagnostics(first, run(first, statistic), params, b2=0.99)
+        assert float(found.learnt) == learnt
+        # Where nothing is known p decays as (1 - rho + rho^2 / 2)^50.
+        np.testing.assert_allclose(found.growth, (1 - 0.01 + 0.5e-4) ** -50, rtol=1e-4)
+    (point,) = blr.diagnostics(*[blr.sgd(0.1, ess=10.0).init(params)] * 2, params, b2=0.9)
+    assert point.learnt is None and point.growth is None
