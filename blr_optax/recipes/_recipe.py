@@ -178,7 +178,7 @@ def ivon(
     task: str = "classification",
     learning_rate: float | None = None,
     clip_step: float = CLIP_STEP,
-    **options: Any,
+    **options: object,
 ) -> Recipe:
     """Return IVON for a run of known length: noise, prior, rate and b2 follow from two counts.
 
@@ -243,7 +243,7 @@ def vogn(
     task: str = "classification",
     learning_rate: float | None = None,
     clip_step: float = CLIP_STEP,
-    **options: Any,
+    **options: object,
 ) -> Recipe:
     """Return VOGN for a run of known length: as `recipes.ivon`, from per-example gradients.
 
@@ -289,7 +289,7 @@ def evon(
     task: str = "classification",
     learning_rate: float | None = None,
     clip_step: float = CLIP_STEP,
-    **options: Any,
+    **options: object,
 ) -> Recipe:
     """Return EVON for a run of known length: as `recipes.ivon`, along learnt directions.
 
@@ -335,7 +335,7 @@ def bsam(
     task: str = "classification",
     learning_rate: float | None = None,
     clip_step: float = CLIP_STEP,
-    **options: Any,
+    **options: object,
 ) -> Recipe:
     """Return bSAM for a run of known length: as `recipes.ivon`, with an adversary.
 
@@ -381,7 +381,7 @@ def mixture_ivon(
     task: str = "classification",
     learning_rate: float | None = None,
     clip_step: float = CLIP_STEP,
-    **options: Any,
+    **options: object,
 ) -> Recipe:
     """Return a mixture of IVONs for a run of known length: as `recipes.ivon`, stacked networks.
 
