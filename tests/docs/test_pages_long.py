@@ -306,6 +306,17 @@ def padded(names: Names) -> None:
     assert names["accuracy"] > 0.95 and np.isfinite(names["nll"])
 
 
+def from_two_counts(names: Names) -> None:
+    assert names["tuned"].prior in (1.7, 3.2, 10.0)
+    assert float(names["info"].skipped) == 0
+    # Labels of which 15 % are random: nobody can do better than about 0.8, and guessing is 2.3.
+    at_mean = names["loss"](names["params"], names["test_x"], names["test_y"])
+    assert names["nll"](names["tempered"].posterior, names["test_x"], names["test_y"]) < 1.4
+    scores = names["tempered"].scores
+    assert scores[names["tempered"].scale] <= min(scores[0.0], scores[1.0])
+    assert np.isfinite(at_mean) and 2 < float(names["health"].growth) < 10
+
+
 FACTS: dict[str, Callable[[Names], None]] = {
     "README.md": readme,
     "docs/checking.md": checking,
@@ -318,6 +329,7 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "docs/per_example.md": per_example,
     "docs/your_own_estimator.md": your_own_estimator,
     "Raw JAX": classifies,
+    "Nothing to search: an optimizer from two counts": from_two_counts,
     "Linen TrainState": linen,
     "Linen with BatchNorm, dropout and several samples": linen_batch_norm,
     "nnx: the loop changes in one line": nnx_batch_norm,
