@@ -253,9 +253,10 @@ def _scale_by_mixture(
         if statistic is None:
             statistic = reader.curvature(state, params, weights, updates)
         theta, mean = wide(weights, "weights"), wide(params, "params")
-        total = gaussians.reader.total_precision(gaussians)
+        # Of the draws as they are: in weights below float32 they may be wider than q.
+        drawn = gaussians.reader.drawn_precision(gaussians, reader.part(state, params))
         log_ratio, ratio_gradient, ratio_curvature = repulsion(
-            theta, mean, total, log_weights(log_odds)
+            theta, mean, drawn, log_weights(log_odds)
         )
         per_example = at(strength, gaussians.count) / gaussians.ess
 
