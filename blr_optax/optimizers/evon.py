@@ -44,6 +44,7 @@ import optax
 import optax.contrib
 
 from blr_optax import _loops, _tree
+from blr_optax._decay import decay_leaves, masked, moves
 from blr_optax._distribution import Distribution
 from blr_optax._rounding import widening
 from blr_optax._transformation import transformation
@@ -72,7 +73,6 @@ from blr_optax.optimizers._posteriors.rotated import (
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._decay import decay_leaves, masked, moves
 from blr_optax.rule._spikes import CLIP_SPIKES, shorten, times
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of

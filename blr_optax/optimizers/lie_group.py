@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import check_decay, decay_leaves, masked
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._rounding import widening
@@ -57,7 +58,6 @@ from blr_optax.optimizers._posteriors.moved_noise import (
     as_law,
 )
 from blr_optax.optimizers._zero_mean_prior import per_example
-from blr_optax.rule._decay import check_decay, decay_leaves, masked
 from blr_optax.rule._precision import filled
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,

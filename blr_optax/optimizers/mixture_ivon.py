@@ -31,14 +31,14 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import masked
 from blr_optax._distribution import Distribution
 from blr_optax._transformation import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_schedule, is_zero
-from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
+from blr_optax.families import GaussianNatural, MeanField, Normal, Raveled, SideBySide, get
 from blr_optax.optimizers._zero_mean_prior import per_example
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._decay import masked
 from blr_optax.rule._precision import prior_of_step
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import OuterReader
@@ -84,6 +84,12 @@ class MixtureReader(OuterReader):
 
     inside = "gaussians"
     aux_argument: str | None = None
+
+    def variance(self, state: MixtureIvonState, params: Params, q: Distribution) -> PyTree:
+        """Of the components, which stand side by side in params."""
+        del q
+        family = MeanField(Normal())
+        return family.variance(state.gaussians.reader.posterior(state.gaussians, params).natural)
 
     def posterior(self, state: MixtureIvonState, params: Params) -> Distribution:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""

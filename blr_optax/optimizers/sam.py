@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import check_decay, mask_leaves
 from blr_optax._transformation import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
@@ -33,7 +34,6 @@ from blr_optax.optimizers.vogn import (
     curvature_at_start,
 )
 from blr_optax.rule import scale_by_precision, with_posterior
-from blr_optax.rule._decay import check_decay, mask_leaves
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
 

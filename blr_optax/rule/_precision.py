@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
 from blr_optax._rounding import least_deviation, rounding_variance
@@ -62,7 +63,6 @@ from blr_optax.estimators._curvature import (
 )
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
-from blr_optax.rule._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax.rule._natural_step import own_part, spread
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,
@@ -316,6 +316,13 @@ class PrecisionReader(Reader):
         held = jax.tree.map(lambda c, d, p: jnp.sum(c.astype(p.dtype) + d), c, d0, p)
         return _tree.ratio(_tree.total(jnp.asarray, held), _tree.total(jnp.sum, p))
 
+    def decay_of_step(
+        self, state: ScaleByPrecisionState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        if not isinstance(weight_decay, EmpiricalPrior):
+            return weight_decay
+        return weight_decay.of(params, state.precision, state.ess)
+
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
         return jax.tree.map(
@@ -395,8 +402,7 @@ def prior_of_step(
     state: ScaleByPrecisionState, params: Params, weight_decay: Hyperparameter
 ) -> PyTree:
     """d0 of the coming step; an `EmpiricalPrior` takes it from the posterior."""
-    if isinstance(weight_decay, EmpiricalPrior):
-        weight_decay = weight_decay.of(params, state.precision, state.ess)
+    weight_decay = state.reader.decay_of_step(state, params, weight_decay)
     return prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
 
 

@@ -109,6 +109,16 @@ class Reader:
         """Return sum (c + d0) / sum p, from a statistic; None where no precision is kept."""
         return None
 
+    def decay_of_step(
+        self, state: OptState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        """Return the weight decay of the coming step, where it depends on the posterior."""
+        return weight_decay
+
+    def variance(self, state: OptState, params: Params, q: Distribution) -> PyTree:
+        """Return the variance of the weights around params, from q; None where params are none."""
+        return q.family.variance(q.natural)
+
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
@@ -171,6 +181,12 @@ class OuterReader(Reader):
     ) -> Array | None:
         core = self.core(state)
         return core.reader.statistic_over_precision(core, statistic, weight_decay)
+
+    def decay_of_step(
+        self, state: OptState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        core = self.core(state)
+        return core.reader.decay_of_step(core, params, weight_decay)
 
 
 def draws_noise(state: OptState) -> bool:
