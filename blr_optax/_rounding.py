@@ -1,4 +1,4 @@
-"""Noise on weights below float32: how wide it must be for rounding to leave its statistics right.
+"""Weights below float32: rounding on average, and noise whose statistics rounding leaves right.
 
     x  =  sigma' eps,   theta  =  round(m + x),   sigma'  =  max( sigma, 3 s / 4 )
     s     spacing of the weights' dtype at m          g  =  h (theta - m), a curvature of h
@@ -12,6 +12,9 @@ were independent of the noise, to 1e-4 of it for normal noise (2 % for uniform n
 
 so that noise of deviation sigma', where sigma was asked for, still measures h: as
 E[x g] / sigma'^2, or from the displacement that was made, E[(theta - m) g] over its own variance.
+
+What is no noise and shorter than s / 2 (a step, an adversary) is rounded stochastically: up with
+the probability of its remainder, E[round(x)] = x.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax._random import canonical_key, standard_uniform, step_key
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+    from blr_optax._typing import DTypeLike, KeyLike, PyTree
+
 LEAST_SPACINGS = 0.75
+NO_SAMPLE = 2**31
 
 
 def least_deviation(sigma: Array, m: Array, whole: bool = False) -> Array:
@@ -63,3 +70,27 @@ def share_unmoved(sigma: Array, m: Array) -> Array:
     drawn = jnp.where(sigma > 0, sigma, 1.0)
     found = jax.lax.erf(_tree.spacing(m).astype(drawn.dtype) / (2.0 * 2.0**0.5 * drawn))
     return jnp.where(sigma > 0, found, 0.0)
+
+
+def stochastically(x: Array, dtype: DTypeLike, chance: Array) -> Array:
+    """Return x on the grid of a dtype, up with the probability of its remainder: E[.] = x."""
+    s = _tree.spacing(x, dtype)
+    below = jnp.floor(x / s)
+    return s * (below + (chance < x / s - below))
+
+
+def cast_on_average(tree: PyTree, like: PyTree, key: KeyLike, count: Array) -> PyTree:
+    """Return a tree in the dtypes of another; what is below float32 is rounded stochastically.
+
+    The chances are those of a step, and none of the samples that it numbers from 0 on.
+    """
+    if not any(_tree.narrow(m.dtype) for m in jax.tree.leaves(like)):
+        return jax.tree.map(lambda x, m: x.astype(m.dtype), tree, like)
+
+    chances = standard_uniform(step_key(canonical_key(key), count, NO_SAMPLE), like)
+
+    def leaf(x: Array, m: Array, chance: Array) -> Array:
+        x = stochastically(x, m.dtype, chance) if _tree.narrow(m.dtype) else x
+        return x.astype(m.dtype)
+
+    return jax.tree.map(leaf, tree, like, chances)

@@ -38,7 +38,7 @@ from blr_optax import _tree
 from blr_optax._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
-from blr_optax._rounding import least_deviation, rounding_variance
+from blr_optax._rounding import cast_on_average, least_deviation, rounding_variance
 from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
@@ -325,12 +325,12 @@ class PrecisionReader(Reader):
 
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
-        return jax.tree.map(
-            lambda p, m, g: (m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p).astype(
-                m.dtype
-            ),
-            state.precision, params, grads,
-        )  # fmt: skip
+
+        def worst(p: Array, m: Array, g: Array) -> Array:
+            return m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p
+
+        moved = jax.tree.map(worst, state.precision, params, grads)
+        return cast_on_average(moved, params, state.key, state.count)
 
 
 STEPS = ("improved", "improved_old", "plain", "plain_old")
