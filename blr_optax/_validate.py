@@ -285,8 +285,12 @@ def finite_and_square(grads: Updates, curvature: PyTree = None) -> tuple[Array, 
     beside = [None] * len(leaves) if curvature is None else jax.tree.leaves(curvature)
     reach = [float(jnp.finfo(g.dtype).max) ** 0.7 for g in leaves]
 
+    def within(g: Array, c: Array, limit: float) -> Array:
+        inside, axes = jnp.abs(c) < limit, tuple(range(c.ndim - g.ndim))
+        return jnp.all(inside, axis=axes) if axes else inside  # each square counts once
+
     def summed(g: Array, c: Array | None, limit: float) -> Array:
-        square = jnp.square(g) if c is None else jnp.where(jnp.abs(c) < limit, g * g, jnp.nan)
+        square = jnp.square(g) if c is None else jnp.where(within(g, c, limit), g * g, jnp.nan)
         # It never binds: a maximum keeps XLA from joining the two sums into one, which no processor
         # makes of many numbers at a time.
         return jnp.sum(jnp.maximum(jnp.sum(square, axis=tuple(range(g.ndim - 1))), 0.0))

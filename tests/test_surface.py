@@ -20,7 +20,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # The flow of the library, which is also the order in which its parts may know of each other. A part
 # is a folder or file; what stands in a part without being listed itself belongs to the part.
 LAYERS = [
-    {"_typing", "_transformation", "_tree", "_random", "_validate", "_loops"},
+    {
+        "_decay",
+        "_loops",
+        "_random",
+        "_rounding",
+        "_transformation",
+        "_tree",
+        "_typing",
+        "_validate",
+    },
     {"families/_numerics"},
     {"families/_base"},
     {

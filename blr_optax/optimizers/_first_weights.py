@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import decay_leaves
 from blr_optax._validate import check_count, check_number, check_positive, concrete, size_at
 from blr_optax.optimizers._zero_mean_prior import (
     WEIGHT_DECAY,
@@ -32,7 +33,6 @@ from blr_optax.optimizers._zero_mean_prior import (
     per_example,
     total_precision,
 )
-from blr_optax.rule._decay import decay_leaves
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -156,6 +156,10 @@ class BinaryReader(Reader):
 
         return jax.tree.map(leaf, _wide(params), noise, _wide(grads))
 
+    def variance(self, state: OptState, params: Params, q: Distribution) -> PyTree:
+        """None: params are natural parameters, not the signs that are drawn."""
+        return None
+
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """Independent signs of natural parameters lambda = params."""
         return Distribution(FAMILY, FAMILY.Natural(_wide(params)))
@@ -350,6 +354,10 @@ class SignReader(PointReader):
     def weights(self, state: WithPosteriorState, params: Params, noise: PyTree) -> PyTree:
         """Return the sign of the latent weights, +1 at zero."""
         return jax.tree.map(lambda m: jnp.where(m < 0, -1, 1).astype(m.dtype), params)
+
+    def variance(self, state: OptState, params: Params, q: Distribution) -> PyTree:
+        """None: params are natural parameters, not the signs that are drawn."""
+        return None
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """Independent signs of natural parameters lambda = params."""

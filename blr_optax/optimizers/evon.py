@@ -44,7 +44,9 @@ import optax
 import optax.contrib
 
 from blr_optax import _loops, _tree
+from blr_optax._decay import decay_leaves, masked, moves
 from blr_optax._distribution import Distribution
+from blr_optax._rounding import widening
 from blr_optax._transformation import transformation
 from blr_optax._validate import (
     check_count,
@@ -78,7 +80,6 @@ from blr_optax.optimizers._posteriors.rotated import (
 )
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._decay import decay_leaves, masked, moves
 from blr_optax.rule._spikes import CLIP_SPIKES, shorten, times
 from blr_optax.state._reader import OuterReader
 from blr_optax.state._reading import noise_of
@@ -122,8 +123,14 @@ class EigenbasisReader(OuterReader):
     inside = "gaussian"
 
     def weights(self, state: ScaleByEigenbasisState, params: Params, noise: PyTree) -> PyTree:
-        """theta = M + L (eps / sqrt(ess p)) R^T, formed in float32 or wider."""
-        moved = over(from_basis, self.displacement(state, noise), state.bases)
+        """theta = M + L (eps / sqrt(ess p)) R^T, formed in float32 or wider.
+
+        In a dtype below float32 the noise is wider, see `_rounding`: along turned axes by the
+        spacing of the leaf's largest weight.
+        """
+        drawn = self.displacement(state, noise)
+        drawn = jax.tree.map(jnp.multiply, drawn, self.widened(state, params))
+        moved = over(from_basis, drawn, state.bases)
         return jax.tree.map(lambda d, m: (m.astype(d.dtype) + d).astype(m.dtype), moved, params)
 
     def displacement(self, state: ScaleByEigenbasisState, noise: PyTree) -> PyTree:
@@ -131,20 +138,38 @@ class EigenbasisReader(OuterReader):
         origin = optax.tree.zeros_like(state.gaussian.precision)
         return super().weights(state, origin, noise)
 
-    def curvature(
-        self, state: ScaleByEigenbasisState, params: Params, weights: PyTree, grads: Updates
-    ) -> PyTree:
-        """Per-example curvature in the basis, from the displacement actually made."""
-        p = state.gaussian.precision
-        moved = optax.tree.sub(optax.tree.cast_like(weights, p), optax.tree.cast_like(params, p))
-        turned = (over(to_basis, x, state.bases) for x in (moved, optax.tree.cast_like(grads, p)))
-        return self.curvature_in_basis(state, *turned)
+    def widened(self, state: ScaleByEigenbasisState, params: Params) -> PyTree:
+        """Return k >= 1, by which `displacement` is multiplied."""
+        gaussian = state.gaussian
 
-    def curvature_in_basis(
-        self, state: ScaleByEigenbasisState, moved: PyTree, grads: Updates
+        def leaf(path: Any, s: Array, m: Array) -> Array | float:
+            if not gaussian.reader.by_displacement:
+                return 1.0
+            return widening(jax.lax.rsqrt(s), m, whole=_tree.leaf_name(path) in state.bases)
+
+        total = gaussian.reader.total_precision(gaussian)
+        return jax.tree_util.tree_map_with_path(leaf, total, params)
+
+    def statistic(
+        self,
+        state: ScaleByEigenbasisState,
+        params: Params,
+        weights: PyTree,
+        grads: Updates,
+        noise: PyTree,
     ) -> PyTree:
-        """Return the same from displacement and gradient in the basis."""
-        return super().curvature(state, optax.tree.zeros_like(moved), moved, grads)
+        """Per-example curvature in the basis, from the noise; the gradient is in no basis."""
+        del weights
+        grads = optax.tree.cast_like(grads, state.gaussian.precision)
+        return self.statistic_in_basis(state, params, over(to_basis, grads, state.bases), noise)
+
+    def statistic_in_basis(
+        self, state: ScaleByEigenbasisState, params: Params, grads: Updates, noise: PyTree
+    ) -> PyTree:
+        """Return the same from a gradient in the basis."""
+        drawn = self.displacement(state, noise)
+        measuring = jax.tree.map(lambda d, k: d / k, drawn, self.widened(state, params))
+        return self.curvature(state, optax.tree.zeros_like(measuring), measuring, grads)
 
     def posterior(self, state: ScaleByEigenbasisState, params: Params) -> Distribution:
         """N(params, 1 / (ess p)) along the axes of the basis."""
@@ -254,13 +279,7 @@ def scale_by_eigenbasis(
         raw = optax.tree.cast_like(raw, gaussian.precision)
         grads = over(to_basis, raw, bases)
         if statistic is None:
-            noise = noise_of(state)
-            moved = reader.displacement(state, noise)
-            if jax.tree.map(jnp.result_type, moved) != jax.tree.map(jnp.result_type, params):
-                weights = reader.weights(state, params, noise)  # rounded to a short dtype
-                statistic = reader.curvature(state, params, weights, raw)
-            else:
-                statistic = reader.curvature_in_basis(state, moved, grads)
+            statistic = reader.statistic_in_basis(state, params, grads, noise_of(state))
         else:
             statistic = _tree.matching_leaves(statistic, gaussian.precision, "statistic")
         if clip_curvature is not None:

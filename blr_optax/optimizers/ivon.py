@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import decay_leaves, masked
 from blr_optax._validate import check_positive, check_unit_interval, is_zero
 from blr_optax.optimizers._first_weights import (
     GivenRun,
@@ -33,7 +34,6 @@ from blr_optax.optimizers._first_weights import (
     prior_of,
 )
 from blr_optax.rule import scale_by_precision
-from blr_optax.rule._decay import decay_leaves, masked
 from blr_optax.rule._spikes import CLIP_SPIKES
 
 if TYPE_CHECKING:

@@ -37,8 +37,10 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import check_decay, decay_leaves, masked
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
+from blr_optax._rounding import widening
 from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
@@ -56,7 +58,6 @@ from blr_optax.optimizers._posteriors.moved_noise import (
     as_law,
 )
 from blr_optax.optimizers._zero_mean_prior import per_example
-from blr_optax.rule._decay import check_decay, decay_leaves, masked
 from blr_optax.rule._precision import filled
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,
@@ -166,10 +167,11 @@ class AdditiveReader(Reader):
         return standard_normal(key, self.like(state), self.generator)
 
     def weights(self, state: OptState, params: Params, noise: PyTree) -> PyTree:
-        """Formed in float32 or wider, in the weights' own dtype."""
+        """Formed in float32 or wider, in the weights' dtype; wider noise below it, `_rounding`."""
 
         def draw(s: Array, z: Array, m: Array) -> Array:
-            return (m.astype(s.dtype) + s * self.law.of_normal(z)).astype(m.dtype)
+            k = widening(self.law.deviation * s, m)
+            return (m.astype(s.dtype) + k * s * self.law.of_normal(z)).astype(m.dtype)
 
         return jax.tree.map(draw, self.scale(state), noise, params)
 
@@ -204,6 +206,25 @@ class AffineReader(AdditiveReader):
             optax.tree.cast_like(x, state.spread) for x in (params, weights, grads)
         )
         return jax.tree.map(lambda m, w, g: (w - m) * g, params, weights, grads)
+
+    def statistic(
+        self,
+        state: LieAffineState,
+        params: Params,
+        weights: PyTree,
+        grads: Updates,
+        noise: PyTree,
+    ) -> PyTree:
+        """Return A s n g, below float32 from the noise: what was made of it there is wider."""
+
+        def leaf(s: Array, z: Array, m: Array, g: Array, made: Array) -> Array:
+            if not _tree.narrow(m.dtype):
+                return made
+            k = widening(self.law.deviation * s, m)
+            return s * self.law.of_normal(z) / k * g.astype(s.dtype)
+
+        made = self.curvature(state, params, weights, grads)
+        return jax.tree.map(leaf, self.scale(state), noise, params, grads, made)
 
 
 # What the updates share.
@@ -610,7 +631,7 @@ class MultiplicativeReader(Reader):
 
         def draw(plus: Array, minus: Array, z: Array, m: Array) -> Array:
             check_pair("noise", z)
-            n = self.law.of_normal(z)
+            n = self.spread_by(self.widened(plus, minus, m), z)
             return (plus * n[0] - minus * n[1]).astype(m.dtype)
 
         return jax.tree.map(draw, state.plus, state.minus, noise, params)
@@ -625,12 +646,24 @@ class MultiplicativeReader(Reader):
     ) -> PyTree:
         """(g+ n+ g, -g- n- g) on a first axis: the weight alone does not tell n+ from n-."""
 
-        def pair(plus: Array, minus: Array, g: Array, z: Array) -> Array:
-            n = self.law.of_normal(z)
+        def pair(plus: Array, minus: Array, g: Array, z: Array, m: Array) -> Array:
+            n = self.spread_by(1.0 / self.widened(plus, minus, m), z)
             return jnp.stack([plus * n[0] * g, -minus * n[1] * g])
 
         grads = optax.tree.cast_like(grads, state.plus)
-        return jax.tree.map(pair, state.plus, state.minus, grads, noise)
+        return jax.tree.map(pair, state.plus, state.minus, grads, noise, params)
+
+    def widened(self, plus: Array, minus: Array, m: Array) -> Array | float:
+        """Return k >= 1, by which weights of a dtype below float32 stray further from their mean.
+
+        It is 1 for the laws with a name, which are wide; see `_rounding`.
+        """
+        return widening(self.law.deviation * jnp.hypot(plus, minus), m)
+
+    def spread_by(self, k: Array | float, z: Array) -> Array:
+        """E[n] + k (n - E[n])."""
+        n = self.law.of_normal(z)
+        return n if isinstance(k, float) else self.law.mean + k * (n - self.law.mean)
 
     def posterior(self, state: LieMultiplicativeState, params: Params) -> Distribution:
         """Return the law of g+ n+ - g- n-."""

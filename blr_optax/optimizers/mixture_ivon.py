@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import masked
 from blr_optax._distribution import Distribution
 from blr_optax._transformation import transformation
 from blr_optax._validate import at, check_positive, check_unit_interval, is_schedule, is_zero
-from blr_optax.families import GaussianNatural, MeanField, Raveled, SideBySide, get
+from blr_optax.families import GaussianNatural, MeanField, Normal, Raveled, SideBySide, get
 from blr_optax.optimizers._first_weights import (
     GivenRun,
     RelativeNoise,
@@ -45,7 +46,6 @@ from blr_optax.optimizers._first_weights import (
 )
 from blr_optax.optimizers.ivon import steps_after
 from blr_optax.rule import ScaleByPrecisionState, scale_by_precision
-from blr_optax.rule._decay import masked
 from blr_optax.rule._precision import prior_of_step
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import OuterReader
@@ -91,6 +91,12 @@ class MixtureReader(OuterReader):
 
     inside = "gaussians"
     aux_argument: str | None = None
+
+    def variance(self, state: MixtureIvonState, params: Params, q: Distribution) -> PyTree:
+        """Of the components, which stand side by side in params."""
+        del q
+        family = MeanField(Normal())
+        return family.variance(state.gaussians.reader.posterior(state.gaussians, params).natural)
 
     def posterior(self, state: MixtureIvonState, params: Params) -> Distribution:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
@@ -260,9 +266,10 @@ def _scale_by_mixture(
         if statistic is None:
             statistic = reader.curvature(state, params, weights, updates)
         theta, mean = wide(weights, "weights"), wide(params, "params")
-        total = gaussians.reader.total_precision(gaussians)
+        # Of the draws as they are: in weights below float32 they may be wider than q.
+        drawn = gaussians.reader.drawn_precision(gaussians, reader.part(state, params))
         log_ratio, ratio_gradient, ratio_curvature = repulsion(
-            theta, mean, total, log_weights(log_odds)
+            theta, mean, drawn, log_weights(log_odds)
         )
         per_example = at(strength, gaussians.count) / gaussians.ess
 

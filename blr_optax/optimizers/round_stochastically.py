@@ -16,6 +16,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax._random import canonical_key, standard_uniform
+from blr_optax._rounding import stochastically
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -80,10 +81,7 @@ def round_stochastically(key: KeyLike = 0) -> optax.GradientTransformationExtraA
             if not _tree.narrow(m.dtype):
                 return u
             old = m.astype(chance.dtype)
-            new = old + u.astype(chance.dtype)
-            s = _tree.spacing(new, m.dtype)
-            below = jnp.floor(new / s)
-            rounded = s * (below + (chance < new / s - below))
+            rounded = stochastically(old + u.astype(chance.dtype), m.dtype, chance)
             return (rounded - old).astype(u.dtype)
 
         step = optax.safe_increment(state.step)

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import check_decay, mask_leaves
+from blr_optax._rounding import cast_on_average
 from blr_optax._transformation import transformation
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.estimators import absolute_gradient
@@ -30,7 +32,6 @@ from blr_optax.optimizers._first_weights import GivenRun, RelativeNoise, Relativ
 from blr_optax.optimizers.sgd import StepSizeReader, growth
 from blr_optax.optimizers.vogn import from_totals
 from blr_optax.rule import with_posterior
-from blr_optax.rule._decay import check_decay, mask_leaves
 from blr_optax.rule._spikes import CLIP_SPIKES
 from blr_optax.state._reader import refuse_one_gradient
 
@@ -74,10 +75,10 @@ class SamReader(StepSizeReader):
         wide = jax.tree.map(lambda g: g / jnp.where(size > 0, size, 1.0).astype(g.dtype), wide)
         norm = optax.tree.norm(wide)
         scale = self.radius / jnp.where(norm > 0, norm, 1.0)
-        return jax.tree.map(
-            lambda m, g: (m.astype(g.dtype) + scale.astype(g.dtype) * g).astype(m.dtype),
-            params, wide,
-        )  # fmt: skip
+        moved = jax.tree.map(
+            lambda m, g: m.astype(g.dtype) + scale.astype(g.dtype) * g, params, wide
+        )
+        return cast_on_average(moved, params, 0, state.count)  # the state has no key
 
     def curvature(
         self, state: WithPosteriorState, params: Params, weights: PyTree, grads: Updates
@@ -118,7 +119,8 @@ def sam(
         learning_rate: lr, a number or schedule.
         ess: effective sample size; scales the posterior, not the steps.
         rho: r, the radius of the ball: a plain number. In bfloat16 a move of r / sqrt(P) per weight
-            is rounded away where weights are larger than 256 times that; keep weights in float32.
+            is below the spacing of weights larger than 256 times that: it is rounded
+            stochastically, right on average, with noise that float32 does not have.
         momentum: beta of `optax.sgd`: heavy ball, without 1 - beta. None for none.
         nesterov: as in `optax.sgd`.
         weight_decay: added to the second gradient times the parameters, as `optax` does; one

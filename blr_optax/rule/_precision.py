@@ -35,8 +35,10 @@ import jax.numpy as jnp
 import optax
 
 from blr_optax import _tree
+from blr_optax._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, check_generator, standard_normal
+from blr_optax._rounding import cast_on_average, least_deviation, rounding_variance
 from blr_optax._transformation import transformation
 from blr_optax._validate import (
     at,
@@ -61,7 +63,6 @@ from blr_optax.estimators._curvature import (
 )
 from blr_optax.families import GaussianNatural, MeanField, Normal
 from blr_optax.families._base.domain import LARGEST_RELATIVE_STEP
-from blr_optax.rule._decay import MaskedDecay, check_decay, decay_leaves, masked, moves
 from blr_optax.rule._natural_step import own_part, spread
 from blr_optax.rule._spikes import (
     CLIP_SPIKES,
@@ -193,6 +194,11 @@ class PrecisionReader(Reader):
     def adversarial(self) -> bool:
         return self.radius is not None
 
+    @property
+    def by_displacement(self) -> bool:
+        """Whether the curvature is measured by the noise, and not by the gradient's size alone."""
+        return isinstance(self.kind, Reparameterized)
+
     def part(self, state: ScaleByPrecisionState, params: Params) -> PyTree:
         return _tree.matching_leaves(params, state.precision, "params")
 
@@ -204,35 +210,33 @@ class PrecisionReader(Reader):
     def weights(self, state: ScaleByPrecisionState, params: Params, noise: PyTree) -> PyTree:
         """theta = m + eps / sqrt(ess p), formed in float32 or wider, in the weights' own dtype.
 
-        In a dtype below float32 the deviation is at least `LEAST_SPACINGS` of the weights' spacing.
+        In a dtype below float32 noise that measures the curvature is wider, see `_rounding`.
         """
         if self.generator is None:
             return params
 
         def draw(p: Array, eps: Array, m: Array) -> Array:
             sigma = jax.lax.rsqrt(state.ess.astype(p.dtype) * p)
-            if _tree.narrow(m.dtype):
-                sigma = jnp.maximum(sigma, LEAST_SPACINGS * _tree.spacing(m))
+            if self.by_displacement:
+                sigma = least_deviation(sigma, m)
             return (m.astype(p.dtype) + eps * sigma).astype(m.dtype)
 
         return jax.tree.map(draw, state.precision, noise, params)
 
     def drawn_precision(self, state: ScaleByPrecisionState, params: Params) -> PyTree:
-        """Return 1 / E[(theta - m)^2] of the weights that `weights` makes: S, or less when rounded.
+        """Return 1 / E[(theta - m)^2] of the weights that `weights` makes: S, or less if rounded.
 
-        Rounding to a grid of spacing s adds s^2 / 12 to a variance (Sheppard's correction), to
-        1e-4 of it from deviations of 3/4 s on.
+        Of noise that measures no curvature it is S, and what it measures does not depend on it.
         """
+        if not self.by_displacement:
+            return self.total_precision(state)
 
         def leaf(p: Array, m: Array) -> Array:
             total = state.ess.astype(p.dtype) * p
             if not _tree.narrow(m.dtype):
                 return total
-            s = _tree.spacing(m)
-            widened = jnp.maximum(1.0 / total, jnp.square(LEAST_SPACINGS * s))
-            # Below a power of two the grid is twice as fine: the mean of 1 and 1/4.
-            at_power = jnp.abs(jnp.frexp(m.astype(p.dtype))[0]) == 0.5
-            return 1.0 / (widened + jnp.where(at_power, 0.625, 1.0) * jnp.square(s) / 12.0)
+            sigma = least_deviation(jax.lax.rsqrt(total), m)
+            return 1.0 / (jnp.square(sigma) + rounding_variance(m))
 
         return jax.tree.map(leaf, state.precision, params)
 
@@ -246,8 +250,7 @@ class PrecisionReader(Reader):
         """Per-example curvature from the displacement actually made, which matters in bfloat16."""
         m, theta, g = (optax.tree.cast_like(x, state.precision) for x in (params, weights, grads))
         displacement = optax.tree.sub(theta, m)
-        of_noise = isinstance(self.kind, Reparameterized)
-        s = self.drawn_precision(state, params) if of_noise else self.total_precision(state)
+        s = self.drawn_precision(state, params)
         return self.kind.diagonal(Sample(None, theta, g, displacement, s, state.ess, None))
 
     def posterior(self, state: ScaleByPrecisionState, params: Params) -> Distribution:
@@ -292,7 +295,7 @@ class PrecisionReader(Reader):
         weight_decay: Hyperparameter,
     ) -> PyTree:
         """c / p = 1 + u / rho - d0 / p, and 0 where it drowns in the rounding of u."""
-        if not isinstance(self.kind, Reparameterized):
+        if not self.by_displacement:
             return None
 
         def relative(p: Array, u: Array, d: Any) -> Array:
@@ -327,22 +330,26 @@ class PrecisionReader(Reader):
         size = sum(p.size for p in jax.tree.leaves(after.precision))
         return _tree.total(moved, before.precision, after.precision, d0) / size
 
+    def decay_of_step(
+        self, state: ScaleByPrecisionState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        if not isinstance(weight_decay, EmpiricalPrior):
+            return weight_decay
+        return weight_decay.of(params, state.precision, state.ess)
+
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
-        return jax.tree.map(
-            lambda p, m, g: (m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p).astype(
-                m.dtype
-            ),
-            state.precision, params, grads,
-        )  # fmt: skip
+
+        def worst(p: Array, m: Array, g: Array) -> Array:
+            return m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p
+
+        moved = jax.tree.map(worst, state.precision, params, grads)
+        return cast_on_average(moved, params, state.key, state.count)
 
 
 STEPS = ("improved", "improved_old", "plain", "plain_old")
 NEVER_NEGATIVE = (PerExampleSquares, SquaredGradient, AbsoluteGradient)
 SMALLEST_PRECISION, LARGEST_PRECISION = 1e-15, 1e15
-# Noise below the spacing of bfloat16 weights moves none of them, or all by a whole spacing: the
-# curvature that it measures is 0, or far too large.
-LEAST_SPACINGS = 0.75
 
 
 class ScaleByPrecisionState(NamedTuple):
@@ -409,8 +416,7 @@ def prior_of_step(
     state: ScaleByPrecisionState, params: Params, weight_decay: Hyperparameter
 ) -> PyTree:
     """d0 of the coming step; an `EmpiricalPrior` takes it from the posterior."""
-    if isinstance(weight_decay, EmpiricalPrior):
-        weight_decay = weight_decay.of(params, state.precision, state.ess)
+    weight_decay = state.reader.decay_of_step(state, params, weight_decay)
     return prior_precision(weight_decay, state.prior, state.ess, state.precision, state.count)
 
 

@@ -2,8 +2,12 @@
 
 The steps are the wrapped transformation's own, to the bit; one whose gradient is not finite, or so
 large that its statistics are not, moves nothing, neither the weights nor that transformation's
-state, and is counted. The posterior is a
-mean-field normal centred at the parameters whose precision is a function of that state.
+state, and is counted. The posterior is a mean-field normal centred at the parameters whose
+precision is a function of that state.
+
+For bfloat16 weights the transformation runs in float32, and its updates are rounded: in bfloat16 a
+decay of 0.999 is 1, so that a second moment only grows. In float16 it is optax's own, where an
+update that is not finite is skipped too: the squares of small gradients are 0, and so is eps.
 """
 
 from __future__ import annotations
@@ -17,7 +21,14 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._transformation import transformation
-from blr_optax._validate import at, is_schedule, unwritten, within_reach, zero_unless
+from blr_optax._validate import (
+    all_finite,
+    at,
+    is_schedule,
+    unwritten,
+    within_reach,
+    zero_unless,
+)
 from blr_optax.families import MeanField, Normal
 from blr_optax.state._reader import Reader, refuse_own_weights
 
@@ -27,6 +38,33 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     from blr_optax._typing import Params, PyTree, Scalar, ScalarOrSchedule, Updates
+
+
+DIGITS = 10  # bits after the point, of float16
+
+
+def _coarse(x: Any) -> bool:
+    """Whether a leaf has fewer bits than float16, as bfloat16 has."""
+    dtype = jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).nmant < DIGITS
+
+
+def _in_float32(tree: PyTree) -> PyTree:
+    """Return the tree with bfloat16 leaves in float32, of arrays or of their shapes."""
+
+    def leaf(x: Any) -> Any:
+        if not _coarse(x):
+            return x
+        dtype = _tree.statistics_dtype(x.dtype)
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _finite_where_narrow(tree: PyTree) -> Array | bool:
+    """Whether all leaves below float32 are finite; those that are wide are not looked at."""
+    leaves = [x for x in jax.tree.leaves(tree) if _tree.narrow(jnp.result_type(x))]
+    return all_finite(leaves) if leaves else True
 
 
 class WithPosteriorState(NamedTuple):
@@ -114,7 +152,7 @@ def with_posterior(
             if not is_schedule(x):
                 _tree.fitting_leaves(x, params, name)  # refuses what does not broadcast
         count, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # no shared buffer
-        inner = tx.init(params)
+        inner = tx.init(_in_float32(params))
         refuse_own_weights(inner, reader.who)
         covered = _tree.coverage(params)
         return WithPosteriorState(count, reader, covered, numbers(count), inner, skipped)
@@ -125,8 +163,11 @@ def with_posterior(
         if updates is None:
             raise ValueError(f"{reader.who}: update got no gradients, None in their place.")
         factor = 1.0 if growth is None else growth(state.count)
-        finite = within_reach(updates, factor, squares=growth is None)
-        out, inner = tx.update(updates, state.inner, params, **extra)
+        grads = _in_float32(updates)
+        finite = within_reach(grads, factor, squares=growth is None)
+        out, inner = tx.update(grads, state.inner, _in_float32(params), **extra)
+        out = jax.tree.map(lambda u, g: u.astype(g.dtype) if _coarse(g) else u, out, updates)
+        finite &= _finite_where_narrow(out)
         # Skipped steps do not count: `tx`, whose schedules and averages the reader reads, has none.
         count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         return zero_unless(finite, out), state._replace(

@@ -28,11 +28,15 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
+from blr_optax._decay import masked
+from blr_optax._rounding import share_unmoved
 from blr_optax._validate import check_positive, check_unit_interval
 from blr_optax.state._reader import posterior_states
 from blr_optax.state._reading import covered
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
     from blr_optax._typing import Hyperparameter, OptState, Params, PyTree, Scalar, Updates
@@ -65,6 +69,10 @@ class Diagnostics(NamedTuple):
             Needs `b2`, and `weight_decay`.
         growth: the largest p / p' of all coordinates: how much longer the step of one gradient has
             become. With a constant rate a run diverges at some such factor.
+        unmoved: share of coordinates at which a draw of the posterior, rounded to the dtype of the
+            weights, is expected to be the mean itself: their spacing is wider than the posterior.
+            In float32 or wider a step measures no curvature there; below float32 it draws wider
+            noise. Points do not count; None for signs.
         retracted: of `blr_update`, the members of lambda that the step had to retract.
         skipped: steps skipped so far because something was not finite.
         shortened: gradients shortened so far by `clip_spikes`; None without that bound.
@@ -80,6 +88,7 @@ class Diagnostics(NamedTuple):
     statistic_over_precision: Array | None
     learnt: Array | None
     growth: Array | None
+    unmoved: Array | None
     retracted: Array | None
     skipped: Array | None
     shortened: Array | None
@@ -136,6 +145,16 @@ def _over_precision(state: Any, statistic: Any, draws: Any, weight_decay: Any) -
     return state.reader.statistic_over_precision(state, statistic, weight_decay)
 
 
+def unmoved(part: PyTree, variance: PyTree) -> Array | None:
+    """Return the share of coordinates whose noise rounding takes away; of those that have noise."""
+    if jax.tree.structure(part) != jax.tree.structure(variance):
+        return None  # not weight by weight
+    part = jax.tree.map(jnp.asarray, part)
+    deviation = jax.tree.map(lambda v: jnp.sqrt(jnp.where(v > 0, v, 0.0)), variance)
+    lost = _tree.total(lambda s, m: jnp.sum(share_unmoved(s, m)), deviation, part)
+    return _tree.ratio(lost, _tree.total(lambda s: jnp.sum(s > 0), deviation))
+
+
 def _score(old: Any, new: Any, b2: Any, weight_decay: Any) -> Array | None:
     """Sum of the statistic in units of its size; coordinates without one count as nothing."""
     relative = None if b2 is None else new.reader.relative_statistic(old, new, b2, weight_decay)
@@ -157,6 +176,7 @@ def diagnostics(
     bound: PyTree = None,
     draws: PyTree = None,
     weight_decay: Hyperparameter = 0.0,
+    mask: PyTree | Callable[[Params], PyTree] = None,
 ) -> tuple[Diagnostics, ...]:
     """How healthy a step was: scalars per posterior, from the states before and after it.
 
@@ -185,7 +205,9 @@ def diagnostics(
             draws, does not know its own noise. Of S draws in one estimate it is sqrt(S) times
             better.
         weight_decay: the optimizer's, with its damping (a `prior` is in the state); a number,
-            prefix tree or schedule.
+            prefix tree, schedule or, with `params` before the step, `EmpiricalPrior`.
+        mask: the optimizer's: which leaves decay, a prefix tree of booleans or a function from
+            params to one; None for all.
 
     Returns:
         A tuple of `Diagnostics`, one per posterior in the state (one but for `optax.partition`).
@@ -214,6 +236,7 @@ def diagnostics(
         check_unit_interval("b2", b2)
     if bound is not None:
         check_positive("bound", bound)
+    weight_decay = masked(weight_decay, mask)
     states = posterior_states(before, "diagnostics"), posterior_states(after, "diagnostics")
     rules = [[(s.reader, s.reader.core(s).reader) for s in side] for side in states]
     if rules[0] != rules[1]:
@@ -241,6 +264,7 @@ def _one(
     weight_decay: Hyperparameter,
 ) -> Diagnostics:
     """Return the diagnostics of one posterior state."""
+    weight_decay = old.reader.decay_of_step(old, part, weight_decay)
     q = new.reader.posterior(new, part)
     # Not q.variance, which refuses an improper posterior: that is what a diagnostic must show.
     variances = jax.tree.leaves(q.family.variance(q.natural))
@@ -257,6 +281,7 @@ def _one(
         statistic_over_precision=_over_precision(old, statistic, draws, weight_decay),
         learnt=None if b2 is None else new.reader.learnt(old, new, b2, weight_decay),
         growth=_growth(before, core),
+        unmoved=unmoved(part, new.reader.variance(new, part, q)),
         retracted=getattr(core, "retracted", None),
         skipped=getattr(core, "skipped", None),
         shortened=getattr(getattr(core, "spikes", None), "shortened", None),

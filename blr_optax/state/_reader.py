@@ -115,6 +115,16 @@ class Reader:
         """Return the share of coordinates that the data have moved; None without a precision."""
         return None
 
+    def decay_of_step(
+        self, state: OptState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        """Return the weight decay of the coming step, where it depends on the posterior."""
+        return weight_decay
+
+    def variance(self, state: OptState, params: Params, q: Distribution) -> PyTree:
+        """Return the variance of the weights around params, from q; None where params are none."""
+        return q.family.variance(q.natural)
+
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
         raise NotImplementedError
@@ -183,6 +193,12 @@ class OuterReader(Reader):
     ) -> Array | None:
         old, new = self.core(before), self.core(after)
         return new.reader.learnt(old, new, b2, weight_decay)
+
+    def decay_of_step(
+        self, state: OptState, params: Params, weight_decay: Hyperparameter
+    ) -> Hyperparameter:
+        core = self.core(state)
+        return core.reader.decay_of_step(core, params, weight_decay)
 
 
 def draws_noise(state: OptState) -> bool:

@@ -57,6 +57,11 @@ class Law:
         """E[n^2]."""
         return self.variance + self.mean**2
 
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of n."""
+        return self.variance**0.5
+
 
 def _laplace(z: Array) -> Array:
     return -jnp.sign(z) * (jax.scipy.special.log_ndtr(-jnp.abs(z)) + np.log(2.0))

@@ -75,10 +75,11 @@ def check(
 
     Warnings are "sum_loss", "loss_depends_on_batch_size", "ess_is_batch_size", "ess_is_one",
     "slow_b2", "transformed_gradient" and "averaged_gradient" (a clip, or an average, in front of
-    the rule), "wide_first_noise", "not_finite"; with `step` "gradient_at_params",
-    "sample_as_params" and "state_not_kept"; with `opt_state` "precision_disagrees". Notes, which
-    leave the report true, are "noise_variance" (what a squared loss implies), "temperature",
-    "total_loss" and "no_posterior"; some warnings are notes where they do little harm.
+    the rule), "wide_first_noise", "noise_below_spacing", "not_finite"; with `step`
+    "gradient_at_params", "sample_as_params" and "state_not_kept"; with `opt_state`
+    "precision_disagrees". Notes, which leave the report true, are "noise_variance" (what a squared
+    loss implies), "temperature", "total_loss" and "no_posterior"; some warnings are notes where
+    they do little harm.
 
     Cost: one value and `draws` gradients, two or three values of the batch repeated or reversed,
     and at most five gradients with respect to each of up to three arrays of the batch; with `step`
@@ -164,6 +165,10 @@ def check(
     findings += _rule.of_ess(sizes, _loss.example_axis(batch), num_examples, how)
     if len(sizes) == 1:
         numbers["ess"] = sizes[0]
+    at_hand = first
+    if opt_state is not None:
+        at_hand = opt_state.inner_opt_state if multi else opt_state
+    findings += _rule.of_rounding(find_posterior_states(at_hand), params, numbers)
     if states and num_examples is None:
         unchecked.append("ess: pass num_examples=.")
     if states and counted is not None and seen is not None and not own:
@@ -171,7 +176,8 @@ def check(
         if _accumulates(first):
             unchecked.append(MULTI_STEPS)
         else:
-            grads = seen.grads if seen.finite else jax.tree.map(np.ones_like, params)
+            told = seen.finite and any(np.any(g) for g in jax.tree.leaves(seen.grads))
+            grads = seen.grads if told else jax.tree.map(np.ones_like, params)
             moved = _rule.rates(inner, first, params, grads, extra)
             findings += [f for rate in moved for f in _rule.of_rate(rate, num_steps, numbers)]
             if moved and num_steps is None:
@@ -186,8 +192,7 @@ def check(
             elif opt_state is None:
                 unchecked.append(MULTI_STEPS if step is not None else OWN_LOOP)
         if opt_state is not None:
-            trained = opt_state.inner_opt_state if multi else opt_state
-            findings += _of_precision(counted, trained, params, batch, draws, key, numbers)
+            findings += _of_precision(counted, at_hand, params, batch, draws, key, numbers)
     findings.sort(key=lambda found: found.severity == "note")
     evaluations = 0 if counted is None else counted.count
     return CheckReport(tuple(findings), numbers, evaluations, tuple(unchecked))

@@ -4,6 +4,7 @@
     1 - b2  =  dp' / dc  where  p' = p          a derivative of one step of the precision
     |g that arrives| / |g given|                a clip, scale or average in front of the rule
     rms(theta - m)  against  rms(m)             the first noise
+    P(|theta - m| < s / 2)                      noise that rounding takes away, s the spacing
 
 An update needs no evaluation of the loss; the gradient is one that the draws gave.
 """
@@ -20,6 +21,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax.state._check._report import Finding, short
+from blr_optax.state._diagnostics import unmoved
 from blr_optax.state._reader import draws_noise, find_posterior_states, map_posterior_states
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 NEARLY_ALL, MOST = 0.05, 0.5  # shares of the precision that a run can learn
 LARGE, SMALL = 1e3, 1e-3  # gradients that a clip or a normalisation changes
 ALTERED = 1e-3  # relative, in a gradient that arrives
+LOST = 0.5  # share of the weights that the noise does not move
 WORSE = 0.05  # relative, by which noise has to raise the loss to count as too wide
 
 
@@ -326,3 +329,55 @@ def of_noise_scale(
         "Raise hess_init (or init_precision; noise_scale down): the first deviation is "
         "1 / sqrt(ess * (hess_init + weight_decay)).",
     )]  # fmt: skip
+
+
+# --- noise below the spacing of the weights -------------------------------------------------------
+
+
+def of_rounding(states: list[PyTree], params: Params, numbers: dict[str, float]) -> list[Finding]:
+    """Count the weights whose noise is lost in the rounding to their dtype."""
+
+    @jax.jit
+    def shares(states: list[PyTree], params: Params) -> dict[str, Array | None]:
+        means: dict[str, list[Array]] = {}
+        variances: dict[str, list[Array]] = {}
+        for state in filter(keeps_weights, states):
+            part = state.reader.part(state, params)
+            variance = state.reader.variance(state, part, state.reader.posterior(state, part))
+            for m, v in zip(jax.tree.leaves(part), jax.tree.leaves(variance), strict=True):
+                means.setdefault(str(m.dtype), []).append(m)
+                variances.setdefault(str(m.dtype), []).append(v)
+        return {dtype: unmoved(part, variances[dtype]) for dtype, part in means.items()}
+
+    shared = shares(states, params).items()
+    found = {dtype: float(share) for dtype, share in shared if share is not None}
+    if found:
+        numbers["unmoved"] = max(found.values())
+    findings = []
+    for dtype, share in found.items():
+        if share <= LOST:
+            continue
+        narrow = _tree.narrow(jnp.dtype(dtype))
+        what = (
+            f"The posterior is narrower than the spacing of {dtype} at most of the weights of that "
+            f"type ({100 * share:.3g} % of their noise "
+        )
+        if narrow:
+            findings.append(Finding(
+                "noise_below_spacing",
+                "note",
+                what + "is lost in rounding): there its draws equal its mean. Steps that measure "
+                "the curvature by the noise draw noise as wide as rounding needs.",
+                "If predictions are to show this posterior, keep the weights in float32, and cast "
+                "them inside the loss.",
+            ))  # fmt: skip
+        else:
+            findings.append(Finding(
+                "noise_below_spacing",
+                "warning",
+                what + "is lost in rounding): there samples equal the mean, and a step measures no "
+                "curvature.",
+                "Look whether ess (or hess_init) is too large. Else let the weights lie near 0, "
+                "adding a constant to them inside the loss, or take a wider dtype.",
+            ))  # fmt: skip
+    return findings
