@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 
+from blr_optax._validate import unwritten
+
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
 
@@ -37,15 +39,15 @@ class Independent:
 
     def members(self, like: PyTree) -> Sequence[Family]:
         """Return the family of every member."""
-        raise NotImplementedError
+        raise unwritten(self, "members(self, like)")
 
     def split(self, x: PyTree, like: PyTree) -> Sequence[PyTree]:
         """Return every member's own part of x."""
-        raise NotImplementedError
+        raise unwritten(self, "split(self, x, like)")
 
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """Return what the parts make: of type `kind` (lambda or mu), or like theta for None."""
-        raise NotImplementedError
+        raise unwritten(self, "joined(self, kind, parts, like)")
 
     def keys(self, key: Array, like: PyTree) -> Array | Sequence[Array]:
         """Return a key for every member."""
