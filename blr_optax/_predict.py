@@ -270,7 +270,7 @@ def predict_regression(
     return found._replace(aleatoric=noise)
 
 
-def noise_like(who: str, noise: ArrayLike, shape: tuple[int, ...], dtype: Any) -> Array:
+def noise_like(who: str, noise: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return given variances as an array of the shape and dtype of the outputs.
 
     Raises:

@@ -9,6 +9,7 @@ is, parameters as lambda is. A lift says how its lambda, mu and theta are split 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -120,6 +121,9 @@ class Independent:
 
     def usable(self, lam: NaturalParameters) -> Bool[Array, ""]:
         return jnp.all(jnp.array([jnp.all(good) for good in self._each("usable", lam)]))
+
+    def rounding(self, lam: NaturalParameters) -> Float[Array, ""]:
+        return functools.reduce(jnp.maximum, self._each("rounding", lam), jnp.zeros(()))
 
     def keep(
         self, lam: NaturalParameters, new: NaturalParameters, step: PyTree

@@ -73,6 +73,9 @@ class Viewed(Family):
         natural, mean, count = self.family.keep(lam, new, step)
         return natural, self.outward(mean), count
 
+    def rounding(self, lam: NaturalParameters) -> Array:
+        return self.family.rounding(lam)
+
     def entropy(self, lam: NaturalParameters) -> Array:
         return self.family.entropy(lam)
 

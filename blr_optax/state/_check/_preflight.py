@@ -75,10 +75,11 @@ def check(
 
     Warnings are "sum_loss", "loss_depends_on_batch_size", "ess_is_batch_size", "ess_is_one",
     "slow_b2", "transformed_gradient" and "averaged_gradient" (a clip, or an average, in front of
-    the rule), "wide_first_noise", "not_finite"; with `step` "gradient_at_params",
-    "sample_as_params" and "state_not_kept"; with `opt_state` "precision_disagrees". Notes, which
-    leave the report true, are "noise_variance" (what a squared loss implies), "temperature",
-    "total_loss" and "no_posterior"; some warnings are notes where they do little harm.
+    the rule), "wide_first_noise", "not_finite", "lost_digits" (of a posterior far from the origin);
+    with `step` "gradient_at_params", "sample_as_params" and "state_not_kept"; with `opt_state`
+    "precision_disagrees". Notes, which leave the report true, are "noise_variance" (what a squared
+    loss implies), "temperature", "total_loss" and "no_posterior"; some warnings are notes where
+    they do little harm.
 
     Cost: one value and `draws` gradients, two or three values of the batch repeated or reversed,
     and at most five gradients with respect to each of up to three arrays of the batch; with `step`
@@ -139,6 +140,7 @@ def check(
         counted = _loss.Counted(_value_of(loss, has_aux))
         seen = _looked_at(counted, first, params, batch, draws, key, own)
 
+    trained = opt_state.inner_opt_state if multi and opt_state is not None else opt_state
     findings = [] if states else [Finding(
         "no_posterior",
         "note",
@@ -185,9 +187,11 @@ def check(
                 findings += _step.of_step(step, inner, counted, params, batch, right, extra)
             elif opt_state is None:
                 unchecked.append(MULTI_STEPS if step is not None else OWN_LOOP)
-        if opt_state is not None:
-            trained = opt_state.inner_opt_state if multi else opt_state
+        if trained is not None:
             findings += _of_precision(counted, trained, params, batch, draws, key, numbers)
+    findings += _rule.of_rounding(
+        states if trained is None else find_posterior_states(trained), numbers
+    )
     findings.sort(key=lambda found: found.severity == "note")
     evaluations = 0 if counted is None else counted.count
     return CheckReport(tuple(findings), numbers, evaluations, tuple(unchecked))
