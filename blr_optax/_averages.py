@@ -231,9 +231,11 @@ def default_chunk(chunk: int | None) -> int:
 
 
 def in_batches(
-    run: Callable[..., PyTree], inputs: tuple, batch_size: int, progress: bool
+    run: Callable[..., PyTree], inputs: tuple, batch_size: int, progress: bool, axis: int = 0
 ) -> PyTree:
     """Run over batches of the inputs' leading axis and join the results, in the memory of one.
+
+    The examples are on the given axis of the results.
 
     The last batch is filled up with its last example, so that all have one shape.
     """
@@ -261,13 +263,17 @@ def in_batches(
     for start in shown(range(0, size, batch_size), progress):
         result = run(*jax.tree.map(functools.partial(rows, start=start), inputs))
         for x in jax.tree.leaves(result):
-            if jnp.shape(x)[:1] != (batch_size,):
+            if jnp.shape(x)[axis : axis + 1] != (batch_size,):
                 raise ValueError(
                     f"batch_size={batch_size} needs outputs with a leading axis of examples; apply "
-                    f"gave a result of shape {jnp.shape(x)} for a batch of that size."
+                    f"gave a result of shape {jnp.shape(x)[axis:]} for a batch of that size."
                 )
         found.append(jax.device_get(result))
-    return jax.tree.map(lambda *x: jnp.asarray(np.concatenate(x)[:size]), *found)
+
+    def whole(*parts: np.ndarray) -> Array:
+        return jnp.asarray(np.concatenate(parts, axis)[(slice(None),) * axis + (slice(size),)])
+
+    return jax.tree.map(whole, *found)
 
 
 def shown(steps: Iterable[int], progress: bool) -> Iterator[int]:

@@ -266,8 +266,24 @@ def predict_regression(
         )
     if given is None:
         return found
-    noise = jnp.asarray(given, found.epistemic.dtype)
-    return found._replace(aleatoric=jnp.broadcast_to(noise, found.epistemic.shape))
+    noise = noise_like("predict_regression", given, found.epistemic.shape, found.epistemic.dtype)
+    return found._replace(aleatoric=noise)
+
+
+def noise_like(who: str, noise: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return given variances as an array of the shape and dtype of the outputs.
+
+    Raises:
+        ValueError: for shapes that do not broadcast to it.
+    """
+    noise = jnp.asarray(noise, dtype)
+    try:
+        return jnp.broadcast_to(noise, shape)
+    except ValueError:
+        raise ValueError(
+            f"{who}: noise_variance has the shape {noise.shape}, and the outputs of apply "
+            f"{shape}; give one number, or an array that broadcasts to them."
+        ) from None
 
 
 def mean_and_noise(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> tuple[Array, ...]:
@@ -354,7 +370,9 @@ def run(
 
     if options.batch_size is None:
         return whole(*inputs)
-    return in_batches(whole, inputs, options.batch_size, options.progress)
+    # All samples are kept on the first axis, where there is nothing that finishes their average.
+    axis = 0 if finish else 1
+    return in_batches(whole, inputs, options.batch_size, options.progress, axis)
 
 
 def _wide(x: Array) -> Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax._distribution import Distribution, distribution
-from blr_optax._predict import Options, Sampler, mean_and_noise, run
+from blr_optax._predict import Options, Sampler, mean_and_noise, noise_like, run
 from blr_optax._random import canonical_key
 from blr_optax._validate import require
 from blr_optax.families._numerics.quantiles import quantile
@@ -109,6 +109,8 @@ def predict_distribution(
     noise_variance: Float[ArrayLike, "*#n"] | Callable[..., Float[Array, "*#n"]] | None = None,
     samples: int = 64,
     chunk: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> PredictiveMixture:
     """Distribution of what is to be observed: density, quantiles, intervals, draws.
 
@@ -125,6 +127,9 @@ def predict_distribution(
             function ``noise_variance(weights, *inputs)``.
         samples: Number of weight samples ``S`` (static); all are kept.
         chunk: How many of them are evaluated at once (static); as in `predict`.
+        batch_size: Go through the examples in batches; as in `predict`. What is kept of a batch
+            are its components.
+        progress: Whether to draw a progress bar over the batches.
 
     Returns:
         A `PredictiveMixture`.
@@ -142,20 +147,24 @@ def predict_distribution(
     given = None if learnt else noise_variance
     if given is not None:
         require("noise_variance", given, "positive, a variance", lambda v: v > 0)
-        given = jnp.asarray(given)
     functions = (apply, learnt, given is not None)
-    options = Options(samples, chunk, None, False)
-    arrays = () if given is None else (given,)
-    return PredictiveMixture(
-        run(_observation, None, False, key, q, functions, (*inputs, *arrays), options)
-    )
+    options = Options(samples, chunk, batch_size, progress)
+    found = run(_observation, None, False, key, q, functions, inputs, options)
+    if given is not None:
+        # One noise for all samples and batches, whatever it is broadcast from.
+        noise = noise_like("predict_distribution", given, found.shape[1:], found.dtype)
+        found = _normal(found, noise)
+    return PredictiveMixture(found)
 
 
-def _observation(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> Distribution:
-    """Return the distribution of an observation at one sample of the weights."""
+@jax.jit
+def _normal(mean: Array, variance: Array) -> Distribution:
+    return distribution("normal", mean=mean, variance=jnp.broadcast_to(variance, mean.shape))
+
+
+def _observation(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> Distribution | Array:
+    """Return an observation's distribution at one sample, or its mean where the noise is given."""
     apply, learnt, given = functions
-    variance = inputs[-1] if given else None
-    inputs = inputs[:-1] if given else inputs
     outputs = apply(weights, *inputs)
     if isinstance(outputs, Distribution):
         if learnt or given:
@@ -171,6 +180,6 @@ def _observation(functions: Sequence[Any], weights: PyTree, inputs: tuple) -> Di
             "differs from them; give noise_variance=, or return a pair (mean, variance) or a "
             "blr_optax.Distribution."
         )
-    fixed = (lambda weights, *inputs: variance) if given else learnt
-    mean, noise = mean_and_noise((lambda *_: outputs, fixed, False), weights, inputs)
-    return distribution("normal", mean=mean.astype(noise.dtype), variance=noise)
+    mean, noise = mean_and_noise((lambda *_: outputs, learnt, given), weights, inputs)
+    mean = mean.astype(noise.dtype)  # float32 or wider
+    return mean if given else _normal(mean, noise)

@@ -56,6 +56,33 @@ if TYPE_CHECKING:
     Scalar = Float[Array, ""]
 
 
+__all__ = [
+    "Calibration",
+    "EntropySplit",
+    "OperatingPoint",
+    "Regression",
+    "accuracy",
+    "adaptive_calibration",
+    "auroc",
+    "average_precision",
+    "brier",
+    "calibration",
+    "classwise_calibration",
+    "correct",
+    "entropy",
+    "entropy_split",
+    "fpr_at_tpr",
+    "gaussian_crps",
+    "gaussian_nll",
+    "gaussian_pit",
+    "in_vs_out",
+    "nll",
+    "regression",
+    "split_means",
+    "temperature",
+]
+
+
 def correct(probs: Probs, labels: Labels, *, ignore_index: int | None = None) -> Bool[Array, "*n"]:
     """Whether the most probable class, the first one on ties, is the label; per example.
 
@@ -197,7 +224,12 @@ def entropy_split(sample_probs: Float[ArrayLike, "s *n k"], *, axis: int = 0) ->
 
 
 def split_means(probs: Probs, aleatoric: Scores) -> EntropySplit:
-    """`entropy_split` given the sample means of the probabilities and of their entropies."""
+    """`entropy_split` given the sample means of the probabilities and of their entropies.
+
+    >>> split = split_means(jnp.array([0.5, 0.5]), jnp.array(0.2))  # log 2 in all
+    >>> [round(float(part), 3) for part in split]
+    [0.693, 0.2, 0.493]
+    """
     total = _entropy(wide(probs))
     # Jensen makes the difference non-negative; rounding can leave it an ulp below zero.
     return EntropySplit(total, aleatoric, jnp.maximum(total - aleatoric, 0))

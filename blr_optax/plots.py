@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
     from blr_optax.metrics import Calibration
 
+__all__ = [
+    "entropy_histogram",
+    "regression_band",
+    "reliability_diagram",
+    "training_curves",
+]
+
 # Okabe & Ito (2008): told apart under every common colour blindness.
 BLUE, ORANGE, GREEN, PINK, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
 GREY = "#555555"
@@ -40,6 +47,12 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
     Raises:
         ValueError: if `calibration` holds several classes.
         ImportError: without matplotlib.
+
+    >>> from blr_optax import metrics
+    >>> probs, labels = np.array([[0.8, 0.2], [0.3, 0.7]], np.float32), np.array([0, 0])
+    >>> figure = reliability_diagram(metrics.calibration(probs, labels))
+    >>> figure.axes[0].get_legend_handles_labels()[1]
+    ['calibrated', 'accuracy', 'gap']
     """
     if not hasattr(calibration, "ece"):
         raise ValueError(
@@ -100,6 +113,10 @@ def entropy_histogram(
 
     Raises:
         ImportError: without matplotlib.
+
+    >>> (ax,) = entropy_histogram(np.array([0.1, 0.2]), np.array([0.4, 0.5]), bins=5).axes
+    >>> print(ax.get_xlim()[1])
+    0.5
     """
     ax = _axes(ax)
     sets = [np.ravel(inside), np.ravel(outside)]
@@ -141,6 +158,11 @@ def regression_band(
 
     Raises:
         ImportError: without matplotlib.
+
+    >>> x = np.array([0.0, 1.0])
+    >>> (ax,) = regression_band(x, x, np.array([0.5, 2.0])).axes  # two deviations: 1 + 2 sqrt(2)
+    >>> print(ax.collections[0].get_paths()[0].vertices[:, 1].max().round(2))
+    3.83
     """
     ax = _axes(ax)
     arrays = np.broadcast_arrays(x, mean, epistemic, aleatoric)
@@ -186,6 +208,10 @@ def training_curves(
 
     Raises:
         ImportError: without matplotlib.
+
+    >>> (ax,) = training_curves({"IVON": [1.0, 0.5], "AdamW": [1.0, 0.6]}).axes
+    >>> print(*(line.get_ydata()[-1] for line in ax.lines))
+    0.5 0.6
     """
     ax = _axes(ax)
     ax.set_prop_cycle(color=[BLUE, VERMILION, GREEN, ORANGE, PINK])

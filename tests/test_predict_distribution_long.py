@@ -110,6 +110,76 @@ def test_what_has_no_clear_noise_is_refused(apply, options, message):
         blr.predict_distribution(0, Q, apply, X, samples=2, **options)
 
 
+# --- batches --------------------------------------------------------------------------------------
+
+
+def counts(w, x):
+    return blr.distribution("poisson", rate=jnp.exp((x @ w)[:, 0]))
+
+
+BATCHED = {
+    "a network that says its noise": (head, None, 3),
+    "one noise": (lambda w, x: x @ w, 0.25, 2),
+    "a noise per output": (lambda w, x: x @ w, np.arange(1.0, 5.0), 3),
+    "a noise per example": (lambda w, x: x @ w, np.arange(1.0, 8.0)[:, None], 50),
+    "learnt noise": (lambda w, x: x @ w, lambda w, x: jnp.exp(x[:, :1]), 4),
+    "counts": (counts, None, 3),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_batches_give_the_components_of_the_whole(name):
+    apply, noise, batch_size = BATCHED[name]
+    run = functools.partial(
+        blr.predict_distribution, 0, Q, apply, X, noise_variance=noise, samples=SAMPLES, chunk=2
+    )
+    whole, batched = run(), run(batch_size=batch_size)
+    assert batched.components.family == whole.components.family
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), batched, whole)
+    if name == "counts":
+        want = stats.poisson(np.exp(Z[..., 0])).pmf(3).mean(0)
+        np.testing.assert_allclose(np.exp(batched.log_prob(3.0)), want, rtol=1e-4)
+    if name == "a noise per output":
+        want = stats.norm(Z, np.sqrt(noise)).logpdf(0.5)
+        want = special.logsumexp(want, axis=0) - np.log(SAMPLES)
+        np.testing.assert_allclose(batched.log_prob(0.5), want, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_a_distribution_compile_once():
+    calls = []
+
+    def counted(w, x):
+        calls.append(1)
+        return (x @ w)[:, 0], jnp.ones(len(x))
+
+    made = blr.predict_distribution(0, Q, counted, X, samples=3, batch_size=2)
+    assert len(calls) == 1 and made.mean.shape == (7,)
+
+
+@pytest.mark.parametrize(
+    ("apply", "options", "message"),
+    [
+        (lambda w, x: (x @ w).sum(0), {"batch_size": 2}, r"leading axis of examples.*\(4,\)"),
+        (lambda w, x: x @ w, {"batch_size": 0}, "batch_size=0"),
+        (lambda w, x: x @ w, {"progress": True}, "give batch_size="),
+        (
+            lambda w, x: x @ w,
+            {"noise_variance": np.ones(7)},
+            r"noise_variance has the shape \(7,\), and the outputs of apply \(7, 4\)",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(apply, options, message):
+    options = {"noise_variance": 1.0, "samples": SAMPLES, **options}
+    with pytest.raises(ValueError, match=message):
+        blr.predict_distribution(0, Q, apply, X, **options)
+
+
+def test_a_noise_that_does_not_fit_is_refused_by_the_moments_too():
+    with pytest.raises(ValueError, match=r"predict_regression: noise_variance has the shape \(7,"):
+        blr.predict_regression(0, Q, lambda w, x: x @ w, X, samples=2, noise_variance=np.ones(7))
+
+
 # --- ensembles ------------------------------------------------------------------------------------
 
 

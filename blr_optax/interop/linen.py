@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from blr_optax import state
+from blr_optax.state._donation import donating
 
 if TYPE_CHECKING:
     from flax.training.train_state import TrainState
@@ -148,7 +149,9 @@ def make_step(
         )
         return new, info
 
-    return jax.jit(step, donate_argnums=(0,) if donate else ()) if jit else step
+    if not jit:
+        return step
+    return donating(step, 1) if donate else jax.jit(step)
 
 
 def posterior(train_state: TrainState) -> tuple[Distribution, Callable[..., Any]]:

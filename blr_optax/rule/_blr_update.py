@@ -30,6 +30,7 @@ from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
 from blr_optax.rule._conditional_step import ConditionalStep
 from blr_optax.rule._exponential_step import ExponentialStep
+from blr_optax.rule._natural_step import kept_step
 from blr_optax.rule._start import check_whole_tree, family_over
 from blr_optax.state._reader import Reader
 
@@ -266,10 +267,9 @@ def from_steps(
 
         draw = jax.random.fold_in(state.key, state.count)
         value, d = step.direction(draw, lam, batch, scale, points)
-        known = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), d)
-        new, retracted = step.move(lam, known, rho, state.count)
-        new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
-        new, mean, stayed = step.family.keep(lam, new, d)
+        new, mean, stayed, retracted = kept_step(
+            step.family, lam, d, lambda known: step.move(lam, known, rho, state.count)
+        )
 
         def change(m: Array, p: Array) -> Array:
             u = (m - p.astype(m.dtype)).astype(p.dtype)

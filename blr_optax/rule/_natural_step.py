@@ -19,6 +19,8 @@ from blr_optax.families import Family, MeanField, Product, SideBySide, get
 from blr_optax.families._base.conditional import STEPS as CONDITIONAL_STEPS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array
 
     from blr_optax._typing import ExpectationParameters, NaturalParameters, PyTree, Scalar
@@ -127,6 +129,29 @@ def move(
     return family.retract(lam, step, **form), jnp.zeros((), jnp.int32)
 
 
+def kept_step(
+    family: Any,
+    lam: NaturalParameters,
+    d: PyTree,
+    moved: Callable[[PyTree], tuple[NaturalParameters, Array]],
+) -> tuple[NaturalParameters, PyTree, Array, Array]:
+    """Move along a direction of any numbers, where that leads to a member.
+
+    Args:
+        family: the family.
+        lam: lambda.
+        d: the direction; where it is not finite a member stays.
+        moved: lambda after a step along a finite direction, and how many members were retracted.
+
+    Returns:
+        lambda, its mean, how many members stayed where they were, and how many were retracted.
+    """
+    known = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), d)
+    new, retracted = moved(known)
+    new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, lam)
+    return *family.keep(lam, new, d), retracted
+
+
 def natural_step(
     family: str | Family,
     lam: NaturalParameters,
@@ -140,6 +165,11 @@ def natural_step(
 
     lambda <- lambda + rho ( lambda_0 - lambda - ess grad_mu E_q[mean loss] ), kept in the domain.
 
+    Whatever the gradient, huge or not a number, lambda stays a member of the family with finite
+    numbers, as in `blr_update`: a step that would end elsewhere is retracted, or not made, and
+    lambda comes back as it was. Members that are independent are judged one by one. `step="plain"`
+    alone is what the formula says, wherever that leads.
+
     Args:
         family: a registered name or a family.
         lam: natural parameters.
@@ -148,9 +178,9 @@ def natural_step(
         prior: a posterior of the same family; None is a flat density.
         ess: effective sample size, the number of examples the mean loss stands for.
         step: "auto" is the plain step where it stays in the domain and the retraction where it
-            would not; "plain" may leave it; "improved" is the second-order retraction, the mean
-            preconditioned with the new precision; "improved_old" with the old one; "square_root"
-            steps in the Cholesky factor of the covariance.
+            would not; "plain" may leave it, and is not guarded; "improved" is the second-order
+            retraction, the mean preconditioned with the new precision; "improved_old" with the old
+            one; "square_root" steps in the Cholesky factor of the covariance.
 
     Returns:
         The new natural parameters.
@@ -179,4 +209,9 @@ def natural_step(
             "use blr_update, or the family's own move(lam, gradient, learning_rate)."
         )
     d = direction(family, lam, grad_mu, spread_over(prior, family, lam), ess)
-    return move(family, lam, family.combine((learning_rate, d)), check_step(step, family))[0]
+    how = check_step(step, family)
+
+    def moved(d: PyTree) -> tuple[NaturalParameters, Array]:
+        return move(family, lam, family.combine((learning_rate, d)), how)
+
+    return moved(d)[0] if how == "plain" else kept_step(family, lam, d, moved)[0]

@@ -98,7 +98,7 @@ class PointReader(Reader):
 
     def precision(self, state: WithPosteriorState, mean: PyTree) -> PyTree:
         """Total posterior precision, a tree like `mean`."""
-        raise unwritten(self, "precision(self, state, mean)", "optimizers")
+        raise unwritten(self, "precision(self, state, mean)", "api/rule")
 
     def posterior(self, state: WithPosteriorState, params: Params) -> Distribution:
         """N(params, 1 / precision)."""
@@ -135,11 +135,14 @@ def with_posterior(
     the limit that the reader's docstring states.
 
     Example:
-      >>> import jax.numpy as jnp, optax, blr_optax as blr
-      >>> tx = blr.sgd(0.5, ess=10.0)  # with_posterior(optax.sgd(0.5), ...)
-      >>> params = jnp.ones(2)
-      >>> print(blr.posterior(tx.init(params), params).variance)
-      [0.05 0.05]
+      >>> import jax, jax.numpy as jnp, optax, blr_optax as blr
+      >>> class Seen(blr.rule.PointReader):  # as many examples as seen: one a step, and one before
+      ...     def precision(self, state, mean):
+      ...         return jax.tree.map(lambda m: jnp.full_like(m, 1 + state.count), mean)
+      >>> tx, params = blr.rule.with_posterior(optax.sgd(0.5), Seen()), jnp.ones(2)
+      >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(params + updates, blr.posterior(state, params).variance)
+      [0.5 0.5] [0.5 0.5]
     """
     tx = optax.with_extra_args_support(tx)
 

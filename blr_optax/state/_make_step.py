@@ -10,6 +10,7 @@ and one of optax the value and gradient at its parameters.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ import optax
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count
 from blr_optax.estimators._terms import Term
+from blr_optax.state._donation import donating
 from blr_optax.state._estimate import estimate
 from blr_optax.state._reader import Reader, check_transformation, draws_noise, find_posterior_states
 from blr_optax.state._weights import of_mean_one, weighted
@@ -59,6 +61,14 @@ def _skipped(opt_state: OptState) -> Array:
     return jnp.asarray(sum(counts), jnp.int32)
 
 
+def taken(update: Callable[..., Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return the extra arguments that an update takes: all, or those that it names."""
+    known = inspect.signature(update).parameters.values()
+    if any(argument.kind == argument.VAR_KEYWORD for argument in known):
+        return extra
+    return {name: extra[name] for name in extra.keys() & {argument.name for argument in known}}
+
+
 def make_step(
     tx: optax.GradientTransformation,
     loss: Loss,
@@ -91,7 +101,8 @@ def make_step(
         axis_name: a named axis (shard_map, vmap) to average over.
         jit: whether to compile the step; without, it can be part of a larger program.
         donate: whether the compiled step may reuse the memory of `params` and `opt_state`, which
-            are then gone: go on with the ones that it returns.
+            are then gone: go on with the ones that it returns. Where they share some of it, as the
+            first state of `optax.lbfgs` does, it is copied.
 
     Returns:
         A function of (params, opt_state, *batch) that returns (params, opt_state, `StepInfo`).
@@ -208,8 +219,10 @@ def make_step(
                 f"let it return (value, {names[0]}), and pass has_aux=True."
             )
         extra |= dict.fromkeys(names, est.aux)
-        updates, opt_state = tx.update(est.grad, opt_state, params, **extra)
+        updates, opt_state = tx.update(est.grad, opt_state, params, **taken(tx.update, extra))
         info = StepInfo(est.value, est.aux, _skipped(opt_state))
         return optax.apply_updates(params, updates), opt_state, info
 
-    return jax.jit(step, donate_argnums=(0, 1) if donate else ()) if jit else step
+    if not jit:
+        return step
+    return donating(step, 2) if donate else jax.jit(step)

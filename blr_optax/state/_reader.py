@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import optax
 
+from blr_optax._validate import unwritten
+
 if TYPE_CHECKING:
     from jaxtyping import Array
 
@@ -74,7 +76,7 @@ class Reader:
 
     def adversary(self, state: OptState, params: Params, grads: Updates) -> PyTree:
         """Return the weights of the second gradient, from the gradient at `weights`."""
-        raise NotImplementedError
+        raise unwritten(self, "adversary(self, state, params, grads)", "api/rule")
 
     def statistic(
         self, state: OptState, params: Params, weights: PyTree, grads: Updates, noise: PyTree
@@ -127,7 +129,7 @@ class Reader:
 
     def posterior(self, state: OptState, params: Params) -> Distribution:
         """q, over the leaves that the state knows."""
-        raise NotImplementedError
+        raise unwritten(self, "posterior(self, state, params)", "api/rule")
 
 
 class OuterReader(Reader):

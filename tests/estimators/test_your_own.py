@@ -1,5 +1,6 @@
 """Families, estimators and curvatures of users: what is missing is named, and how to write it."""
 
+import ast
 import dataclasses
 import inspect
 from typing import ClassVar, NamedTuple
@@ -8,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tools import ROOT
 
 import blr_optax as blr
 from blr_optax import estimators, families
 from blr_optax.families._base.conditional import ConditionalFamily
+from blr_optax.families._lifts.independent import Independent
+from blr_optax.families._lifts.viewed import Viewed
+from blr_optax.optimizers._posteriors.moved_noise import Moved
 
 
 @families.parameters
@@ -63,6 +68,26 @@ class Blocks(ConditionalFamily):
     pass
 
 
+class Shown(Viewed):
+    pass
+
+
+class Rows(Independent):
+    pass
+
+
+class Noise(Moved):
+    pass
+
+
+class Read(blr.state.Reader):
+    pass
+
+
+class Point(blr.rule.PointReader):
+    pass
+
+
 Q = blr.Distribution(Pareto(), Pareto().natural(shape=3.0))
 LAM = families.get("normal").natural(mean=0.0, precision=1.0)
 ASKED = {
@@ -101,7 +126,9 @@ def missing_of(owner):
 
 
 @pytest.mark.parametrize(
-    "owner", [Empty(), Blocks(), Mine(), Bent()], ids=lambda x: type(x).__name__
+    "owner",
+    [Empty(), Blocks(), Mine(), Bent(), Shown(), Rows(), Noise(None), Read(), Point()],
+    ids=lambda x: type(x).__name__,
 )
 def test_signatures_in_the_words_are_those_of_the_methods(owner):
     found = list(missing_of(owner))
@@ -122,3 +149,40 @@ def test_signatures_in_the_words_are_those_of_the_methods(owner):
         ]
         assert told == ["self", *(p.name for p in parameters)], name
         assert signature.startswith(name) and type(owner).__name__ in said
+
+
+def test_no_error_is_raised_without_words():
+    silent = []
+    for path in (ROOT / "blr_optax").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        # An error of a `try` that is caught where it is raised is none that a user sees.
+        caught = {id(x) for node in nodes if isinstance(node, ast.Try) for x in walk(node.body)}
+        silent += [
+            f"{path.relative_to(ROOT)}:{node.lineno}"
+            for node in nodes
+            if isinstance(node, ast.Raise) and wordless(node.exc) and id(node) not in caught
+        ]
+    assert silent == []
+
+
+def walk(nodes):
+    """All nodes below some."""
+    return (x for node in nodes for x in ast.walk(node))
+
+
+def wordless(raised):
+    """Whether what is raised is a bare class of errors, or one made of nothing."""
+    if isinstance(raised, ast.Call):
+        return not raised.args and not raised.keywords
+    return isinstance(raised, ast.Name) and raised.id.endswith("Error")
+
+
+def test_pages_that_are_named_are_there():
+    named = {
+        node.args[-1].value if len(node.args) == 3 else "families"
+        for path in (ROOT / "blr_optax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "unwritten"
+    }
+    assert named > {"families", "api/rule"}
+    assert all((ROOT / "docs" / f"{page}.md").exists() for page in named)

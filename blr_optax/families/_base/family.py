@@ -159,6 +159,30 @@ class Family:
         mean = jax.tree.map(choose, *means)
         return jax.tree.map(choose, new, lam), mean, jnp.sum(~good, dtype=jnp.int32)
 
+    def rounding(self, lam: NaturalParameters) -> Float[Array, ""]:
+        """Tell how far the rounding of lambda moves q, at most: the digits that it has lost.
+
+        |m' - m| / s  and  |v' - v| / v,  of mean, deviation and variance v = s^2 of theta, where
+        lambda' is half a spacing of its numbers away. Infinite where there is no member.
+        """
+        ends = [
+            jax.tree.map(lambda x, end=end: jnp.nextafter(x, jnp.full_like(x, end)), lam)
+            for end in (jnp.inf, -jnp.inf)
+        ]
+        variance = self.variance(lam)
+
+        def moved(up: Array, down: Array, unit: Array) -> Array:
+            off = 0.25 * jnp.abs(up - down)
+            return jnp.max(jnp.where((off > 0) & (unit > 0), off / unit, 0.0), initial=0.0)
+
+        deviation = jax.tree.map(jnp.sqrt, variance)
+        found = jax.tree.leaves((
+            jax.tree.map(moved, *map(self.mean, ends), deviation),
+            jax.tree.map(moved, *map(self.variance, ends), variance),
+        ))  # fmt: skip
+        inside = jnp.array([jnp.all(self.in_domain(end)) for end in ends])
+        return jnp.where(jnp.all(inside), functools.reduce(jnp.maximum, found), jnp.inf)
+
     def cdf(self, lam: NaturalParameters, theta: PyTree) -> PyTree:
         """Return P(theta_i <= theta) for every coordinate i alone, where that is known."""
         raise ValueError(

@@ -9,12 +9,15 @@ is, parameters as lambda is. A lift says how its lambda, mu and theta are split 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
+
+from blr_optax._validate import unwritten
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float
@@ -37,15 +40,15 @@ class Independent:
 
     def members(self, like: PyTree) -> Sequence[Family]:
         """Return the family of every member."""
-        raise NotImplementedError
+        raise unwritten(self, "members(self, like)")
 
     def split(self, x: PyTree, like: PyTree) -> Sequence[PyTree]:
         """Return every member's own part of x."""
-        raise NotImplementedError
+        raise unwritten(self, "split(self, x, like)")
 
     def joined(self, kind: type | None, parts: Sequence[PyTree], like: PyTree) -> PyTree:
         """Return what the parts make: of type `kind` (lambda or mu), or like theta for None."""
-        raise NotImplementedError
+        raise unwritten(self, "joined(self, kind, parts, like)")
 
     def keys(self, key: Array, like: PyTree) -> Array | Sequence[Array]:
         """Return a key for every member."""
@@ -118,6 +121,9 @@ class Independent:
 
     def usable(self, lam: NaturalParameters) -> Bool[Array, ""]:
         return jnp.all(jnp.array([jnp.all(good) for good in self._each("usable", lam)]))
+
+    def rounding(self, lam: NaturalParameters) -> Float[Array, ""]:
+        return functools.reduce(jnp.maximum, self._each("rounding", lam), jnp.zeros(()))
 
     def keep(
         self, lam: NaturalParameters, new: NaturalParameters, step: PyTree

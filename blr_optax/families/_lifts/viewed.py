@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from blr_optax._validate import unwritten
 from blr_optax.families._base.family import Family, derived
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ class Viewed(Family):
 
     def inward(self, theta: PyTree) -> PyTree:
         """Return the wrapped family's theta."""
-        raise NotImplementedError
+        raise unwritten(self, "inward(self, theta)")
 
     def outward(self, x: PyTree) -> PyTree:
         """Return theta, from the wrapped family's."""
-        raise NotImplementedError
+        raise unwritten(self, "outward(self, x)")
 
     def standard(self, lam: NaturalParameters) -> dict[str, PyTree]:
         return self.family.standard(lam)
@@ -71,6 +72,9 @@ class Viewed(Family):
     ) -> tuple[NaturalParameters, PyTree, Array]:
         natural, mean, count = self.family.keep(lam, new, step)
         return natural, self.outward(mean), count
+
+    def rounding(self, lam: NaturalParameters) -> Array:
+        return self.family.rounding(lam)
 
     def entropy(self, lam: NaturalParameters) -> Array:
         return self.family.entropy(lam)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blr_optax import _tree
+from blr_optax._validate import unwritten
 from blr_optax.families._base.family import Family
 from blr_optax.families._base.parameters import parameters
 
@@ -196,8 +197,8 @@ class Moved(Family):
     draws: ClassVar[int]
 
     def moved(self, n: Array, *fields: Any) -> Array:
-        """theta of noise with a leading axis of `draws`."""
-        raise NotImplementedError
+        """Return theta of noise with a leading axis of `draws`."""
+        raise unwritten(self, "moved(self, n, *fields)")
 
     def _positive(self, *trees: Any) -> Bool[Array, ""]:
         leaves = jax.tree.leaves(trees)

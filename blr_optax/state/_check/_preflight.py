@@ -75,8 +75,9 @@ def check(
 
     Warnings are "sum_loss", "loss_depends_on_batch_size", "ess_is_batch_size", "ess_is_one",
     "slow_b2", "transformed_gradient" and "averaged_gradient" (a clip, or an average, in front of
-    the rule), "wide_first_noise", "noise_below_spacing", "not_finite"; with `step`
-    "gradient_at_params", "sample_as_params" and "state_not_kept"; with `opt_state`
+    the rule), "wide_first_noise", "noise_below_spacing", "not_finite", "lost_digits" (of a posterior
+    far from the origin); with `step` "gradient_at_params", "sample_as_params" and "state_not_kept";
+    with `opt_state`
     "precision_disagrees". Notes, which leave the report true, are "noise_variance" (what a squared
     loss implies), "temperature", "total_loss" and "no_posterior"; some warnings are notes where
     they do little harm.
@@ -168,7 +169,7 @@ def check(
     at_hand = first
     if opt_state is not None:
         at_hand = opt_state.inner_opt_state if multi else opt_state
-    findings += _rule.of_rounding(find_posterior_states(at_hand), params, numbers)
+    findings += _rule.of_narrow_noise(find_posterior_states(at_hand), params, numbers)
     if states and num_examples is None:
         unchecked.append("ess: pass num_examples=.")
     if states and counted is not None and seen is not None and not own:
@@ -193,6 +194,7 @@ def check(
                 unchecked.append(MULTI_STEPS if step is not None else OWN_LOOP)
         if opt_state is not None:
             findings += _of_precision(counted, at_hand, params, batch, draws, key, numbers)
+    findings += _rule.of_rounding(find_posterior_states(at_hand), numbers)
     findings.sort(key=lambda found: found.severity == "note")
     evaluations = 0 if counted is None else counted.count
     return CheckReport(tuple(findings), numbers, evaluations, tuple(unchecked))

@@ -21,7 +21,7 @@ import optax
 
 from blr_optax import _tree
 from blr_optax.state._check._report import Finding, short
-from blr_optax.state._diagnostics import unmoved
+from blr_optax.state._diagnostics import rounding, unmoved
 from blr_optax.state._reader import draws_noise, find_posterior_states, map_posterior_states
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 NEARLY_ALL, MOST = 0.05, 0.5  # shares of the precision that a run can learn
 LARGE, SMALL = 1e3, 1e-3  # gradients that a clip or a normalisation changes
 ALTERED = 1e-3  # relative, in a gradient that arrives
-LOST = 0.5  # share of the weights that the noise does not move
+UNMOVED = 0.5  # share of the weights that the noise does not move
+LOST = 0.01  # of a deviation, or relative of a variance: more matters to whoever uses q
 WORSE = 0.05  # relative, by which noise has to raise the loss to count as too wide
 
 
@@ -284,6 +285,39 @@ def of_front(what: str) -> list[Finding]:
     return []
 
 
+# --- digits of lambda -----------------------------------------------------------------------------
+
+
+def of_rounding(states: list[PyTree], numbers: dict[str, float]) -> list[Finding]:
+    """Tell where the natural parameters of `blr_update` have too few digits for their posterior."""
+    findings = []
+    for state in states:
+        core = state.reader.core(state)
+        found = jax.jit(rounding)(core)
+        if found is None:
+            continue
+        lost = float(found)
+        numbers["rounding"] = max(lost, numbers.get("rounding", lost))
+        if lost <= LOST:
+            continue
+        dtype = jnp.result_type(*jax.tree.leaves(core.natural))
+        moved = "no member of the family is left" if np.isinf(lost) else (
+            f"mean or variance move by {short(lost)} of what they are told by"
+        )  # fmt: skip
+        findings.append(Finding(
+            "lost_digits",
+            "warning",
+            f"The {dtype} natural parameters have lost the digits of their posterior: within their "
+            f"rounding {moved} (deviations for a mean). So it is with a mean many deviations from "
+            "the origin, from about 1e5 in float32, for joint families of a mean and a precision "
+            "from about 100.",
+            "Count the statistics from a point near the data, blr.families.Centered(family, "
+            "at=...), for families with a mean; or use float64 "
+            "(jax.config.update('jax_enable_x64', True)), or data minus a constant.",
+        ))  # fmt: skip
+    return findings
+
+
 # --- the first noise ------------------------------------------------------------------------------
 
 
@@ -334,7 +368,9 @@ def of_noise_scale(
 # --- noise below the spacing of the weights -------------------------------------------------------
 
 
-def of_rounding(states: list[PyTree], params: Params, numbers: dict[str, float]) -> list[Finding]:
+def of_narrow_noise(
+    states: list[PyTree], params: Params, numbers: dict[str, float]
+) -> list[Finding]:
     """Count the weights whose noise is lost in the rounding to their dtype."""
 
     @jax.jit
@@ -355,7 +391,7 @@ def of_rounding(states: list[PyTree], params: Params, numbers: dict[str, float])
         numbers["unmoved"] = max(found.values())
     findings = []
     for dtype, share in found.items():
-        if share <= LOST:
+        if share <= UNMOVED:
             continue
         narrow = _tree.narrow(jnp.dtype(dtype))
         what = (
