@@ -177,12 +177,24 @@ class Distribution:
     def _same_family(self, other: Any, what: str) -> None:
         if not isinstance(other, Distribution) or other.family != self.family:
             found = other.family if isinstance(other, Distribution) else type(other).__name__
+            fix = ""
+            if isinstance(self.family, MeanField) or isinstance(found, MeanField):
+                fix = (
+                    " A MeanField has a member for every number of its parameters: make the other "
+                    "one by distribution(q.family, ...), whose arguments are trees like q.mean."
+                )
             raise ValueError(
                 f"Distribution: {what} needs two members of one family; got {self.family} and "
-                f"{found}."
+                f"{found}.{fix}"
             )
-        ours, theirs = (jax.tree.leaves(x.natural) for x in (self, other))
-        for a, b in zip(ours, theirs, strict=False):
+        (ours, tree), (theirs, another) = (jax.tree.flatten(x.natural) for x in (self, other))
+        if tree != another:
+            raise ValueError(
+                f"Distribution: {what} needs members over one tree of parameters; their natural "
+                f"parameters have shapes {jax.tree.map(jnp.shape, self.natural)} and "
+                f"{jax.tree.map(jnp.shape, other.natural)}."
+            )
+        for a, b in zip(ours, theirs, strict=True):
             try:
                 jnp.broadcast_shapes(jnp.shape(a), jnp.shape(b))
             except ValueError:

@@ -65,25 +65,24 @@ def reliability_diagram(calibration: Calibration, *, ax: Axes | None = None) -> 
             "jax.tree.map(lambda x: x[k], calibration)."
         )
     ax = _axes(ax, figsize=(4.2, 5.2))
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
-
+    above = _panel_above(ax)
     edges, count, confidence, accuracy = (np.asarray(x) for x in calibration[3:])
     filled = count > 0
     left, width = edges[:-1][filled], np.diff(edges)[filled]
     count, confidence, accuracy = count[filled], confidence[filled], accuracy[filled]
     bars = {"x": left, "width": width, "align": "edge", "linewidth": 0.8}
     # Not filled: where accuracy is above confidence, its bar is seen behind the gap.
-    gap = {"facecolor": "none", "hatch": "//", "edgecolor": VERMILION}
+    # Orange, as light beside the white as it is beside the blue: one colour in both cases.
+    gap = {"facecolor": "none", "hatch": "//", "edgecolor": ORANGE}
 
     ax.bar(height=accuracy, color=BLUE, edgecolor="white", label="accuracy", **bars)
     ax.bar(height=confidence - accuracy, bottom=accuracy, label="gap", **gap, **bars)
-    ax.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="calibrated")
+    ax.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated")
     errors = f"ECE {float(calibration.ece):.3f}\nMCE {float(calibration.mce):.3f}"
     ax.text(0.97, 0.04, errors, transform=ax.transAxes, ha="right", va="bottom", bbox=BOX)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     ax.legend(loc="upper left", frameon=False)
 
-    above = make_axes_locatable(ax).append_axes("top", size="25%", pad=0.18, sharex=ax)
     above.bar(height=count, color=GREY, edgecolor="white", **bars)
     above.set(ylabel="examples")
     above.tick_params(labelbottom=False)
@@ -221,6 +220,18 @@ def training_curves(
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     ax.legend(frameon=False)
     return cast("Figure", ax.figure)
+
+
+def _panel_above(ax: Axes) -> Axes:
+    """Cut a panel off the top of axes: a fifth of their cell, which layouts then know of."""
+    cell = ax.get_subplotspec()
+    if cell is None:  # placed by hand
+        from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+        return make_axes_locatable(ax).append_axes("top", size="25%", pad=0.18, sharex=ax)
+    upper, lower = cell.subgridspec(2, 1, height_ratios=(1, 4), hspace=0.08)
+    ax.set_subplotspec(lower)
+    return cast("Figure", ax.figure).add_subplot(upper, sharex=ax)
 
 
 def _axes(ax: Axes | None, figsize: tuple[float, float] = (5.2, 3.6)) -> Axes:

@@ -215,3 +215,15 @@ def test_stopping_is_one_line_wherever_it_comes(where, tmp_path, capfd, monkeypa
 
     monkeypatch.setattr(cli, where, stop)
     fails(capfd, tmp_path, code=130)
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """`blr-optax table | head -1` ends like other programs: the signal's status, and no word."""
+    command = [sys.executable, "-m", "blr_optax._demo.cli", "table"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -222,6 +222,26 @@ def test_members_of_two_families_do_not_mix(op):
             getattr(normal, op)(other)
 
 
+@pytest.mark.parametrize("op", ["__mul__", "__truediv__", "kl"])
+def test_members_over_other_trees_do_not_mix(op):
+    """What the posterior of a network meets: the prior of one number, and of another tree."""
+    tree = {"w": np.ones(3, np.float32), "b": np.float32(0.0)}
+    q = blr_distribution("normal", mean=tree, precision=4.0)
+    act = getattr(q, op)
+    with pytest.raises(ValueError, match=r"make the other one by distribution\(q\.family"):
+        act(blr_distribution("normal", mean=0.0, precision=1.0))
+    for mean in (0.0, tree["w"], {"w": tree["w"]}, [tree["w"], tree["b"]]):
+        with pytest.raises(ValueError, match=r"one tree of parameters; .*'b': \(\), 'w': \(3,\)"):
+            act(blr_distribution(q.family, mean=mean, precision=1.0))
+    zeros = jax.tree.map(np.zeros_like, tree)
+    found = act(blr_distribution(q.family, mean=zeros, precision=1.0))
+    if op == "kl":  # four numbers of precision 4 against 1, three of them at 1
+        assert float(found) == pytest.approx(4 * 0.5 * (0.25 - 1 + np.log(4)) + 3 * 0.5, rel=1e-5)
+    else:
+        precision = {"__mul__": 5.0, "__truediv__": 3.0}[op]
+        np.testing.assert_allclose(found.mean["w"], np.full(3, 4 / precision), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dirichlet", "categorical"])
 def test_members_of_different_sizes_are_refused(name):
     family = families.get(name)

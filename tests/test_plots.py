@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from blr_optax import metrics, plots
@@ -170,3 +171,53 @@ def test_an_underconfident_model_shows_its_accuracy():
     around = pixels[row - 8 : row + 8, column - 8 : column + 8]
     blue = np.array([0x00, 0x72, 0xB2])
     assert np.mean(np.abs(around[..., :3].astype(int) - blue).max(-1) < 10) > 0.3
+
+
+def luminance(color):
+    """Relative luminance of WCAG 2."""
+    rgb = np.asarray(to_rgb(color))
+    linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def test_a_gap_is_seen_on_the_bar_and_on_white_in_the_colour_of_the_legend(calibration):
+    both = calibration._replace(accuracy=1 - calibration.confidence)  # too sure, and not enough
+    diagram = plots.reliability_diagram(both).axes[0]
+    accuracy, gap = diagram.containers
+    _, _, shown = diagram.get_legend().legend_handles
+    for patch in (*gap, shown):
+        assert patch.get_edgecolor() == gap[0].get_edgecolor() and patch.get_hatch() == "//"
+        assert patch.get_facecolor()[3] == 0
+    signs = np.sign([bar.get_height() for bar in gap])
+    assert set(signs) == {-1.0, 1.0}
+    line = luminance(gap[0].get_edgecolor()[:3])
+    bar = luminance(accuracy[0].get_facecolor()[:3])
+    assert (1.05 / (line + 0.05)) > 2 and (line + 0.05) / (bar + 0.05) > 2
+
+
+@pytest.mark.parametrize("count", [10, 5_000, 400_000])
+def test_nothing_is_cut_off_at_the_edges(calibration, count):
+    """All that is drawn, labels included, lies on the figure, and panels do not overlap."""
+    found = calibration._replace(count=np.full(len(calibration.count), float(count)))
+    alone = plots.reliability_diagram(found)
+    many = Figure(figsize=(9, 5), layout="constrained")
+    for ax in many.subplots(1, 2):
+        plots.reliability_diagram(found, ax=ax)
+    for fig in (alone, many, *(draw() for draw in drawings(calibration)[1:])):
+        renderer = FigureCanvasAgg(fig).get_renderer()
+        fig.draw(renderer)
+        (left, low), (right, high) = fig.get_tightbbox(renderer).get_points()
+        width, height = fig.get_size_inches()
+        assert left >= 0 and low >= 0 and right <= width and high <= height
+        boxes = [ax.get_tightbbox(renderer) for ax in fig.axes]
+        for i, one in enumerate(boxes):
+            assert not any(one.overlaps(other) for other in boxes[:i])
+
+
+def test_axes_placed_by_hand_have_a_panel_too(calibration):
+    fig = Figure()
+    ax = fig.add_axes((0.2, 0.2, 0.6, 0.6))
+    assert plots.reliability_diagram(calibration, ax=ax) is fig
+    FigureCanvasAgg(fig).draw()
+    lower, upper = (one.get_position(original=False) for one in fig.axes)
+    assert upper.y0 > lower.y1 and upper.y1 == pytest.approx(0.8)

@@ -6,6 +6,7 @@ Arguments are checked here and nowhere else; a wrong one ends with exit code 2 a
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -160,6 +161,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build().parse_args(argv)
         try:
             arguments.command(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as `head`, has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # as a program that the signal ends
         except (DemoError, OSError) as error:
             arguments.parser.error(str(error))
     except KeyboardInterrupt:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 from tools import ROOT, assert_same, near
 
 import blr_optax as blr
+from blr_optax.families._base import registry
 from blr_optax.state._reader import posterior_states
 
 DOCS = ROOT / "docs"
@@ -194,6 +196,49 @@ def linen_batch_norm(names: Names) -> None:
     assert stats["mean"].shape == (32,)
 
 
+def transfer(names: Names) -> None:
+    learnt_head = {**names, "q": names["head"]}
+    learnt(learnt_head)
+    assert float(names["printed"].split("new images")[1].split()[0]) > 0.8
+    # The backbone is where it was, and a point; what stands in the head is what `part` returned.
+    assert_same(jax.device_get(names["state"].params["backbone"]), names["backbone"])
+    assert (
+        float(jax.tree.reduce(jnp.maximum, jax.tree.map(jnp.max, names["q"].variance["backbone"])))
+        == 0
+    )
+    assert_same(names["head"].variance, names["q"].variance["head"])
+    # First precisions: ess (hess_init + weight_decay) of kernels, ess hess_init of the rest.
+    first = blr.posterior(names["tx"].init(names["state"].params), names["state"].params)
+    norm, dense = (first.variance["head"][f"layers_{i}"] for i in (0, 1))
+    near(1 / dense["kernel"], np.full((64, 5), 300 * 0.11), rtol=1e-5)
+    for flat in (norm["scale"], norm["bias"], dense["bias"]):
+        near(1 / flat, np.full(flat.shape, 300 * 0.1), rtol=1e-5)
+
+
+def continued(names: Names) -> None:
+    x, y = np.asarray(names["x"], np.float64), np.asarray(names["y"], np.float64)
+    precision = x.T @ x + np.eye(4)
+    exact = np.linalg.solve(precision, x.T @ y)
+    near(names["exact"], exact, rtol=1e-4)
+    deviation = np.sqrt(np.asarray(names["q"].variance))
+    assert np.all(np.abs(np.asarray(names["q"].mean) - exact) < 2 * deviation)
+    near(deviation**2 * np.diag(precision), np.ones(4), rtol=0.25)
+
+
+def half_normal(names: Names) -> None:
+    """Against scipy's half-normal, and the conjugate answer 1 / s^2 = 1 + 4 + 1 + 4."""
+    scale, nodes = 10**-0.5, np.linspace(0.0, 6.0, 60_001)
+    q, exact = names["q"], stats.halfnorm(scale=scale)
+    near(q.standard()["scale"], scale, rtol=1e-6)
+    near(q.log_prob(0.7), exact.logpdf(0.7), rtol=1e-5)
+    near([q.mean, q.variance, q.entropy()], [*exact.stats(), exact.entropy()], rtol=1e-5)
+    p, log_ratio = exact.pdf(nodes), exact.logpdf(nodes) - stats.halfnorm().logpdf(nodes)
+    unit = blr.distribution(q.family, scale=1.0)  # of the family that `blr_update` lifted
+    near(q.kl(unit), np.trapezoid(p * log_ratio, nodes), rtol=1e-5)
+    sampled = blr.posterior(names["opt_state"], names["params"])
+    near(sampled.standard()["scale"], scale, rtol=0.1)
+
+
 def nnx_batch_norm(names: Names) -> None:
     classifies(names)
     assert float(jnp.abs(names["model"].norm.mean[...]).max()) > 0.1
@@ -332,7 +377,8 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "Nothing to search: an optimizer from two counts": from_two_counts,
     "Linen TrainState": linen,
     "Linen with BatchNorm, dropout and several samples": linen_batch_norm,
-    "nnx: the loop changes in one line": nnx_batch_norm,
+    "Transfer: a frozen backbone, and no decay on biases and norms": transfer,
+    "A convnet in nnx: the loop changes in one line": nnx_batch_norm,
     "nnx with several samples and dropout": nnx_samples,
     "VOGN: squares of the gradients of single examples": classifies,
     "Gradient accumulation with optax.MultiSteps": accumulation,
@@ -346,7 +392,9 @@ FACTS: dict[str, Callable[[Names], None]] = {
     "Diagnostics of a training step": watched,
     "Regression with noise that depends on the input": hetero,
     "An ensemble by vmap": ensemble,
+    "One task after another: a posterior as the prior": continued,
     "Cold posteriors and temperature scaling": tempered,
+    "A family of your own": half_normal,
     "Saving a posterior": saved,
     "Sequences with padding": padded,
 }
@@ -366,6 +414,7 @@ def test_page(
 ):
     monkeypatch.chdir(tmp_path)  # pages save figures
     pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.setattr(registry, "REGISTRY", {**registry.REGISTRY})  # pages register families
     path, blocks = programs()[name]
     names: Names = {"__name__": "page"}
     for line, code in blocks:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from tools import USERS, close, near
 
 from blr_optax import families
 from blr_optax.families import Domain, ExponentialFamily, GaussianExpectation, GaussianNatural
-from blr_optax.families._base import domain
+from blr_optax.families._base import domain, registry
 
 
 def solved(family, mu):
@@ -289,6 +290,21 @@ def test_registry_errors_list_what_is_known():
         families.get("gausian")
     with pytest.raises(ValueError, match="'normal' is taken"):
         families.register("normal")
+
+
+def test_a_definition_that_is_run_again_takes_the_place_of_the_one_before(monkeypatch):
+    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    code = "class Own(Base):\n    def __init__(self, scale=%d): self.scale = scale"
+    for scale in (1, 2):  # the same cell, edited
+        names = {"Base": families.Normal, "__name__": "cell"}
+        exec(code % scale, names)
+        families.register("own")(names["Own"])
+        assert families.get("own").scale == scale
+    with pytest.raises(ValueError, match=r"'own' is taken by .*Own"):
+        families.register("own")(PlainGamma)
+    families.register("built")(functools.partial(families.Normal))
+    with pytest.raises(ValueError, match="'built' is taken"):
+        families.register("built")(functools.partial(families.Gamma))
 
 
 def test_no_location_says_what_to_pass():

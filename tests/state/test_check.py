@@ -142,6 +142,22 @@ def test_a_state_that_is_not_returned_is_named():
         found(tx, step=lambda p, s, *batch: (s, p))
 
 
+OTHERS = {
+    "a chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "a partition": lambda tx: optax.partition({"all": tx}, "all"),
+    "a wrapper": lambda tx: optax.apply_if_finite(tx, 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_step_of_another_optimizer_is_refused_in_words(name):
+    tx, step = OTHERS[name](ivon()), user_step(ivon(), "")
+    with pytest.raises(ValueError, match=r"step= failed on the first state of tx .* same tx"):
+        found(tx, step=step)
+    with pytest.raises(ValueError, match=r"step\(params, opt_state, \*batch\)\. It said TypeErr"):
+        found(ivon(), step=lambda params, opt_state: (params, opt_state))
+
+
 def test_the_noise_of_a_squared_loss_is_proved_or_not_told():
     """1 / (2 a) of a mean of a (y - f)^2; of K outputs averaged K times that."""
     w = jnp.asarray(RNG.normal(size=(3, 2)).astype(np.float32))

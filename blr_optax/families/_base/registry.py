@@ -17,8 +17,11 @@ REGISTRY: dict[str, Callable[..., Family]] = {}
 def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Family]]:
     """Register a family, or a function that builds one, under a name; a decorator.
 
+    A definition of one's own that is run again (a cell of a notebook, a module that is reloaded)
+    takes the place of the one before.
+
     Raises:
-        ValueError: when the name is taken.
+        ValueError: when the name is taken by another family.
 
     Example:
       >>> import blr_optax as blr
@@ -28,10 +31,18 @@ def register(name: str) -> Callable[[Callable[..., Family]], Callable[..., Famil
       >>> print("wide_normal" in blr.families.names())
       True
     """
-    if name in REGISTRY:
-        raise ValueError(f"families.register: the name {name!r} is taken by {REGISTRY[name]}.")
+
+    def place(build: object) -> tuple[str, str]:
+        return getattr(build, "__module__", ""), getattr(build, "__qualname__", repr(build))
+
+    def refuse_unless(free: Callable[[object], bool]) -> None:
+        if name in REGISTRY and not free(REGISTRY[name]):
+            raise ValueError(f"families.register: the name {name!r} is taken by {REGISTRY[name]}.")
+
+    refuse_unless(lambda holder: not place(holder)[0].startswith("blr_optax."))
 
     def add(build: Callable[..., Family]) -> Callable[..., Family]:
+        refuse_unless(lambda holder: place(holder) == place(build))
         REGISTRY[name] = build
         return build
 

@@ -61,7 +61,8 @@ def of_step(
     """Run a user's step from two keys and compare, with each other and with a right one.
 
     Raises:
-        ValueError: when it does not return parameters and state first.
+        ValueError: when it fails, as a step of another optimizer does, or does not return
+            parameters and state first.
     """
 
     def run(key: int) -> tuple[PyTree, PyTree, PyTree]:
@@ -69,7 +70,14 @@ def of_step(
         start = jax.tree.map(jnp.array, params)
         state = reseed(tx.init(start), key)
         theta = sample(state, params)
-        found = step(start, state, *batch)
+        try:
+            found = step(start, state, *batch)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "check: step= failed on the first state of tx and this batch. It must be a step of "
+                "the same tx, called step(params, opt_state, *batch). It said "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if not isinstance(found, tuple) or len(found) < 2:
             raise ValueError(
                 "check: step= must be called step(params, opt_state, *batch) and return "
