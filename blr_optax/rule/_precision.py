@@ -339,9 +339,10 @@ class PrecisionReader(Reader):
 
     def adversary(self, state: ScaleByPrecisionState, params: Params, grads: Updates) -> PyTree:
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
+        radius = 0.0 if self.radius is None else self.radius
 
         def worst(p: Array, m: Array, g: Array) -> Array:
-            return m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p
+            return m.astype(p.dtype) + radius * g.astype(p.dtype) / p
 
         moved = jax.tree.map(worst, state.precision, params, grads)
         return cast_on_average(moved, params, state.key, state.count)

@@ -75,11 +75,11 @@ def check(
 
     Warnings are "sum_loss", "loss_depends_on_batch_size", "ess_is_batch_size", "ess_is_one",
     "slow_b2", "transformed_gradient" and "averaged_gradient" (a clip, or an average, in front of
-    the rule), "wide_first_noise", "noise_below_spacing", "not_finite", "lost_digits" (of a posterior
-    far from the origin); with `step` "gradient_at_params", "sample_as_params" and "state_not_kept";
-    with `opt_state`
-    "precision_disagrees". Notes, which leave the report true, are "noise_variance" (what a squared
-    loss implies), "temperature", "total_loss" and "no_posterior"; some warnings are notes where
+    the rule), "wide_first_noise", "noise_below_spacing", "not_finite", "lost_digits" (of a
+    posterior far from the origin); with `step` "gradient_at_params", "sample_as_params" and
+    "state_not_kept"; with `opt_state` "precision_disagrees". Notes, which leave the report true,
+    are "noise_variance" (what a squared loss implies), "temperature", "total_loss" and
+    "no_posterior"; some warnings are notes where
     they do little harm.
 
     Cost: one value and `draws` gradients, two or three values of the batch repeated or reversed,
