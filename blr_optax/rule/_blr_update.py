@@ -99,10 +99,13 @@ class BlrReader(Reader):
         if noise is None:
             return params
         if getattr(self.family, "curvature", None) is None:
-            return self.family.sample(noise, state.natural)
-        draw = jax.tree.map(
-            jnp.add, self.family.mean(state.natural), self.family.displace(state.natural, noise)
-        )
+            draw = self.family.sample(noise, state.natural)
+        else:
+            mean, moved = (
+                self.family.mean(state.natural),
+                self.family.displace(state.natural, noise),
+            )
+            draw = jax.tree.map(jnp.add, mean, moved)
         return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
 
     def posterior(self, state: BlrUpdateState, params: Params) -> Distribution:
