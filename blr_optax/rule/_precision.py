@@ -327,8 +327,9 @@ class PrecisionReader(Reader):
         """m + r g / p: where the loss is worst within the posterior's reach, to first order."""
 
         def worst(p: Array, m: Array, g: Array) -> Array:
-            return m.astype(p.dtype) + self.radius * g.astype(p.dtype) / p
+            return m.astype(p.dtype) + radius * g.astype(p.dtype) / p
 
+        radius = self.radius or 0.0
         moved = jax.tree.map(worst, state.precision, params, grads)
         return cast_on_average(moved, params, state.key, state.count)
 
