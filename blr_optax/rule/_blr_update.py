@@ -100,11 +100,11 @@ class BlrReader(Reader):
         if noise is None:
             return params
         if getattr(self.family, "curvature", None) is None:
-            return self.family.sample(noise, state.natural)
+            return optax.tree.cast_like(self.family.sample(noise, state.natural), params)
         draw = jax.tree.map(
             jnp.add, self.family.mean(state.natural), self.family.displace(state.natural, noise)
         )
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), draw, params)
+        return optax.tree.cast_like(draw, params)
 
     def posterior(self, state: BlrUpdateState, params: Params) -> Distribution:
         # A copy: the state may be donated, the posterior is a value to keep.

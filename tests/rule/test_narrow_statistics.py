@@ -73,6 +73,24 @@ def test_no_state_is_narrower_than_float32(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["gamma", "beta", "gaussian_diagonal"])
+def test_samples_of_every_family_have_the_type_of_the_weights(name):
+    standard = {
+        "gamma": {"concentration": jnp.full(3, 3.0), "rate": jnp.full(3, 1.5)},
+        "beta": {"alpha": jnp.full(3, 2.0), "beta": jnp.full(3, 2.0)},
+        "gaussian_diagonal": {"mean": jnp.ones(3), "precision": jnp.ones(3)},
+    }[name]
+    family = blr.families.get(name)
+    family = family if name == "gaussian_diagonal" else blr.families.MeanField(family)
+    init = blr.Distribution(family, family.natural(**standard))
+    params = jnp.asarray(init.mean, jnp.bfloat16)
+    tx = blr.blr_update(family, lambda w: jnp.sum(w * w), 0.1, ess=5.0, init=init)
+    state = tx.init(params)
+    assert blr.sample(state, params).dtype == jnp.bfloat16
+    assert blr.posterior(state, params).sample(jax.random.key(0)).dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
 def test_shapes_and_accumulators_that_were_asked_for():
     params = {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3)}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)

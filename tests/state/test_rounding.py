@@ -6,6 +6,7 @@ The truth are draws of the posterior by numpy, rounded to the dtype of the weigh
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from registry import ROWS
 
@@ -137,6 +138,34 @@ def test_no_gradient_at_the_parameters_is_no_clip():
     loss = lambda w, x: jnp.mean(x) * jnp.sum(jnp.square(w - 1e4))  # noqa: E731
     found = blr.check(tx, loss, jnp.full(8, 1e4), jnp.ones(8))
     assert [one.name for one in found.warnings] == ["noise_below_spacing"]
+
+
+def test_check_notes_steps_that_rounding_takes_away():
+    """Adam's first step is the rate: 1e-3 of weights whose spacing is 8e-3."""
+
+    def notes(tx, dtype, mean=1.5):
+        return {one.name for one in report(tx, dtype, mean).findings} & {"steps_below_spacing"}
+
+    assert notes(blr.adam(1e-3), jnp.bfloat16)
+    assert not notes(blr.adam(1e-3), jnp.float32)
+    assert not notes(blr.adam(1e-2), jnp.bfloat16)
+    rounded = optax.chain(blr.adam(1e-3), blr.round_stochastically())
+    assert not notes(rounded, jnp.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "mean", "lost"),
+    [
+        (lambda: blr.ivon(1e-6, ess=1e4), 1.5, True),
+        (lambda: blr.evon(1e-6, ess=1e4), 1.5, True),
+        (lambda: blr.sgd(0.1), 1.5, False),
+        (lambda: blr.sgd(0.0), 1.5, False),  # asks for nothing
+        (lambda: blr.sgd(lambda t: 1e-5), 100.0, True),
+    ],
+)
+def test_steps_of_other_rows(make, mean, lost):
+    assert ("steps_below_spacing" in report(make(), jnp.bfloat16, mean)) == lost
 
 
 def test_it_is_compiled_with_the_step():

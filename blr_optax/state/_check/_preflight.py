@@ -78,9 +78,8 @@ def check(
     the rule), "wide_first_noise", "noise_below_spacing", "not_finite", "lost_digits" (of a
     posterior far from the origin); with `step` "gradient_at_params", "sample_as_params" and
     "state_not_kept"; with `opt_state` "precision_disagrees". Notes, which leave the report true,
-    are "noise_variance" (what a squared loss implies), "temperature", "total_loss" and
-    "no_posterior"; some warnings are notes where
-    they do little harm.
+    are "noise_variance" (what a squared loss implies), "temperature", "steps_below_spacing",
+    "total_loss" and "no_posterior"; some warnings are notes where they do little harm.
 
     Cost: one value and `draws` gradients, two or three values of the batch repeated or reversed,
     and at most five gradients with respect to each of up to three arrays of the batch; with `step`
@@ -183,6 +182,8 @@ def check(
             findings += [f for rate in moved for f in _rule.of_rate(rate, num_steps, numbers)]
             if moved and num_steps is None:
                 unchecked.append("b2: pass num_steps=.")
+            if not any(map(_needs_estimate, states)):
+                findings += _rule.of_steps(inner, first, params, grads, extra, numbers)
             if any(map(draws_noise, states)) and not any(map(_needs_estimate, states)):
                 in_front = _rule.in_front(inner, first, params, grads, extra)
                 findings += _rule.of_front(in_front)

@@ -417,3 +417,35 @@ def of_narrow_noise(
                 "adding a constant to them inside the loss, or take a wider dtype.",
             ))  # fmt: skip
     return findings
+
+
+def of_steps(
+    tx: optax.GradientTransformationExtraArgs,
+    opt_state: OptState,
+    params: Params,
+    grads: Updates,
+    extra: dict[str, Any],
+    numbers: dict[str, float],
+) -> list[Finding]:
+    """Count the weights that the first step asks to move, and that rounding leaves in place."""
+
+    @jax.jit
+    def share(opt_state: OptState, params: Params, grads: Updates) -> Array:
+        updates, _ = tx.update(grads, opt_state, params, **extra)
+        after = optax.apply_updates(params, updates)
+        asked = jax.tree.map(lambda u: u != 0, updates)
+        lost = _tree.total(lambda a, x, m: jnp.sum(a & (x == m)), asked, after, params)
+        return _tree.ratio(lost, _tree.total(jnp.sum, asked))
+
+    found = float(share(opt_state, params, grads))
+    numbers["steps_lost"] = found
+    if found <= LOST:
+        return []
+    return [Finding(
+        "steps_below_spacing",
+        "note",
+        f"The first step moves {100 * found:.3g} % of the weights by less than half of their "
+        "spacing: rounding leaves them where they are, and will in every step of that size.",
+        "Below float32, blr.round_stochastically() at the end of the chain takes such steps on "
+        "average; or keep the weights in float32, and cast them inside the loss.",
+    )]  # fmt: skip
