@@ -90,6 +90,13 @@ class BlrReader(Reader):
     generator: str
     evaluates_loss = True
 
+    def part(self, state: BlrUpdateState, params: Params) -> PyTree:
+        """Return the leaves of theta, `MaskedNode` elsewhere."""
+        theta = jax.eval_shape(self.family.mean, state.natural)
+        if len(jax.tree.leaves(theta)) == len(jax.tree.leaves(params)):
+            return params
+        return _tree.mask_to(params, _tree.paths(theta))
+
     def noise(self, state: BlrUpdateState, key: Array) -> PyTree:
         """Return standard normals for a Gaussian; for other families the key itself."""
         if self.point or getattr(self.family, "curvature", None) is None:
@@ -97,7 +104,7 @@ class BlrReader(Reader):
         return standard_normal(key, self.family.mean(state.natural), self.generator)
 
     def weights(self, state: BlrUpdateState, params: Params, noise: PyTree) -> PyTree:
-        if noise is None:
+        if noise is None or not jax.tree.leaves(state.natural):
             return params
         if getattr(self.family, "curvature", None) is None:
             return self.family.sample(noise, state.natural)
@@ -260,6 +267,8 @@ def from_steps(
                 "blr_update: update needs params, update(grads, state, params, batch=(...))."
             )
         step, lam = step_of(state.reader.family), state.natural
+        if not jax.tree.leaves(lam):  # a group of optax.partition that matches none
+            return params, state._replace(count=optax.safe_increment(state.count))
         dtype = jnp.result_type(*jax.tree.leaves(lam))
         rho = jnp.asarray(at(learning_rate, state.count), dtype)
         scale = jnp.asarray(at(ess, state.count), dtype)

@@ -199,6 +199,7 @@ def posterior_states(opt_state: OptState, who: str, params: Params = None) -> li
     """
     found = find_posterior_states(opt_state)
     if found:
+        refuse_variables(who, found, params)
         return found
     if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
         raise ValueError(
@@ -216,6 +217,25 @@ def posterior_states(opt_state: OptState, who: str, params: Params = None) -> li
             "or use q.mean, q.variance, q.sample(key)."
         )
     raise ValueError(NO_POSTERIOR.format(who=who))
+
+
+def refuse_variables(who: str, states: list[PyTree], params: Params) -> None:
+    """Raise ValueError for states, or parameters, in which variables of Flax nnx hold the arrays.
+
+    They are views of a model that changes in place, and no arrays.
+    """
+    held = [field for state in states for field in state.reader.core(state)]
+    leaves = jax.tree.leaves(params, is_leaf=_is_variable)
+    if any(map(_is_variable, [*held, *leaves])):
+        raise ValueError(
+            f"{who}: state or parameters hold variables of Flax nnx, no arrays. Give copies, "
+            "nnx.as_pure(optimizer.opt_state) and nnx.as_pure(nnx.state(model, nnx.Param)); or use "
+            "blr.nnx, whose sampled, make_step and posterior take the model and its optimizer."
+        )
+
+
+def _is_variable(node: Any) -> bool:
+    return type(node).__module__.startswith("flax.nnx") and hasattr(node, "get_metadata")
 
 
 def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:
