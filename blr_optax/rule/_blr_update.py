@@ -24,7 +24,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._transformation import transformation
-from blr_optax._validate import all_finite, at, check_positive, holds
+from blr_optax._validate import all_finite, at, check_positive, holds, is_schedule
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
@@ -216,7 +216,8 @@ def from_steps(
     key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` from its step: `steps(family)` for the family over the parameters."""
-    check_positive("learning_rate", learning_rate, scalar=True)
+    # A warm-up starts at zero: such a step moves nothing.
+    check_positive("learning_rate", learning_rate, scalar=True, zero=is_schedule(learning_rate))
     check_positive("ess", ess, scalar=True)
     if init is not None and not callable(init):
         check_distribution("init", init)
