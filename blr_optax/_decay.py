@@ -37,6 +37,11 @@ def masked(decay: Hyperparameter, mask: PyTree) -> PyTree:
         ValueError: for a decay that is none.
     """
     if not isinstance(decay, MaskedDecay):
+        if any(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(decay)):
+            raise ValueError(
+                f"weight_decay={decay} has True or False, which are no numbers: what tells where "
+                "to decay goes into mask=, beside the number."
+            )
         check_positive("weight_decay", decay, zero=True)
     return decay if mask is None else MaskedDecay(decay, mask)
 

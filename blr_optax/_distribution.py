@@ -8,7 +8,7 @@ Asking an improper one for a mean, a sample or a density is the error.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,16 @@ class Distribution:
     family: Family = dataclasses.field(metadata={"static": True})
     natural: NaturalParameters
     dtypes: tuple[Any, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __new__(cls, *_: Any, **named: Any) -> Self:
+        """Refuse standard parameters, which `distribution` takes."""
+        if standard := named.keys() - {"family", "natural", "dtypes"}:
+            given = ", ".join(f"{name}=..." for name in sorted(standard))
+            raise ValueError(
+                f"Distribution: {given} are standard parameters, and Distribution(family, natural) "
+                f"takes natural ones: blr.distribution(name, {given}) makes one of them."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Catches a name in place of a family; natural may be anything while jax builds trees."""

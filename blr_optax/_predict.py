@@ -27,6 +27,7 @@ from blr_optax._distribution import Distribution
 from blr_optax._ensemble import Ensemble, ensemble
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count, concrete, holds, require
+from blr_optax.state._reader import find_posterior_states
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Float, Key, PyTree
@@ -353,6 +354,11 @@ def run(
     key = _one_key(key)
     check_count("samples", options.samples)
     one: Any = q
+    if not hasattr(one, "sample") and find_posterior_states(one):
+        raise ValueError(
+            "q: an optimizer state stands where the posterior belongs; give "
+            "posterior(opt_state, params)."
+        )
     if isinstance(one, (list, tuple)) and not hasattr(one, "sample"):
         one = ensemble(one)
     _check_sampler(one)

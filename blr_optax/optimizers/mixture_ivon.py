@@ -100,7 +100,10 @@ class MixtureReader(OuterReader):
 
     def posterior(self, state: MixtureIvonState, params: Params) -> Distribution:
         """sum_k pi_k N(params[k], 1 / (ess p[k])), over the weights of one network."""
-        stacked = state.gaussians.reader.posterior(state.gaussians, params).natural
+        each = state.gaussians.reader.posterior(state.gaussians, params)
+        if not jax.tree.leaves(params):  # a group of optax.partition that matches none
+            return each
+        stacked = each.natural
         family = Raveled.like(get("mixture", family="normal"), jax.tree.map(lambda m: m[0], params))
         components = GaussianNatural(*map(family.ravel, stacked))
         return Distribution(family, family.Natural(components, jnp.copy(state.log_odds)))

@@ -28,7 +28,7 @@ import optax
 from blr_optax import _tree
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key
-from blr_optax._validate import at, check_count, check_number, check_positive
+from blr_optax._validate import at, check_count, check_number, check_positive, is_schedule
 from blr_optax.estimators import delta
 from blr_optax.families import Raveled, get
 from blr_optax.optimizers._zero_mean_prior import as_prior
@@ -109,7 +109,7 @@ def _mixture(
     key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` for a mixture: E_q[ess l] + tau KL is tau times the rule's with ess / tau."""
-    check_positive("learning_rate", learning_rate, scalar=True)
+    check_positive("learning_rate", learning_rate, scalar=True, zero=is_schedule(learning_rate))
     check_positive("ess", ess, scalar=True)
     check_positive("temperature", temperature, scalar=True)
     check_positive("weight_rate", weight_rate, zero=True, scalar=True)

@@ -170,7 +170,8 @@ def sam(
         statistic: Any = None,
         **extra: Any,
     ) -> tuple[Any, Any]:
-        refuse_one_gradient(state.reader, statistic)
+        if jax.tree.leaves(updates):  # else a group of optax.partition that matches no leaf
+            refuse_one_gradient(state.reader, statistic)
         return inner.update(updates, state, params, **extra)
 
     def init_fn(params: Params) -> OptState:

@@ -24,7 +24,7 @@ from blr_optax import _tree
 from blr_optax._distribution import Distribution, check_distribution
 from blr_optax._random import canonical_key, standard_normal
 from blr_optax._transformation import transformation
-from blr_optax._validate import all_finite, at, check_positive, holds
+from blr_optax._validate import all_finite, at, check_positive, holds, is_schedule
 from blr_optax.estimators._curvature import AbsoluteGradient
 from blr_optax.estimators._expectation import Delta
 from blr_optax.families import Family, get
@@ -90,6 +90,13 @@ class BlrReader(Reader):
     generator: str
     evaluates_loss = True
 
+    def part(self, state: BlrUpdateState, params: Params) -> PyTree:
+        """Return the leaves of theta, `MaskedNode` elsewhere."""
+        theta = jax.eval_shape(self.family.mean, state.natural)
+        if len(jax.tree.leaves(theta)) == len(jax.tree.leaves(params)):
+            return params
+        return _tree.mask_to(params, _tree.paths(theta))
+
     def noise(self, state: BlrUpdateState, key: Array) -> PyTree:
         """Return standard normals for a Gaussian; for other families the key itself."""
         if self.point or getattr(self.family, "curvature", None) is None:
@@ -97,7 +104,7 @@ class BlrReader(Reader):
         return standard_normal(key, self.family.mean(state.natural), self.generator)
 
     def weights(self, state: BlrUpdateState, params: Params, noise: PyTree) -> PyTree:
-        if noise is None:
+        if noise is None or not jax.tree.leaves(state.natural):
             return params
         if getattr(self.family, "curvature", None) is None:
             return optax.tree.cast_like(self.family.sample(noise, state.natural), params)
@@ -209,7 +216,8 @@ def from_steps(
     key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """`blr_update` from its step: `steps(family)` for the family over the parameters."""
-    check_positive("learning_rate", learning_rate, scalar=True)
+    # A warm-up starts at zero: such a step moves nothing.
+    check_positive("learning_rate", learning_rate, scalar=True, zero=is_schedule(learning_rate))
     check_positive("ess", ess, scalar=True)
     if init is not None and not callable(init):
         check_distribution("init", init)
@@ -260,6 +268,8 @@ def from_steps(
                 "blr_update: update needs params, update(grads, state, params, batch=(...))."
             )
         step, lam = step_of(state.reader.family), state.natural
+        if not jax.tree.leaves(lam):  # a group of optax.partition that matches none
+            return params, state._replace(count=optax.safe_increment(state.count))
         dtype = jnp.result_type(*jax.tree.leaves(lam))
         rho = jnp.asarray(at(learning_rate, state.count), dtype)
         scale = jnp.asarray(at(ess, state.count), dtype)

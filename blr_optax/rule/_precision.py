@@ -395,6 +395,8 @@ def gated_evidence(
     Those of a gradient that is far too long are shortened. A curvature that is not given is derived
     from the gradient and this step's noise.
     """
+    if statistic is None and not jax.tree.leaves(state.precision):
+        statistic = state.precision  # a group of optax.partition that matches no leaf
     refuse_one_gradient(state.reader, statistic)
     g = _tree.matching_leaves(updates, state.precision, "grads")
     g = optax.tree.cast_like(g, state.precision)

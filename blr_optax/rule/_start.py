@@ -58,8 +58,9 @@ def check_whole_tree(family: Family, params: Params) -> None:
     if not leaves and not isinstance(family, (MeanField, Product, SideBySide)):
         raise ValueError(
             f"blr_update: params has no leaves, so there is nothing for {type(family).__name__} to "
-            "be over. If this is optax.tree.map_params: the state holds the raveled parameters or "
-            "a matrix over them, and no tree like params; use jax.tree.map on the state."
+            "be over. A group of optax.partition that matches none takes no such row. If this is "
+            "optax.tree.map_params: the state holds the raveled parameters or a matrix over them, "
+            "and no tree like params; use jax.tree.map on the state."
         )
     if any(map(_tree.is_split, leaves)):
         raise ValueError(

@@ -152,7 +152,9 @@ def make_step(
                 "its own estimator= the number of draws, and drop these arguments."
             )
         before = _skipped(opt_state)
-        updates, opt_state = tx.update(None, opt_state, params, batch=batch)
+        # No gradients are used; optax.masked and partition want a tree.
+        none = jax.tree.map(jnp.zeros_like, params)
+        updates, opt_state = tx.update(none, opt_state, params, batch=batch)
         info = StepInfo(
             find_posterior_states(opt_state)[0].expected_loss, None, _skipped(opt_state)
         )

@@ -227,6 +227,7 @@ def posterior_states(opt_state: OptState, who: str, params: Params = None) -> li
     """
     found = find_posterior_states(opt_state)
     if found:
+        refuse_variables(who, found)
         return found
     if isinstance(opt_state, (optax.GradientTransformation, optax.MultiSteps)):
         raise ValueError(
@@ -244,6 +245,25 @@ def posterior_states(opt_state: OptState, who: str, params: Params = None) -> li
             "or use q.mean, q.variance, q.sample(key)."
         )
     raise ValueError(NO_POSTERIOR.format(who=who))
+
+
+def refuse_variables(who: str, states: list[PyTree]) -> None:
+    """Raise ValueError for the state of an optimizer of Flax nnx as it is: variables, no arrays.
+
+    They are views that change in place. (Parameters may be variables, if the state is made of them:
+    `nnx.split` gives such, and they are trees.)
+    """
+    held = [field for state in states for field in state.reader.core(state)]
+    if any(map(_is_variable, held)):
+        raise ValueError(
+            f"{who}: the state holds variables of Flax nnx, no arrays. Give copies, "
+            "nnx.as_pure(optimizer.opt_state) and nnx.as_pure(nnx.state(model, nnx.Param)); or use "
+            "blr.nnx, whose sampled, make_step and posterior take the model and its optimizer."
+        )
+
+
+def _is_variable(node: Any) -> bool:
+    return type(node).__module__.startswith("flax.nnx") and hasattr(node, "get_metadata")
 
 
 def refuse_one_gradient(reader: Reader, statistic: PyTree) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,17 @@ class Family:
         """Make the family a static node of any pytree."""
         super().__init_subclass__(**kwargs)
         jax.tree_util.register_static(cls)
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        """Refuse the parameters of a member, where the family has no choices of its own."""
+        made = getattr(cls, "__dataclass_params__", None)
+        if (given or named) and made and made.init and not dataclasses.fields(cls):
+            raise ValueError(
+                f"{cls.__name__}() is the family, and takes no parameters; a member is "
+                "blr.distribution(name, ...), or blr.Distribution(family, family.natural(...)), "
+                "with standard parameters by keyword, such as mean= and precision=."
+            )
+        return super().__new__(cls)
 
     def check_learnable(self, who: str) -> None:
         """Raise ValueError for a family that the rule does not learn."""
