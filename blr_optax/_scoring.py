@@ -52,8 +52,10 @@ def _array(name: str, given: ArrayLike) -> ArrayLike:
     Raises:
         ValueError: for what is no array of numbers.
     """
-    if hasattr(given, "dtype") and given.dtype != object:
+    if isinstance(given, (jax.Array, np.ndarray)) and given.dtype != object:
         return given
+    if not concrete(given):
+        return jnp.asarray(given)
     array = np.asarray(given) if given is not None else None
     if array is None or array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: give numbers in an array; got {type(given).__name__}.")

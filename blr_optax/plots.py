@@ -107,7 +107,8 @@ def entropy_histogram(
         if not x.size or not np.all(np.isfinite(x)) or x.min() < -1e-3:
             found = f"between {x.min():.3g} and {x.max():.3g}" if x.size else "of no example"
             raise ValueError(f"{name}: entropies are finite and positive; got numbers {found}.")
-    edges = np.linspace(0, max(x.max() for x in sets) or 1.0, bins + 1)
+    highest = max(float(x.max()) for x in sets) or 1.0
+    edges = np.linspace(0, highest, bins + 1).tolist()
     for x, label, color in zip(sets, labels, (BLUE, VERMILION), strict=True):
         face = {"facecolor": (color, 0.3), "edgecolor": color, "linewidth": 1.5}
         ax.hist(x, edges, density=True, histtype="stepfilled", label=label, **face)
@@ -224,11 +225,10 @@ def _numbers(name: str, given: ArrayLike) -> np.ndarray:
     Raises:
         ValueError: for a whole prediction, or what is no array.
     """
-    if isinstance(given, tuple) and hasattr(given, "_fields"):
-        raise ValueError(
-            f"{name} is a {type(given).__name__}; give one of its arrays, "
-            f"{', '.join('.' + field for field in given._fields)}."
-        )
+    fields = getattr(given, "_fields", ())
+    if fields:
+        arrays = ", ".join(f".{field}" for field in fields)
+        raise ValueError(f"{name} is a {type(given).__name__}; give one of its arrays, {arrays}.")
     array = np.asarray(given)
     if array.dtype.kind not in "biufV":  # V: bfloat16
         raise ValueError(f"{name}: give an array of numbers; got {type(given).__name__}.")

@@ -114,6 +114,8 @@ def test_metrics_take_lists_and_refuse_what_is_no_number():
     """Two of three are right; the ranking of scores 0.9, 0.2 against 0.4 is right in one of two."""
     assert float(blr.metrics.accuracy(PROBS, LABELS)) == pytest.approx(2 / 3)
     np.testing.assert_allclose(blr.metrics.nll(PROBS, LABELS), -np.log([0.9, 0.8, 0.4]), rtol=1e-6)
+    traced = jax.jit(lambda p, q: blr.metrics.accuracy([[p, 1 - p], [q, 1 - q]], [0, 1]))
+    assert float(traced(0.9, 0.8)) == 0.5
     assert float(blr.metrics.auroc([0.9, 0.4, 0.2], [True, False, True])) == 0.5
     for call, words in (
         (lambda: blr.metrics.accuracy(PROBS, ["a", "b", "b"]), "labels: give numbers in an array"),
