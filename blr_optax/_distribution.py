@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blr_optax import _tree
-from blr_optax._random import canonical_key
+from blr_optax._random import canonical_key, leading_shape
 from blr_optax._validate import holds, require
 from blr_optax.families import Family, MeanField, get
 
@@ -110,8 +110,8 @@ class Distribution:
 
     def sample(self, key: KeyLike, shape: int | tuple[int, ...] = ()) -> PyTree:
         """Draw theta, with leading `shape`; `key` is a typed key or an integer seed."""
-        shape = (shape,) if isinstance(shape, int) else shape
-        theta = self.family.sample(canonical_key(key), self._proper("sample"), shape)
+        key, shape = canonical_key(key), leading_shape("Distribution.sample", shape)
+        theta = self.family.sample(key, self._proper("sample"), shape)
         return self._as_weights(theta)
 
     def part(self, *path: str | int) -> Distribution:
@@ -226,6 +226,8 @@ class Distribution:
 
     def __pow__(self, a: float) -> Distribution:
         """Return the (unnormalised) power q^a: a lambda."""
+        if isinstance(a, str) or jnp.ndim(a):
+            raise ValueError(f"Distribution: the power {a!r} must be one number.")
         return self._with(self.family.combine((a, self.natural)))
 
     def _with(self, natural: NaturalParameters) -> Distribution:

@@ -147,10 +147,12 @@ def predict(
             "link=jax.nn.sigmoid gives one number per output, not a distribution over the last "
             "axis; use link=blr_optax.binary_link, which returns both classes."
         )
+    if not callable(link):
+        raise ValueError(f"link={link!r} must be a function of the outputs, such as binary_link.")
     options = Options(samples, chunk, batch_size, progress)
     found = run(_classes, _split_entropy, False, key, q, (apply, link), inputs, options)
     if concrete(found.already):
-        if np.all(found.already == 1) and link is jax.nn.softmax:
+        if np.size(found.already) and np.all(found.already == 1) and link is jax.nn.softmax:
             warnings.warn(
                 "predict: the outputs of apply are probabilities already, and a softmax of them is "
                 "too flat; give the logits, or link=lambda p: p.",
@@ -255,6 +257,8 @@ def predict_regression(
     learnt = noise_variance if callable(noise_variance) else None
     given = None if learnt else noise_variance
     if given is not None:
+        if isinstance(given, str):
+            raise ValueError(f"noise_variance={given!r} must be a number, an array or a function.")
         require("noise_variance", given, "at least zero, a variance", lambda v: v >= 0)
     options = Options(samples, chunk, batch_size, progress)
     functions = (apply, learnt, given is not None)
@@ -351,8 +355,13 @@ def run(
     options: Options,
 ) -> Any:
     """Return what is made of samples of the weights, over batches of the inputs."""
-    key = _one_key(key)
+    key = canonical_key(key)
     check_count("samples", options.samples)
+    if not callable(functions[0]):
+        raise ValueError(
+            "apply must be a function apply(weights, *inputs) of the network's outputs; got "
+            f"{type(functions[0]).__name__}. The order is (key, q, apply, *inputs)."
+        )
     one: Any = q
     if not hasattr(one, "sample") and find_posterior_states(one):
         raise ValueError(
@@ -402,11 +411,3 @@ def _check_sampler(q: Any) -> None:
         q = q.members
     if isinstance(q, Distribution) and not holds(q.family.in_domain, q.natural):
         q.sample(0)  # which says what is wrong
-
-
-def _one_key(key: KeyLike) -> Array:
-    """Return the typed key of a typed key or an integer seed."""
-    key = canonical_key(key)
-    if key.shape != ():
-        raise ValueError(f"key: give one typed key, not an array of shape {key.shape}.")
-    return key

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from blr_optax._distribution import Distribution, distribution
 from blr_optax._predict import Options, Sampler, mean_and_noise, noise_like, run
-from blr_optax._random import canonical_key
+from blr_optax._random import canonical_key, leading_shape
 from blr_optax._validate import require
 from blr_optax.families._numerics.quantiles import quantile
 
@@ -88,7 +88,7 @@ class PredictiveMixture:
 
     def sample(self, key: KeyLike, shape: int | tuple[int, ...] = ()) -> Float[Array, ...]:
         """Draw observations at all inputs together: one draw has one sample of the weights."""
-        shape = (shape,) if isinstance(shape, int) else shape
+        shape = leading_shape("sample", shape)
         which, noise = jax.random.split(canonical_key(key))
         size = jax.tree.leaves(self.components)[0].shape[0]
         index = jax.random.randint(which, shape, 0, size)

@@ -17,6 +17,7 @@ logistic number is log( u / (1 - u) ) with 23 bits of u, at most 16.7 in size.
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -181,11 +182,27 @@ def step_key(key: Array, count: Array, sample: PyTree = 0) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, count), sample)
 
 
+def leading_shape(name: str, shape: Any) -> tuple[int, ...]:
+    """Return the shape of draws, given as a tuple, a list or one number.
+
+    Raises:
+        ValueError: for what is no shape.
+    """
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    try:
+        if all(operator.index(size) >= 0 for size in sizes):
+            return tuple(map(operator.index, sizes))
+    except TypeError:
+        pass
+    shown = repr(shape) if np.ndim(shape) == 0 and shape is not None else type(shape).__name__
+    raise ValueError(f"{name}: shape={shown} must be whole numbers, such as (8,).")
+
+
 def canonical_key(key: KeyLike) -> Array:
     """Return a typed key from a typed key or an integer seed.
 
     Raises:
-        ValueError: for a raw uint32 key.
+        ValueError: for a raw uint32 key, and for an array of keys.
     """
     if isinstance(key, (int, np.integer)):
         return jax.random.key(key)
@@ -195,6 +212,11 @@ def canonical_key(key: KeyLike) -> Array:
             f"{type(key).__name__}."
         )
     if jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        if jnp.ndim(key):
+            raise ValueError(
+                f"key: give one typed key, not an array of shape {jnp.shape(key)}; for several, "
+                "jax.vmap over them."
+            )
         return jax.random.clone(key)  # donating the state must not delete the caller's key
     if jnp.ndim(key) == 0 and jnp.issubdtype(jnp.result_type(key), jnp.integer):
         return jax.random.key(key)

@@ -38,11 +38,28 @@ def probabilities(probs: ArrayLike, *, log: bool = False) -> Float[Array, "*n k"
         if hasattr(probs, name) and not hasattr(probs, "dtype"):
             own = "give its .probabilities" if name == "probabilities" else "it has no classes"
             raise ValueError(f"probs is a {type(probs).__name__}; {own}.")
+    probs = _array("probs", probs)
     if jnp.ndim(probs) == 0:
         raise ValueError(f"probs={probs!r} has no axis of classes; give one number per class.")
     if concrete(probs):
         _check_values(np.asarray(probs), log)
     return wide(probs)
+
+
+def _array(name: str, given: ArrayLike) -> ArrayLike:
+    """Return what has a shape, such as a list of numbers made an array.
+
+    Raises:
+        ValueError: for what is no array of numbers.
+    """
+    if isinstance(given, (jax.Array, np.ndarray)) and given.dtype != object:
+        return given
+    if not concrete(given):
+        return jnp.asarray(given)
+    array = np.asarray(given) if given is not None else None
+    if array is None or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: give numbers in an array; got {type(given).__name__}.")
+    return jnp.asarray(array)
 
 
 def _check_values(probs: np.ndarray, log: bool) -> None:
@@ -111,8 +128,8 @@ def labelled(
         ValueError: as `probabilities`; for labels of another shape or type, or of no class; for
             weights that are negative or of another shape.
     """
-    probs = wide(probs) if logits else probabilities(probs, log=log)
-    labels = jnp.asarray(labels)
+    probs = wide(_array("logits", probs)) if logits else probabilities(probs, log=log)
+    labels = jnp.asarray(_array("labels", labels))
     if labels.shape != probs.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
         need = f"integer classes of shape {probs.shape[:-1]} (from one-hot: labels.argmax(-1))"
         raise ValueError(f"labels are {labels.dtype} of shape {labels.shape}; give {need}.")
@@ -164,7 +181,8 @@ def scored(scores: ArrayLike, positive: ArrayLike, weights: ArrayLike | None) ->
     Raises:
         ValueError: for different sizes, and truths that are neither true or false nor 0 or 1.
     """
-    scores, positive = jnp.ravel(scores), jnp.ravel(positive)
+    scores = jnp.ravel(_array("scores", scores))
+    positive = jnp.ravel(_array("positive", positive))
     if scores.shape != positive.shape:
         raise ValueError(f"positive has {positive.size} entries, scores {scores.size}; pair them.")
     if concrete(positive) and not np.all(np.isin(np.asarray(positive), (0, 1))):

@@ -35,7 +35,7 @@ from blr_optax._scoring import (
     scored,
     wide,
 )
-from blr_optax._validate import require
+from blr_optax._validate import check_whole, require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -327,7 +327,7 @@ def adaptive_calibration(
     >>> c.edges.tolist(), c.count.tolist(), float(c.ece)  # (2 * 0.375 + 1 * 0) / 3
     ([0.5, 1.0, 1.0], [2, 1], 0.25)
     """
-    require("bins", bins, "at least 1", lambda n: n >= 1)
+    require("bins", check_whole("bins", bins), "at least 1", lambda n: n >= 1)
     given = labelled(probs, labels, ignore_index, weights).flat()
     counts = given.mass() > 0
     # Those that count come first, by confidence; the first n % bins groups have one more.
@@ -349,7 +349,7 @@ def adaptive_calibration(
 def _equal_width(
     given: Labelled, confidence: Array, outcome: Array, bins: int, closed: str
 ) -> Calibration:
-    require("bins", bins, "at least 1", lambda n: n >= 1)
+    require("bins", check_whole("bins", bins), "at least 1", lambda n: n >= 1)
     if closed not in ("left", "right"):
         raise ValueError(f'closed={closed!r} is not a bin convention; use "left" or "right".')
     index = jnp.floor(confidence * bins) if closed == "left" else jnp.ceil(confidence * bins) - 1

@@ -111,6 +111,7 @@ def entropy_histogram(
         The figure.
 
     Raises:
+        ValueError: for entropies that are missing, negative or not finite.
         ImportError: without matplotlib.
 
     >>> (ax,) = entropy_histogram(np.array([0.1, 0.2]), np.array([0.4, 0.5]), bins=5).axes
@@ -118,8 +119,13 @@ def entropy_histogram(
     0.5
     """
     ax = _axes(ax)
-    sets = [np.ravel(inside), np.ravel(outside)]
-    edges = np.linspace(0, max(x.max() for x in sets), bins + 1)
+    sets = [np.ravel(_numbers(name, x)) for name, x in (("inside", inside), ("outside", outside))]
+    for name, x in zip(("inside", "outside"), sets, strict=True):
+        if not x.size or not np.all(np.isfinite(x)) or x.min() < -1e-3:
+            found = f"between {x.min():.3g} and {x.max():.3g}" if x.size else "of no example"
+            raise ValueError(f"{name}: entropies are finite and positive; got numbers {found}.")
+    highest = max(float(x.max()) for x in sets) or 1.0
+    edges = np.linspace(0, highest, bins + 1).tolist()
     for x, label, color in zip(sets, labels, (BLUE, VERMILION), strict=True):
         face = {"facecolor": (color, 0.3), "edgecolor": color, "linewidth": 1.5}
         ax.hist(x, edges, density=True, histtype="stepfilled", label=label, **face)
@@ -144,7 +150,7 @@ def regression_band(
     ``epistemic + aleatoric`` where that is wider.
 
     Args:
-        x: Inputs, in any order.
+        x: Inputs, in any order; like the others, one number each, or a column of them.
         mean: Predicted means.
         epistemic: Variance over weights, as in `RegressionPredictive`.
         aleatoric: Variance of the noise.
@@ -156,6 +162,7 @@ def regression_band(
         The figure.
 
     Raises:
+        ValueError: for a whole prediction, several outputs, other sizes, a negative variance.
         ImportError: without matplotlib.
 
     >>> x = np.array([0.0, 1.0])
@@ -164,7 +171,15 @@ def regression_band(
     3.83
     """
     ax = _axes(ax)
-    arrays = np.broadcast_arrays(x, mean, epistemic, aleatoric)
+    given = {"x": x, "mean": mean, "epistemic": epistemic, "aleatoric": aleatoric}
+    columns = {name: _column(name, value) for name, value in given.items()}
+    sizes = {name: value.size for name, value in columns.items()}
+    if set(sizes.values()) - {1, sizes["x"]}:
+        raise ValueError(f"regression_band draws a curve over x; got sizes {sizes}.")
+    for name in ("epistemic", "aleatoric"):
+        if np.any(columns[name] < 0):
+            raise ValueError(f"{name} is a variance; got {columns[name].min():.3g}.")
+    arrays = np.broadcast_arrays(*columns.values())
     order = np.argsort(arrays[0])
     x, mean, epistemic, aleatoric = (v[order] for v in arrays)
     bands = [("epistemic", epistemic, 0.45)]
@@ -176,7 +191,8 @@ def regression_band(
         ax.fill_between(x, mean - half, mean + half, color=BLUE, alpha=alpha, lw=0, label=name)
     ax.plot(x, mean, color=BLUE, linewidth=1.8, label="mean")
     if data is not None:
-        ax.plot(*data, "o", color="black", markersize=3, label="data", zorder=3)
+        points = [_column(name, v) for name, v in zip(("data x", "data y"), data, strict=True)]
+        ax.plot(*points, "o", color="black", markersize=3, label="data", zorder=3)
     ax.set(xlabel="x", ylabel="y")
     # Above the axes: inside, it would hide part of a band that fills them.
     ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
@@ -206,6 +222,7 @@ def training_curves(
         The figure.
 
     Raises:
+        ValueError: for curves without names, and steps of another number.
         ImportError: without matplotlib.
 
     >>> (ax,) = training_curves({"IVON": [1.0, 0.5], "AdamW": [1.0, 0.6]}).axes
@@ -214,12 +231,46 @@ def training_curves(
     """
     ax = _axes(ax)
     ax.set_prop_cycle(color=[BLUE, VERMILION, GREEN, ORANGE, PINK])
+    if not hasattr(curves, "items") or not curves:
+        raise ValueError('curves: give values by name, such as {"IVON": losses}.')
     for name, values in curves.items():
-        values = np.asarray(values)
+        values = _column(f"curves[{name!r}]", values)
+        if steps is not None and np.shape(steps) != values.shape:
+            raise ValueError(
+                f"curves[{name!r}] has {values.size} values, and steps {np.size(steps)}."
+            )
         ax.plot(np.arange(len(values)) if steps is None else steps, values, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
     ax.legend(frameon=False)
     return cast("Figure", ax.figure)
+
+
+def _numbers(name: str, given: ArrayLike) -> np.ndarray:
+    """Return an array of numbers.
+
+    Raises:
+        ValueError: for a whole prediction, or what is no array.
+    """
+    fields = getattr(given, "_fields", ())
+    if fields:
+        arrays = ", ".join(f".{field}" for field in fields)
+        raise ValueError(f"{name} is a {type(given).__name__}; give one of its arrays, {arrays}.")
+    array = np.asarray(given)
+    if array.dtype.kind not in "biufV":  # V: bfloat16
+        raise ValueError(f"{name}: give an array of numbers; got {type(given).__name__}.")
+    return array.astype(np.float64)
+
+
+def _column(name: str, given: ArrayLike) -> np.ndarray:
+    """Return numbers along one axis, which an axis of size one may follow.
+
+    Raises:
+        ValueError: for several numbers each.
+    """
+    array = _numbers(name, given)
+    if array.ndim > 1 and array.size != array.shape[0]:
+        raise ValueError(f"{name} has shape {array.shape}; draw one output at a time, [:, 0].")
+    return array.ravel()
 
 
 def _panel_above(ax: Axes) -> Axes:

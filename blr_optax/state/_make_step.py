@@ -140,7 +140,7 @@ def make_step(
     tx = optax.with_extra_args_support(tx)
     options = {"antithetic": antithetic, "microbatch": microbatch, "has_aux": has_aux}
     asked = [name for name, value in options.items() if value]
-    asked += ["samples"] * (samples != 1) + ["axis_name"] * (axis_name is not None)
+    asked += ["samples"] * int(samples != 1) + ["axis_name"] * (axis_name is not None)
 
     def by_batch(
         params: Params, opt_state: OptState, batch: tuple, asked: list[str]

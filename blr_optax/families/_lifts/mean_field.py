@@ -23,7 +23,7 @@ from blr_optax.families._lifts.independent import Independent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Array
+    from jaxtyping import Array, Float
 
     from blr_optax._typing import NaturalParameters, PyTree
 
@@ -112,6 +112,21 @@ class MeanField(Independent, ExponentialFamily):
             return super().sample(key, lam, shape)
         mean = self.mean(lam)
         return jax.tree.map(jnp.add, mean, self.displace(lam, standard_normals(key, mean, shape)))
+
+    def log_prob(self, lam: NaturalParameters, theta: PyTree) -> Float[Array, ...]:
+        """Sum over the tree, for every draw that leads.
+
+        Raises:
+            ValueError: for a leaf that is no draw of its members, but would broadcast to one.
+        """
+        for own, x in zip(self.split(lam, lam), self.split(theta, lam), strict=True):
+            size = jnp.broadcast_shapes(*map(jnp.shape, own))
+            if size and jnp.ndim(x) and jnp.shape(x)[-len(size) :] != size:
+                raise ValueError(
+                    f"MeanField: theta has a leaf of shape {jnp.shape(x)}, where the parameters "
+                    f"have {size}; axes of draws lead."
+                )
+        return super().log_prob(lam, theta)
 
     def batch_ndim(self, member: Family, lam: NaturalParameters) -> int:
         """All axes of a leaf."""
