@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import environment
 from benchmarks.payoff import claims, figures, page, plan
-from benchmarks.payoff.beyond import PARTS
+from benchmarks.payoff.beyond.parts import PARTS
 from benchmarks.payoff.methods import METHODS
 from benchmarks.payoff.records import Records, run_jobs
 from benchmarks.payoff.tasks import CORE, OPTIONAL, TASKS
@@ -78,7 +78,8 @@ def report(args: argparse.Namespace, records: Records) -> list[claims.Claim]:
         stamp = json.loads(path.read_text())["environment"]
     summary = {"environment": stamp, "claims": [dataclasses.asdict(c) for c in found]}
     path.write_text(json.dumps(summary, indent=1) + "\n")
-    text = page.page(records, tasks, found, drawn, stamp)
+    sections = [part.section(records) for part in PARTS.values()]
+    text = page.page(records, tasks, found, drawn, sections, stamp)
     (args.docs / "payoff.md").write_text(text)
     return found
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.payoff import rows
-from benchmarks.payoff.beyond import PARTS
 from benchmarks.payoff.claims import Claim
 from benchmarks.payoff.methods import CONFIGURATIONS, METHODS
 from benchmarks.payoff.records import Records
@@ -111,7 +110,15 @@ def losses(records: Records, tasks: list[str]) -> str:
                             f"wins {found.wins} of {found.pairs})")  # fmt: skip
         if lost:
             lines.append(f"- **{a.label} loses to {b.label}** in NLL on " + ", ".join(lost) + ".")
-    return "\n".join(lines) + "\n" if lines else "Nothing of the tables: no task is lost.\n"
+    return "".join(f"{line}\n" for line in lines) or "No task of the tables is lost.\n"
+
+
+def unmet(claims: list[Claim]) -> str:
+    """The demands that the numbers do not reach."""
+    return "".join(
+        f"- Demanded and not reached: {c.text}: {c.measured} (demand: {c.demand}).\n"
+        for c in claims if c.met is False
+    )  # fmt: skip
 
 
 def boxes() -> str:
@@ -146,15 +153,16 @@ def seconds(records: Records, tasks: list[str]) -> str:
 
 
 def page(
-    records: Records, tasks: list[str], claims: list[Claim], drawn: list[str], stamp: dict[str, Any]
-) -> str:
+    records: Records, tasks: list[str], claims: list[Claim], drawn: list[str],
+    sections: list[str], stamp: dict[str, Any],
+) -> str:  # fmt: skip
     """The whole page."""
     classes, numbers = (rows.of_kind(tasks, k) for k in ("classification", "regression"))
     study = ", ".join(name for name, task in TASKS.items() if task.study)
     parts = [
         HEAD.format(count=CONFIGURATIONS, splits=len(SPLITS), study=study, boxes=boxes()),
         "## The claims\n\n" + claim_table(claims),
-        "## Where it does not pay\n\n" + losses(records, tasks),
+        "## Where it does not pay\n\n" + losses(records, tasks) + unmet(claims),
     ]
 
     def picture(name: str, text: str) -> str:
@@ -182,7 +190,7 @@ def page(
             + pair_table(records, numbers, "regression"),
         ]
     parts.append(picture("curves", "validation NLL while training"))
-    parts += [part.section(records) for part in PARTS.values()]
+    parts += sections
     parts.append("## What it costs\n\n" + seconds(records, tasks))
     versions = ", ".join(f"{k} {v}" for k, v in stamp.items())
     parts.append(f"Measured with {versions}.\n")

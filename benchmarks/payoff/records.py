@@ -121,7 +121,7 @@ def run_jobs(
         except MissingExtraError as error:
             missing.add(str(error))
         if bar is not None:
-            bar.set_postfix_str(job.key)
+            bar.set_postfix_str(job.key, refresh=False)
             bar.update()
 
     try:

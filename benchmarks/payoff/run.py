@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.payoff import scores
@@ -19,6 +20,39 @@ def score_views(kind: Kind, views: dict[str, Any], a: Arrays) -> dict[str, dict[
         for view, predicted in views.items()
         for suffix, found in score(**predicted, a=a).items()
     }
+
+
+def trained(
+    kind: Kind, method: str, hyper: dict[str, float] | None, make: Callable[[int], Arrays]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train every member of a method.
+
+    Args:
+        kind: of the tasks that share the program.
+        method: a name in `METHODS`.
+        hyper: numbers that differ from the untuned ones.
+        make: member -> its arrays.
+
+    Returns:
+        What `train` returns for every member, and {"hyper", "seconds"}.
+    """
+    hyper = untuned(method, kind.name) | (hyper or {})
+    found, seconds = [], 0.0
+    for member in range(METHODS[method].members):
+        a = make(member)
+        program(method, kind, hyper, a)
+        start = time.perf_counter()
+        found.append(train(method, kind, hyper, a))
+        seconds += time.perf_counter() - start
+    return found, {"hyper": hyper, "seconds": seconds}
+
+
+def views_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The views of a run; of several runs the average of their means, as "samples"."""
+    if len(found) == 1:
+        return found[0]["views"]
+    means = [member["views"]["mean"] for member in found]
+    return {"samples": {p: scores.averaged([m[p] for m in means]) for p in ("valid", "test")}}
 
 
 def run_one(
@@ -38,23 +72,9 @@ def run_one(
         (classification) or "+noise" (regression), fitted on the validation rows. "curve":
         validation NLL at the mean while training. "hyper", and "seconds" without compiling.
     """
-    kind, row = TASKS[task].kind, METHODS[method]
-    hyper = untuned(method, kind.name) | (hyper or {})
-    found, seconds = [], 0.0
-    for member in range(row.members):
-        a = arrays(task, split, member)
-        program(method, kind, hyper, a)
-        start = time.perf_counter()
-        out = train(method, kind, hyper, a)
-        seconds += time.perf_counter() - start
-        found.append(out["views"])
-    views = found[0]
-    if row.members > 1:
-        views = {"samples": {p: scores.averaged([m["mean"][p] for m in found])
-                             for p in ("valid", "test")}}  # fmt: skip
-    return {
-        "hyper": hyper,
-        "views": score_views(kind, views, a),
-        "curve": out["curve"].tolist(),
-        "seconds": seconds,
+    kind = TASKS[task].kind
+    found, about = trained(kind, method, hyper, lambda member: arrays(task, split, member))
+    return about | {
+        "views": score_views(kind, views_of(found), arrays(task, split)),
+        "curve": found[0]["curve"].tolist(),
     }

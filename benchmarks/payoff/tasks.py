@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -135,8 +136,13 @@ def passes(seed: int, rows: int, steps: int, batch: int) -> np.ndarray:
     return order[: steps * batch].reshape(steps, batch).astype(np.int32)
 
 
-def parts(task: Task, split: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Standardised "train", "valid" and "test" rows of a split, not padded."""
+def parts(
+    task: Task, split: int, change: Callable[[np.ndarray], np.ndarray] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Standardised "train", "valid" and "test" rows of a split, not padded.
+
+    `change` of the raw test rows is appended to the test part.
+    """
     x, y = table(task.table)
     rng = np.random.default_rng([split, 0])
     order = rng.permutation(len(x))
@@ -146,15 +152,20 @@ def parts(task: Task, split: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if task.noise:
         redrawn = rng.random(len(y)) < task.noise
         y = np.where(redrawn, rng.integers(0, y.max() + 1, len(y)), y)
-    train = x[: size[0]]
-    deviation = train.std(0)
-    deviation = np.where(deviation > 1e-6 * (1 + np.abs(train.mean(0))), deviation, np.inf)
-    x = np.clip((x - train.mean(0)) / deviation, -BOUND, BOUND).astype(np.float32)
+    center, deviation = x[: size[0]].mean(0), x[: size[0]].std(0)
+    deviation = np.where(deviation > 1e-6 * (1 + np.abs(center)), deviation, np.inf)
     if task.kind.regression:
         y = ((y - y[: size[0]].mean()) / y[: size[0]].std()).astype(np.float32)
     edges = np.cumsum([0, *size])
     names = ("train", "valid", "test")
-    return {k: (x[a:b], y[a:b]) for k, a, b in zip(names, edges, edges[1:], strict=False)}
+    found = {k: (x[a:b], y[a:b]) for k, a, b in zip(names, edges, edges[1:], strict=False)}
+    if change is not None:
+        test, labels = found["test"]
+        found["test"] = np.concatenate([test, change(test)]), np.concatenate([labels, labels])
+    return {
+        k: (np.clip((x - center) / deviation, -BOUND, BOUND).astype(np.float32), y)
+        for k, (x, y) in found.items()
+    }
 
 
 def padded(kind: Kind, found: dict, split: int, member: int = 0) -> Arrays:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import blr_optax as blr
 from benchmarks.payoff import network
+from benchmarks.payoff.loop import one_step
 from benchmarks.payoff.methods import METHODS, Method, Setting
 from benchmarks.payoff.tasks import Arrays, Kind
 
@@ -25,15 +25,8 @@ def stepper(method: Method, kind: Kind, classes: Any, hyper: Any, key: Any) -> A
     loss = network.loss_of(kind, classes)
 
     def step(tx: Any, weights: Any, state: Any, x: Any, y: Any, t: Any) -> tuple[Any, Any]:
-        if method.posterior:
-            est = blr.estimate(loss, state, weights, x, y)
-            extra = {} if est.statistic is None else {"statistic": est.statistic}
-            updates, state = tx.update(est.grad, state, weights, **extra)
-        else:
-            drop = (jax.random.fold_in(key, t), hyper["rate"]) if method.dropout else ()
-            grads = jax.grad(loss)(weights, x, y, *drop)
-            updates, state = tx.update(grads, state, weights)
-        return optax.apply_updates(weights, updates), state
+        drop = (jax.random.fold_in(key, t), hyper["rate"]) if method.dropout else ()
+        return one_step(method, loss, tx)(weights, state, x, y, *drop)
 
     return step
 
@@ -52,7 +45,7 @@ def predictions(kind: Kind, outputs: Any, log_noise: Any) -> dict[str, Any]:
 
 
 def trainer(method: Method, kind: Kind, every: int = EVERY, samples: int = SAMPLES) -> Any:
-    """(hyper, split) -> {"views": view -> part -> predictions, "curve": validation NLL}."""
+    """(hyper, split) -> predictions by view and part, validation NLL, last weights."""
 
     def train(hyper: dict[str, Any], a: Arrays) -> dict[str, Any]:
         first, noise, last = jax.random.split(jax.random.key(a.seed), 3)
@@ -97,12 +90,14 @@ def trainer(method: Method, kind: Kind, every: int = EVERY, samples: int = SAMPL
 
         views = {k: jax.tree.map(lambda o: o[None], outputs(w))
                  for k, w in {"mean": weights, "stopped": best, "ema": ema}.items()}  # fmt: skip
-        keys = jax.random.split(last, samples)
+        keys, deviation = jax.random.split(last, samples), ()
         if method.dropout:
             views["samples"] = jax.lax.map(lambda k: outputs(weights, k, hyper["rate"]), keys)
         elif method.sampled:
             q = blr.posterior(state, weights)
             views["samples"] = jax.lax.map(lambda k: outputs(q.sample(k)), keys)
+            if isinstance(q.variance, dict):  # of leaves, not along a basis
+                deviation = jax.tree.map(jnp.sqrt, q.variance)
         cut = len(a.valid_x)
         return {
             "views": {
@@ -113,6 +108,8 @@ def trainer(method: Method, kind: Kind, every: int = EVERY, samples: int = SAMPL
                 for view, (found, log_noise) in views.items()
             },
             "curve": curve,
+            "weights": weights,
+            "deviation": deviation,
         }
 
     return train

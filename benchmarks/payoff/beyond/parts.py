@@ -1,0 +1,7 @@
+"""The tasks beyond accuracy, by the name under which the command line knows them."""
+
+from types import ModuleType
+
+from benchmarks.payoff.beyond import pruning, rates, shifted
+
+PARTS: dict[str, ModuleType] = {part.NAME: part for part in (rates, shifted, pruning)}
