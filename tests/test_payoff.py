@@ -37,7 +37,7 @@ def found():
     result = {}
     for kind in (SMALL, WIDE):
         a = tasks.padded(kind, parts, 0)
-        train = jax.jit(training.trainer(METHODS["adamw"], kind, samples=2))
+        train = jax.jit(training.trainer(METHODS["adamw"], kind))
         out = train(untuned("adamw", kind.name) | {"lr": 0.01}, a)
         result[kind] = a, jax.tree.map(np.asarray, out)
     return result

@@ -33,6 +33,7 @@ class Kind:
         rows: of the padded training, validation and test parts.
         hidden: widths of the two hidden layers.
         steps, batch: of every run.
+        samples: of the posterior, or dropout masks, that a prediction averages.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Kind:
     hidden: int
     steps: int
     batch: int = 50
+    samples: int = 64
 
     @property
     def regression(self) -> bool:

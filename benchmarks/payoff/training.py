@@ -16,7 +16,7 @@ from benchmarks.payoff.loop import one_step
 from benchmarks.payoff.methods import METHODS, Method, Setting
 from benchmarks.payoff.tasks import Arrays, Kind
 
-SAMPLES, EVERY, EMA = 64, 50, 0.998
+EVERY, EMA = 50, 0.998
 _lock = threading.Lock()
 
 
@@ -37,14 +37,20 @@ def masked_mean(x: Any, mask: Any) -> Any:
 
 
 def predictions(kind: Kind, outputs: Any, log_noise: Any) -> dict[str, Any]:
-    """What scores need, from outputs with a leading axis of samples."""
+    """What scores need, from outputs with a leading axis of samples.
+
+    Of classes the log of the averaged probabilities, and the average of the samples' entropies.
+    """
     if kind.regression:
         return {"mean": outputs[..., 0], "log_noise": log_noise}
     log_probs = jax.nn.log_softmax(outputs)
-    return {"log_probs": jax.nn.logsumexp(log_probs, 0) - jnp.log(len(outputs))}
+    return {
+        "log_probs": jax.nn.logsumexp(log_probs, 0) - jnp.log(len(outputs)),
+        "doubt": jnp.mean(-jnp.sum(jnp.exp(log_probs) * log_probs, -1), 0),
+    }
 
 
-def trainer(method: Method, kind: Kind, every: int = EVERY, samples: int = SAMPLES) -> Any:
+def trainer(method: Method, kind: Kind, every: int = EVERY) -> Any:
     """(hyper, split) -> predictions by view and part, validation NLL, last weights."""
 
     def train(hyper: dict[str, Any], a: Arrays) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def trainer(method: Method, kind: Kind, every: int = EVERY, samples: int = SAMPL
 
         views = {k: jax.tree.map(lambda o: o[None], outputs(w))
                  for k, w in {"mean": weights, "stopped": best, "ema": ema}.items()}  # fmt: skip
-        keys, deviation = jax.random.split(last, samples), ()
+        keys, deviation = jax.random.split(last, kind.samples), ()
         if method.dropout:
             views["samples"] = jax.lax.map(lambda k: outputs(weights, k, hyper["rate"]), keys)
         elif method.sampled:

@@ -2,6 +2,16 @@
 
 from types import ModuleType
 
-from benchmarks.payoff.beyond import pruning, rates, shifted
+from benchmarks.payoff.beyond import (
+    active,
+    bandit,
+    language,
+    pruning,
+    rates,
+    segmentation,
+    shifted,
+)
 
-PARTS: dict[str, ModuleType] = {part.NAME: part for part in (rates, shifted, pruning)}
+PARTS: dict[str, ModuleType] = {
+    part.NAME: part for part in (rates, shifted, pruning, language, active, bandit, segmentation)
+}
