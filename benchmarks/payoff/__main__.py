@@ -68,7 +68,7 @@ def report(args: argparse.Namespace, records: Records) -> list[claims.Claim]:
     """Write the summary, the figures and the page from the records; return the claims."""
     tasks = [t for t in TASKS if records.of(t)]
     found = claims.of_tables(records, tasks)
-    found += [claim for part in PARTS.values() for claim in part.claims(records)]
+    beyond = [claim for part in PARTS.values() for claim in part.claims(records)]
     drawn = figures.draw(records, tasks, args.docs / "figures")
     for part in PARTS.values():
         part.draw(records, args.docs / "figures")
@@ -76,12 +76,12 @@ def report(args: argparse.Namespace, records: Records) -> list[claims.Claim]:
     stamp = environment()
     if args.report and path.exists():  # the machine that writes need not be the one that measured
         stamp = json.loads(path.read_text())["environment"]
-    summary = {"environment": stamp, "claims": [dataclasses.asdict(c) for c in found]}
+    summary = {"environment": stamp, "claims": [dataclasses.asdict(c) for c in found + beyond]}
     path.write_text(json.dumps(summary, indent=1) + "\n")
     sections = [part.section(records) for part in PARTS.values()]
-    text = page.page(records, tasks, found, drawn, sections, stamp)
+    text = page.page(records, tasks, found, beyond, drawn, sections, stamp)
     (args.docs / "payoff.md").write_text(text)
-    return found
+    return found + beyond
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,7 +36,10 @@ def measured(records: Records, tasks: list[str], metric: str) -> list[str]:
     """The tasks that have the two rows that every figure compares."""
     found = []
     for task in tasks:
-        both = [rows.table(records, r, [task], metric) for r in (rows.ADAMW, rows.IVON)]
+        both = [
+            rows.table(records, r, [task], metric)
+            for r in (rows.ADAMW, rows.ADAMW_TUNED, rows.IVON)
+        ]
         if not any(np.isnan(x).all() for x in both):
             found.append(task)
     return found
@@ -61,15 +64,15 @@ def draw(records: Records, tasks: list[str], folder: Path) -> list[str]:
     """All figures of the main tables; the names of those drawn."""
     drawn = []
     for kind, metric, title, minus in (
-        ("classification", "nll", "test NLL, less that of AdamW 1e-3", rows.ADAMW),
+        ("classification", "nll", "test NLL, less that of AdamW tuned", rows.ADAMW_TUNED),
         ("classification", "ece", "expected calibration error", None),
-        ("regression", "nll", "test NLL, learnt noise, less that of AdamW 1e-3", rows.ADAMW),
+        ("regression", "nll", "test NLL, less that of AdamW tuned", rows.ADAMW_TUNED),
         ("regression", "coverage", "coverage of 90 % intervals", None),
     ):
         shown = measured(records, rows.of_kind(tasks, kind), metric)
         if not shown:
             continue
-        figure, ax = plt.subplots(figsize=(3 + 1.1 * len(shown), 4), layout="constrained")
+        figure, ax = plt.subplots(figsize=(max(7.5, 1.2 * len(shown)), 4.2), layout="constrained")
         _dots(ax, records, shown, metric, minus)
         ax.set_ylabel(title)
         if minus is not None:

@@ -113,6 +113,12 @@ def losses(records: Records, tasks: list[str]) -> str:
     return "".join(f"{line}\n" for line in lines) or "No task of the tables is lost.\n"
 
 
+def absent(tasks: list[str]) -> str:
+    """Say which tasks of the tables have not run."""
+    left = [task for task in TASKS if task not in tasks]
+    return f"\nNot measured yet: {', '.join(left)}.\n" if left else ""
+
+
 def unmet(claims: list[Claim]) -> str:
     """The demands that the numbers do not reach."""
     return "".join(
@@ -153,7 +159,7 @@ def seconds(records: Records, tasks: list[str]) -> str:
 
 
 def page(
-    records: Records, tasks: list[str], claims: list[Claim], drawn: list[str],
+    records: Records, tasks: list[str], claims: list[Claim], beyond: list[Claim], drawn: list[str],
     sections: list[str], stamp: dict[str, Any],
 ) -> str:  # fmt: skip
     """The whole page."""
@@ -161,8 +167,8 @@ def page(
     study = ", ".join(name for name, task in TASKS.items() if task.study)
     parts = [
         HEAD.format(count=CONFIGURATIONS, splits=len(SPLITS), study=study, boxes=boxes()),
-        "## The claims\n\n" + claim_table(claims),
-        "## Where it does not pay\n\n" + losses(records, tasks) + unmet(claims),
+        "## The claims\n\n" + claim_table(claims + beyond) + absent(tasks),
+        "## Where it does not pay\n\n" + losses(records, tasks) + unmet(beyond),
     ]
 
     def picture(name: str, text: str) -> str:
