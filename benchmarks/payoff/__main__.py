@@ -48,6 +48,8 @@ def forget(records: Records, args: argparse.Namespace, tasks: list[str]) -> None
     for key in gone:
         del records.found[key]
     records.compact()
+    for name in args.parts:  # a figure that is drawn once is drawn again
+        (args.docs / "figures" / f"payoff_{name}.png").unlink(missing_ok=True)
 
 
 def measure(args: argparse.Namespace, records: Records, tasks: list[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 
 from benchmarks.payoff.methods import METHODS, Numbers, configurations, untuned
-from benchmarks.payoff.records import Job, Records
+from benchmarks.payoff.records import Job, Record, Records
 from benchmarks.payoff.run import run_one
 from benchmarks.payoff.tasks import SEARCH_SPLIT, SPLITS, TASKS
 
@@ -32,10 +33,18 @@ def job(task: str, method: str, variant: str, split: int, hyper: Numbers) -> Job
     return Job(task, method, variant, split, run, hyper)
 
 
+def _searched(task: str, method: str, split: int, hyper: Numbers) -> Record:
+    """A run of which only the scores are kept: there are many, and the file stays small."""
+    return {k: v for k, v in run_one(task, method, split, hyper).items() if k != "curve"}
+
+
 def search_jobs(tasks: Iterable[str], methods: Iterable[str]) -> list[Job]:
     """Every configuration of every method on split 100."""
     return [
-        job(task, method, f"search {i}", SEARCH_SPLIT, hyper)
+        dataclasses.replace(
+            job(task, method, f"search {i}", SEARCH_SPLIT, hyper),
+            run=functools.partial(_searched, task, method, SEARCH_SPLIT, hyper),
+        )
         for method in dict.fromkeys(METHODS[m].search or m for m in methods)
         for task in tasks
         for i, hyper in enumerate(configurations(method, TASKS[task].kind.name))

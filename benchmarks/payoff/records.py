@@ -39,14 +39,14 @@ class Job:
 
 
 def plain(x: Any) -> Any:
-    """Numbers that JSON knows: what is not finite is None."""
+    """Numbers that JSON knows, to six digits: what is not finite is None."""
     if isinstance(x, dict):
         return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
         return [plain(v) for v in x]
     if isinstance(x, (str, bool, int)) or x is None:
         return x
-    return float(x) if math.isfinite(float(x)) else None
+    return float(f"{float(x):.6g}") if math.isfinite(float(x)) else None
 
 
 class Records:

@@ -46,7 +46,7 @@ def pruned(
     """The weights without the given share of the matrices' entries, the smallest in size."""
     used = real(weights, a)
     every = np.concatenate([size[k][used[k]] for k in MATRICES])
-    bound = np.quantile(every, share) if share else -np.inf
+    bound = np.sort(every)[round(share * len(every))]
     return {**weights, **{k: np.where(size[k] < bound, 0.0, weights[k]) for k in MATRICES}}
 
 

@@ -1,6 +1,6 @@
 """Segmentation of drawn shapes, with the uncertainty of every pixel.
 
-A network of three dilated 3 x 3 convolutions of 16 channels names the shape of every pixel. It
+A network of three dilated 3 x 3 convolutions of 24 channels names the shape of every pixel. It
 trains on crops of one photograph and is tested on other crops of it and of another photograph. The
 effective sample size is the number of training pixels. Scores are per pixel; "finds errors" is the
 AUROC of the entropy for being wrong.
@@ -30,7 +30,7 @@ from benchmarks.payoff.tasks import SPLITS, passes
 from blr_optax import metrics
 
 NAME, TASK = "segmentation", "shapes"
-TRAIN, TEST, STEPS, BATCH, SAMPLES, CHANNELS = 100, 100, 1000, 4, 16, 16
+TRAIN, TEST, STEPS, BATCH, SAMPLES, CHANNELS = 100, 100, 1500, 4, 16, 24
 DILATIONS = (1, 2, 4)
 METHODS_SHOWN = ("adamw", "dropout", "ivon")
 PLACES = ("same photograph", "other photograph")
@@ -182,16 +182,20 @@ def values(records: Records, method: str, view: str, metric: str) -> np.ndarray:
 
 
 def claims(records: Records) -> list[Claim]:
-    """Samples against AdamW on the photograph that was not trained on."""
-    text, demand = "segmentation of another photograph, NLL: IVON recipe / AdamW 1e-3", "below 1"
-    x = values(records, "ivon", f"samples, {PLACES[1]}", "nll")
-    y = values(records, "adamw", f"mean, {PLACES[1]}", "nll")
+    """Samples against AdamW, on both photographs; nothing was demanded in numbers."""
+    return [_claim(records, place) for place in PLACES]
+
+
+def _claim(records: Records, place: str) -> Claim:
+    text, demand = f"segmentation, {place}, NLL: IVON recipe / AdamW 1e-3", "below 1"
+    x = values(records, "ivon", f"samples, {place}", "nll")
+    y = values(records, "adamw", f"mean, {place}", "nll")
     if np.isnan(x + y).any():
-        return [unmeasured(text, demand)]
+        return unmeasured(text, demand)
     relative = float(np.exp(np.mean(np.log(x) - np.log(y))))
-    dropout = values(records, "dropout", f"samples, {PLACES[1]}", "nll").mean()
-    says = f"{relative:.3f}, wins {np.sum(x < y)} of {len(x)} (dropout {dropout:.3f} nats)"
-    return [Claim(text, demand, says, relative < 1)]
+    dropout = values(records, "dropout", f"samples, {place}", "nll").mean() / y.mean()
+    says = f"{relative:.3f}, wins {np.sum(x < y)} of {len(x)} (dropout {dropout:.3f})"
+    return Claim(text, demand, says, relative < 1)
 
 
 def section(records: Records) -> str:

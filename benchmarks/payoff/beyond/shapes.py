@@ -31,8 +31,7 @@ def drawn(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(count, side, side, 3) images and (count, side, side) classes.
 
-    One to three shapes per image, half transparent, in colours taken from the photograph, so that
-    colour alone does not tell; and noise over all.
+    One to three shapes per image, a little transparent, in any colour; and noise over all.
     """
     height, width, _ = photograph.shape
     x = np.zeros((count, SIDE, SIDE, 3))
@@ -44,8 +43,7 @@ def drawn(
             kind = int(rng.integers(1, len(CLASSES)))
             mask = shape_mask(kind, rng.uniform(4, SIDE - 4, 2), rng.uniform(4, 8),
                               rng.uniform(0, 2 * np.pi))  # fmt: skip
-            colour = photograph[rng.integers(0, height), rng.integers(0, width)]
-            opacity = rng.uniform(0.6, 1.0)
+            colour, opacity = rng.random(3), rng.uniform(0.6, 1.0)
             x[i][mask] = opacity * colour + (1 - opacity) * x[i][mask]
             y[i][mask] = kind
     x += 0.05 * rng.standard_normal(x.shape)
