@@ -6,6 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+PAYOFF_ARGS ?=
 MUTANT_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 .DELETE_ON_ERROR:
 # Two pips must never write into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test slow coverage mutants lint types format bench docs clean
+.PHONY: help demo test slow coverage mutants lint types format bench payoff docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -47,6 +48,9 @@ format: $(VENV)/.stamp-lint  ## let ruff repair what it can
 
 bench: $(VENV)/.stamp-bench  ## the benchmarks (BENCH_ARGS passes options on)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+payoff: $(VENV)/.stamp-payoff  ## where a posterior pays, resumable (PAYOFF_ARGS passes options on)
+	$(BIN)/python -m benchmarks.payoff $(PAYOFF_ARGS)
 
 docs: $(VENV)/.stamp-docs  ## the documentation, into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
