@@ -15,9 +15,10 @@ import numpy as np
 import optax
 
 import blr_optax as blr
+from blr_optax.optimizers._first_weights import CLIP_STEP, NOISE, PRIOR
+from blr_optax.recipes._recipe import RATES
 
 WARM_UP, MEMBERS, CONFIGURATIONS = 0.05, 5, 8
-UNBOUNDED = 1e9
 Numbers = dict[str, float]
 Box = dict[str, tuple[float, float]]
 
@@ -118,25 +119,14 @@ def recipe(s: Setting) -> Recipe:
     return Recipe(ess, jax.tree.map(lambda t, d: t - d, total, prior), prior)
 
 
-def bounded(s: Setting) -> list[optax.GradientTransformation]:
-    """A bound on the step in units of the weights, and the schedule that lowers both."""
-    return [optax.clip(s.hyper["bound"]), optax.scale_by_schedule(s.shape)]
-
-
-def times(tree: Any) -> optax.GradientTransformation:
-    """Every leaf times a number."""
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, tree))
-
-
 def ivon_like(make: Callable) -> Callable[[Setting], optax.GradientTransformation]:
-    """IVON or EVON by the recipe; the rate is rescaled inside."""
+    """IVON or EVON by the recipe, of which `num_steps=` would not know what is padding."""
 
     def transformation(s: Setting) -> optax.GradientTransformation:
         r = recipe(s)
-        return optax.chain(
-            make(s.hyper["lr"], ess=r.ess, hess_init=r.first, weight_decay=r.prior, b2=s.b2,
-                 key=s.key),
-            *bounded(s),
+        return make(
+            s.rate, ess=r.ess, hess_init=r.first, weight_decay=r.prior, b2=s.b2,
+            clip_step=s.hyper["clip_step"], key=s.key,
         )  # fmt: skip
 
     return transformation
@@ -149,11 +139,9 @@ def vogn_like(make: Callable, **options: Any) -> Callable[[Setting], optax.Gradi
         r = recipe(s)
         first = jax.tree.map(lambda h, d: r.ess * (h + d), r.first, r.prior)
         prior = jax.tree.map(lambda d: r.ess * d, r.prior)
-        return optax.chain(
-            make(s.hyper["lr"], ess=r.ess, prior_precision=prior, init_precision=first, b2=s.b2,
-                 key=s.key, **options),
-            times(jax.tree.map(jnp.add, r.first, r.prior)),
-            *bounded(s),
+        return make(
+            s.rate, ess=r.ess, prior_precision=prior, init_precision=first, b2=s.b2,
+            clip_step=s.hyper["clip_step"], key=s.key, **options,
         )  # fmt: skip
 
     return transformation
@@ -161,12 +149,13 @@ def vogn_like(make: Callable, **options: Any) -> Callable[[Setting], optax.Gradi
 
 ADAMW_BOX: Box = {"lr": (5e-4, 2e-2), "wd": (0.03, 5.0)}
 UNTUNED_ADAMW: Numbers = {"lr": 1e-3, "wd": 1e-4}
+# The library's own numbers: those of `blr.recipes.ivon(params, num_examples, num_steps, task=...)`.
 RECIPE: dict[str, Numbers] = {
-    "classification": {"noise": 0.2, "prior": 3.2, "lr": 0.5, "bound": UNBOUNDED},
-    "regression": {"noise": 0.2, "prior": 3.2, "lr": 0.1, "bound": 1e-2},
+    task: {"noise": NOISE, "prior": PRIOR, "lr": rate, "clip_step": CLIP_STEP}
+    for task, rate in RATES.items()
 }
 RECIPE_BOX: dict[str, Box] = {
-    "classification": {"lr": (0.1, 1.5), "noise": (0.1, 0.4), "prior": (1.3, 10.0)},
+    "classification": {"lr": (0.5, 50.0), "noise": (0.1, 0.4), "prior": (1.3, 10.0)},
     "regression": {"lr": (0.02, 0.5), "noise": (0.1, 0.4), "prior": (1.3, 10.0)},
 }
 

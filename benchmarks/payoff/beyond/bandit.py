@@ -23,7 +23,7 @@ import blr_optax as blr
 from benchmarks.payoff import figures
 from benchmarks.payoff.claims import Claim, unmeasured
 from benchmarks.payoff.loop import fan_in, one_step, scales
-from benchmarks.payoff.methods import METHODS, UNBOUNDED, Numbers, Setting
+from benchmarks.payoff.methods import METHODS, RECIPE, Numbers, Setting
 from benchmarks.payoff.page import cell, markdown
 from benchmarks.payoff.records import Job, Records
 from benchmarks.payoff.tasks import BOUND, SPLITS, table
@@ -31,7 +31,6 @@ from benchmarks.payoff.tasks import BOUND, SPLITS, table
 NAME, TASK = "bandit", "digits"
 ROUNDS, BATCH, HIDDEN, ARMS, EPSILON = 3000, 32, 100, 10, 0.1
 SHOWN = (500, 1000, 2000, 3000)
-RECIPE: Numbers = {"noise": 0.2, "prior": 3.2, "lr": 0.5, "bound": UNBOUNDED}
 CONTESTANTS: dict[str, tuple[str, Numbers]] = {
     "greedy": ("adamw", {"lr": 1e-3, "wd": 1e-4}),
     "epsilon-greedy": ("adamw", {"lr": 1e-3, "wd": 1e-4}),
@@ -39,8 +38,8 @@ CONTESTANTS: dict[str, tuple[str, Numbers]] = {
     "greedy, rate 1e-2": ("adamw", {"lr": 1e-2, "wd": 1e-4}),
     "epsilon-greedy, rate 1e-2": ("adamw", {"lr": 1e-2, "wd": 1e-4}),
     "dropout, Thompson, rate 1e-2": ("dropout", {"lr": 1e-2, "wd": 1e-4, "rate": 0.1}),
-    "IVON recipe, Thompson": ("ivon", RECIPE),
-    "IVON recipe, greedy at the mean": ("ivon", RECIPE),
+    "IVON recipe, Thompson": ("ivon", RECIPE["classification"]),
+    "IVON recipe, greedy at the mean": ("ivon", RECIPE["classification"]),
 }
 
 

@@ -21,7 +21,7 @@ from benchmarks.payoff import figures
 from benchmarks.payoff.beyond import transformer
 from benchmarks.payoff.claims import Claim, unmeasured
 from benchmarks.payoff.loop import one_step, transformation
-from benchmarks.payoff.methods import METHODS, Numbers
+from benchmarks.payoff.methods import METHODS, RECIPE, Numbers
 from benchmarks.payoff.page import cell, markdown
 from benchmarks.payoff.records import Job, Records
 from benchmarks.payoff.tables import folder as package_folder
@@ -34,7 +34,7 @@ CONTESTANTS: dict[str, tuple[str, Numbers]] = {
     "AdamW 3e-3": ("adamw", {"lr": 3e-3, "wd": 0.01}),
     "AdamW 3e-3, weight decay 0.5": ("adamw", {"lr": 3e-3, "wd": 0.5}),
     "dropout 0.1": ("dropout", {"lr": 5e-3, "wd": 0.01, "rate": 0.1}),
-    "IVON recipe": ("ivon", {"noise": 0.15, "prior": 30**0.5, "lr": 30.0, "bound": 3e-3}),
+    "IVON recipe": ("ivon", RECIPE["language_model"]),
 }
 
 
