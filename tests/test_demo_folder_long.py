@@ -13,25 +13,33 @@ from pathlib import Path
 
 import pytest
 
-from blr_optax._demo import cli, folder, report
+from blr_optax._demo import cli, folder, report, tasks
 from blr_optax._demo import run as experiment
 
-QUICK = ["--optimizer", "sgd", "--seed", "0", "--epochs", "2"]
-RESULTS = ("results.json", *report.FIGURES)
+QUICK = ["--part", "b", "--seed", "0", "--steps", "4", "--samples", "2"]
+RESULTS = ("results.json", tasks.PARTS["b"].figure)
 
 
-def small_figures(*_):
-    """Instead of the figures, which take seconds."""
-    return {name: lambda path: path.write_text("figure") for name in report.FIGURES}
+def small_figure(*_):
+    """Instead of a figure, which takes seconds."""
+    return lambda path: path.write_text("figure")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def often():
+    """Scores and checkpoints after every second step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "EVERY", 2)
+        patch.setattr(experiment, "CHECKPOINT_EVERY", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, often):
     """A finished demo with two checkpoints."""
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw", small_figures)
-        patch.setattr(experiment, "CHECKPOINT_EVERY", 1)
+        patch.setattr(report, "drawing", small_figure)
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main(["demo", "--out", str(out), *QUICK]) == 0
     return out
@@ -40,7 +48,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def out(finished, tmp_path, monkeypatch):
     """A copy of it."""
-    monkeypatch.setattr(report, "draw", small_figures)
+    monkeypatch.setattr(report, "drawing", small_figure)
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
@@ -49,7 +57,7 @@ def contents(out):
 
 
 def checkpoint(out, step):
-    return out / folder.STATE / "sgd-0" / str(step)
+    return out / folder.STATE / "b-adamw" / str(step)
 
 
 def spoil(path):
@@ -74,18 +82,18 @@ def fails(capfd, out, *arguments, code=2):
 
 def test_a_damaged_checkpoint_is_given_up_for_the_one_before(out, capfd):
     before = contents(out)
-    spoil(checkpoint(out, 2))
+    spoil(checkpoint(out, 4))
     assert cli.main(["demo", *QUICK, "--resume", "--out", str(out)]) == 0
     captured = capfd.readouterr()
-    assert "checkpoint 2 is damaged; going on from 1" in captured.out
+    assert "checkpoint 4 is damaged; going on from 2" in captured.out
     assert captured.err == ""
     assert contents(out) == before
-    assert checkpoint(out, 2).exists()
+    assert checkpoint(out, 4).exists()
 
 
 def test_damaged_checkpoints_are_an_error(out, capfd):
     before = contents(out)
-    spoil(checkpoint(out, 1)), spoil(checkpoint(out, 2))
+    spoil(checkpoint(out, 2)), spoil(checkpoint(out, 4))
     error = fails(capfd, out, "--resume")
     assert "holds no checkpoint of this run that can be read" in error
     assert "leave --resume out" in error
@@ -93,10 +101,10 @@ def test_damaged_checkpoints_are_an_error(out, capfd):
 
 
 def test_a_checkpoint_of_another_run_is_an_error(out, capfd):
-    """Of more epochs, in the place of this one's."""
-    other = checkpoint(out, 1).parents[1] / "sgd-0" / "7"
-    shutil.rmtree(checkpoint(out, 1))
-    checkpoint(out, 2).rename(other)
+    """Of more steps, in the place of this one's."""
+    other = checkpoint(out, 2).parents[1] / "b-adamw" / "7"
+    shutil.rmtree(checkpoint(out, 2))
+    checkpoint(out, 4).rename(other)
     assert "it is of another run" in fails(capfd, out, "--resume")
 
 
@@ -104,13 +112,13 @@ def test_a_checkpoint_of_another_run_is_an_error(out, capfd):
 def test_damaged_settings_are_an_error(text, out, capfd):
     (out / folder.STATE / "settings.json").write_text(text, encoding="latin-1")
     assert "settings.json is damaged or no demo's" in fails(capfd, out, "--resume")
-    assert checkpoint(out, 2).exists()
+    assert checkpoint(out, 4).exists()
 
 
 def test_missing_settings_are_an_error_where_there_are_checkpoints(out, capfd):
     (out / folder.STATE / "settings.json").unlink()
     assert "settings.json is damaged" in fails(capfd, out, "--resume")
-    assert checkpoint(out, 2).exists()
+    assert checkpoint(out, 4).exists()
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -134,9 +142,9 @@ def test_a_full_disk_at_a_checkpoint(out, capfd, monkeypatch):
 
 
 def test_a_full_disk_at_the_results(out, capfd, monkeypatch):
-    """The last of the new files does not fit: all old ones stay, and no half of a new one."""
+    """One of the new files does not fit: all old ones stay, and no half of a new one."""
     before = contents(out)
-    monkeypatch.setattr(report, "draw", lambda *_: {**small_figures(), report.FIGURES[-1]: full})
+    monkeypatch.setattr(report, "drawing", lambda *_: full)
     assert "No space left on device" in fails(capfd, out, "--resume")
     assert contents(out) == before
     assert not list(out.rglob("*.partial"))
@@ -146,7 +154,7 @@ LIMITED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from blr_optax._demo import cli, report
-report.draw = lambda *_: {}
+report.drawing = lambda *_: None
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -159,7 +167,7 @@ def test_a_disk_that_is_really_full(out):
     command = [sys.executable, "-c", LIMITED, "demo", *QUICK, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stderr
-    assert "cannot write checkpoint 2" in done.stderr and done.stderr.count("\n") == 1
+    assert "cannot write checkpoint 4" in done.stderr and done.stderr.count("\n") == 1
     assert contents(out) == before
 
 
@@ -174,7 +182,7 @@ def test_a_second_run_in_one_folder_is_refused(out, capfd):
                 capfd, out, *arguments
             )
     assert contents(out) == before
-    assert checkpoint(out, 2).exists()
+    assert checkpoint(out, 4).exists()
 
 
 def test_the_lock_of_a_dead_run_is_taken_over(out):
@@ -190,13 +198,13 @@ def test_a_run_that_is_stopped_keeps_the_old_results(out, capfd, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_train_epoch", stop)
-        error = fails(capfd, out, "--epochs", "1", code=130)
+        patch.setattr(experiment, "advance", stop)
+        error = fails(capfd, out, "--steps", "2", code=130)
     assert error == "interrupted; --resume goes on from the last checkpoint\n"
     assert contents(out) == before
-    arguments = ["demo", *QUICK, "--epochs", "1", "--resume", "--out", str(out)]
+    arguments = ["demo", *QUICK, "--steps", "2", "--resume", "--out", str(out)]
     assert cli.main(arguments) == 0
-    assert json.loads((out / "results.json").read_text())["settings"]["epochs"] == 1
+    assert json.loads((out / "results.json").read_text())["settings"]["steps"] == {"b": 2}
 
 
 def test_stopping_waits_for_a_checkpoint():

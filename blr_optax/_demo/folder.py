@@ -122,8 +122,8 @@ def line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
-def restored(manager: Any, like: Any, epochs: int, folder: Path) -> tuple[int, Any]:
-    """The epoch and the run of the last checkpoint that can be read; 0 and `like` without any.
+def restored(manager: Any, like: Any, steps: int, folder: Path) -> tuple[int, Any]:
+    """The step and the runs of the last checkpoint that can be read; 0 and `like` without any.
 
     One that cannot be read is given up for the one before it, whose steps lead there again.
 
@@ -137,7 +137,7 @@ def restored(manager: Any, like: Any, epochs: int, folder: Path) -> tuple[int, A
         try:
             with uninterrupted():
                 run = manager.restore(step, args=ocp.args.StandardRestore(like))
-            if step > epochs or jax.tree.map(lambda x: (x.shape, x.dtype), run) != shapes:
+            if step > steps or jax.tree.map(lambda x: (x.shape, x.dtype), run) != shapes:
                 raise ValueError("it is of another run")
         except Exception as error:  # of orbax, tensorstore, zarr, json, the file system
             broken.append(step)

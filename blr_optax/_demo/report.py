@@ -1,9 +1,4 @@
-"""What the demo shows: progress, the table, `results.json` and the figures.
-
-    AUROC   of the predictive entropy, test images against their shifted copy: the probability
-            that a shifted image is the less certain one of a pair
-    ECE     15 bins of equal width, as in `metrics.calibration`
-    spread  the sample standard deviation over the seeds, absent with one seed
+"""What the demo shows: progress, a table for every part, `results.json` and the figures.
 
 Nothing in `results.json` depends on when, where or in how many attempts the demo ran.
 """
@@ -13,45 +8,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from blr_optax import metrics, plots
-from blr_optax._demo import folder
+from blr_optax._demo import figures, folder, outcome
 from blr_optax._demo import run as experiment
-from blr_optax._demo.run import LABELS, Data, Run, Settings
+from blr_optax._demo.run import METHODS, Program, Run, Settings
+from blr_optax._demo.tasks import PARTS, TASKS, Data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from jaxtyping import Array, Float
     from rich.console import Console
-
-FIGURES = ("reliability.png", "entropy.png", "training.png")
-HEADINGS = {
-    "accuracy": "accuracy (%)",
-    "nll": "NLL",
-    "ece": "ECE",
-    "brier": "Brier",
-    "auroc": "shifted AUROC",
-}
-
-
-class Prediction(NamedTuple):
-    """One way to predict with one run, on the test half and on its shifted copy."""
-
-    row: str
-    optimizer: str
-    seed: int
-    log_probs: Float[Array, "m 10"]
-    shifted: Float[Array, "m 10"]
 
 
 def demo(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Trains, prints the table, and writes `results.json` and the figures into `out`.
+    """Trains, prints the tables, and writes `results.json` and the figures into `out`.
 
     Args:
         settings: What to train.
@@ -71,189 +46,153 @@ def demo(settings: Settings, out: Path, resume: bool = False) -> dict[str, Any]:
 
 
 def _demo(settings: Settings, out: Path, resume: bool) -> dict[str, Any]:
-    state = folder.open_state(out, settings.record(), resume)
-    data, console = experiment.load_data(), _console()
-    runs: dict[tuple[str, int], Run] = {}
-    pairs = [(name, seed) for name in settings.optimizers for seed in settings.seeds]
-    with progress(console, len(pairs) * settings.epochs) as (advance, finished):
-        for name, seed in pairs:
-            title = f"{LABELS[name]} seed {seed}"
-            run = experiment.train(
-                name,
-                seed,
-                settings,
-                data,
-                state / f"{name}-{seed}",
-                functools.partial(advance, title),
-            )
-            runs[name, seed] = run
-            finished(
-                f"{title}: {settings.epochs} epochs, training loss {float(run.losses[-1]):.4f}"
-            )
-    predictions = [p for pair, run in runs.items() for p in predict(*pair, run, data, settings)]
-    results = {
-        **settings.record(),
-        "spread": "sample standard deviation over seeds",
-        "runs": [
-            {
-                "prediction": p.row,
-                "optimizer": p.optimizer,
-                "seed": p.seed,
-                **scores(p, data),
-                "training_loss": np.asarray(runs[p.optimizer, p.seed].losses).tolist(),
-            }
-            for p in predictions
-        ],
-    }
-    results["table"] = summary(results["runs"])
-    results["comparison"] = comparison(results["table"])
-    show(console, results)
+    state, console = folder.open_state(out, settings.record(), resume), _console()
+    results: dict[str, Any] = {**settings.record(), "parts": {}}
+    new: dict[Path, Callable[[Path], object]] = {}
+    total = sum(program(settings, part, "adamw").times for part in settings.parts) * len(METHODS)
+    with progress(console, total) as (advance, finished):
+        for part in settings.parts:
+            data = TASKS[PARTS[part].task].load(settings.seeds, PARTS[part].noisy)
+            runs = trained(part, settings, data, state, advance, finished)
+            rows = outcome.predictions(part, runs, data, settings)
+            results["parts"][part] = result(part, settings, data, runs, rows)
+            new[out / PARTS[part].figure] = drawing(part, settings, data, rows, results)
+    for part in settings.parts:
+        show(console, part, results)
     text = json.dumps(results, indent=2) + "\n"
-    new: dict[Path, Callable[[Path], object]] = {
-        out / name: save for name, save in draw(runs, predictions, data).items()
-    }
     new[out / "results.json"] = lambda path: path.write_text(text)
     folder.replace(new)
-    console.print(f"\nwritten: {', '.join(('results.json', *FIGURES))} in {out}", soft_wrap=True)
+    for part in PARTS.values():  # of an earlier run with other parts
+        if out / part.figure not in new:
+            (out / part.figure).unlink(missing_ok=True)
+    console.print(f"\nwritten: {', '.join(path.name for path in new)} in {out}", soft_wrap=True)
     return results
 
 
-def predict(name: str, seed: int, run: Run, data: Data, settings: Settings) -> list[Prediction]:
-    """At the parameters, and for IVON averaged over its posterior."""
-    both = jnp.concatenate([data.test_x, data.shifted_x])
-    ways = {LABELS[name]: experiment.log_probabilities(run, both)}
-    if name == "ivon":
-        ways = {"IVON at its mean": ways["IVON"]}
-        samples = settings.samples
-        ways[averaged(samples)] = experiment.averaged_log_probabilities(run, both, seed, samples)
-    return [Prediction(row, name, seed, *jnp.split(ways[row], 2)) for row in ways]
+def program(settings: Settings, part: str, method: str) -> Program:
+    """What a method runs in a part."""
+    steps = settings.of(part)
+    return Program(method, PARTS[part].task, steps, settings.samples, experiment.EVERY)
 
 
-def averaged(samples: int) -> str:
-    """The name of the row of averaged predictions."""
-    return f"IVON, {samples} sample{'s' if samples > 1 else ''}"
+def trained(
+    part: str,
+    settings: Settings,
+    data: Data,
+    state: Path,
+    advance: Callable[[str, int], None],
+    finished: Callable[[str], None],
+) -> dict[str, Run]:
+    """The finished runs of a part, by method."""
+    runs = {}
+    for method, label in METHODS.items():
+        title = f"part {part}, {label}"
+        cases = experiment.cases(method, settings.seeds)
+        done = functools.partial(advance, title)
+        runs[method] = experiment.train(
+            program(settings, part, method), cases, data, state / f"{part}-{method}", done
+        )
+        finished(f"{title}: {len(cases.seed)} runs of {settings.of(part)} steps")
+    return runs
 
 
-def scores(p: Prediction, data: Data) -> dict[str, float]:
-    """The numbers of one row for one seed."""
-    probs, labels = jnp.exp(p.log_probs), data.test_y
-    doubt = metrics.in_vs_out(metrics.entropy(jnp.exp(p.shifted)), metrics.entropy(probs))
-    values = {
-        "accuracy": metrics.accuracy(probs, labels),
-        "nll": metrics.nll(p.log_probs, labels, log=True).mean(),
-        "ece": metrics.calibration(probs, labels).ece,
-        "brier": metrics.brier(probs, labels).mean(),
-        "auroc": metrics.auroc(*doubt),
+def result(
+    part: str, settings: Settings, data: Data, runs: dict[str, Run], rows: list[outcome.Prediction]
+) -> dict[str, Any]:
+    """All numbers of a part, as plain JSON values."""
+    made = program(settings, part, "ivon")
+    first = experiment.start(made, data.train_x.shape[1], experiment.cases("ivon", settings.seeds))
+    learnt, growth = experiment.learnt_and_growth(made, first, runs["ivon"])
+    one = jax.tree.map(lambda x: x[0], first.params)
+    recipe = experiment.recipe(made.task, one, data.train_x.shape[1], made.steps)
+    chosen = ("ess", "b2", "peak", "clip_step", "noise", "prior")
+    scored = outcome.scored(part, rows, data, settings.seeds)
+    results: dict[str, Any] = {
+        "title": PARTS[part].title,
+        "examples": {
+            name: int(getattr(data, f"{name}_y").shape[1]) for name in ("train", "val", "test")
+        },
+        "recipe": {name: float(getattr(recipe, name)) for name in chosen},
+        "learnt": np.asarray(learnt).tolist(),
+        "growth": np.asarray(growth).tolist(),
+        "runs": scored,
+        "table": outcome.summary(scored),
+        "curves": curves(part, settings, runs),
     }
-    return {name: float(value) for name, value in values.items()}
+    results["closing"] = outcome.closing(part, results, settings.samples)
+    results["warnings"] = experiment.warnings_of(float(np.min(learnt)), float(np.max(growth)))
+    return results
 
 
-def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and spread over seeds, in the order of the runs."""
-    table = []
-    for row in dict.fromkeys(run["prediction"] for run in runs):
-        mine = [run for run in runs if run["prediction"] == row]
-        entry: dict[str, Any] = {"prediction": row, "optimizer": mine[0]["optimizer"]}
-        for name in HEADINGS:
-            values = [run[name] for run in mine]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            entry[name] = {"mean": float(np.mean(values)), "spread": spread}
-        table.append(entry)
-    return table
-
-
-def comparison(table: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the data says about IVON's averaged prediction, or None without both to compare."""
-    rows = {entry["optimizer"]: entry for entry in table}  # of IVON the last: the averaged one
-    if not {"adamw", "ivon"} <= set(rows):
-        return None
-    ivon, adamw = rows["ivon"], rows["adamw"]
-    best = max(entry["accuracy"]["mean"] for entry in table)
-    behind = 100 * (best - ivon["accuracy"]["mean"])
-    return {
-        "lower_nll_than_adamw": ivon["nll"]["mean"] < adamw["nll"]["mean"],
-        "lower_ece_than_adamw": ivon["ece"]["mean"] < adamw["ece"]["mean"],
-        "accuracy_points_behind_best": behind,
-        "accuracy_within_half_a_point": behind <= 0.5,
+def curves(part: str, settings: Settings, runs: dict[str, Run]) -> dict[str, Any]:
+    """Scores on the test part over training, means over the seeds."""
+    made, names = program(settings, part, "ivon"), TASKS[PARTS[part].task].names
+    untuned = np.asarray(runs["adamw"].scores)[: len(settings.seeds), :, 0]
+    mean, average = np.moveaxis(np.asarray(runs["ivon"].scores), 2, 0)
+    ways = {
+        outcome.ADAMW: untuned,
+        outcome.MEAN: mean,
+        outcome.averaged(settings.samples): average,
     }
+    steps = [min((time + 1) * made.every, made.steps) for time in range(made.times)]
+    means = {
+        row: dict(zip(names, scores.mean(axis=0).T.tolist(), strict=True))
+        for row, scores in ways.items()
+    }
+    return {"steps": steps, **means}
 
 
-def show(console: Console, results: dict[str, Any]) -> None:
-    """Prints the table, and the comparison in words."""
+def drawing(
+    part: str,
+    settings: Settings,
+    data: Data,
+    rows: list[outcome.Prediction],
+    results: dict[str, Any],
+) -> Callable[[Path], object]:
+    """What writes the figure of a part."""
+    shown = [outcome.ADAMW, outcome.averaged(settings.samples)]
+    mine = {row: [p for p in rows if p.row == row] for row in shown}
+    figure = figures.FIGURES[part](mine, data, results["parts"][part])
+    # No version of matplotlib in the file: the same figure is the same bytes.
+    how = {"format": "png", "dpi": 110, "metadata": {"Software": None}}
+    return functools.partial(figure.savefig, **how)
+
+
+def show(console: Console, part: str, results: dict[str, Any]) -> None:
+    """Prints the table of a part, and what it says in words."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("prediction", no_wrap=True)
-    for heading in HEADINGS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for entry in results["table"]:
-        table.add_row(entry["prediction"], *(_cell(name, entry[name]) for name in HEADINGS))
-    console.print(table)
-    seeds = results["settings"]["seeds"]
-    how = "mean ± sample standard deviation over seeds" if len(seeds) > 1 else "seed"
-    console.print(f"{how} {', '.join(map(str, seeds))}; test half of the digits", highlight=False)
-    if said := results["comparison"]:
-        lines = [
-            f"NLL {_than(said['lower_nll_than_adamw'])} than AdamW",
-            f"ECE {_than(said['lower_ece_than_adamw'])} than AdamW",
-            f"accuracy {said['accuracy_points_behind_best']:.2f} points behind the best",
-        ]
-        console.print(
-            f"IVON's averaged prediction: {', '.join(lines)}", highlight=False, soft_wrap=True
-        )
-
-
-def _cell(name: str, number: dict[str, float | None]) -> str:
-    scale, digits = (100, 2) if name == "accuracy" else (1, 4)
-    values = [value * scale for value in number.values() if value is not None]
-    return " ± ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _than(lower: bool) -> str:
-    return "lower" if lower else "NOT lower"
-
-
-def draw(
-    runs: dict[tuple[str, int], Run], predictions: list[Prediction], data: Data
-) -> dict[str, Callable[[Path], object]]:
-    """The figures, by name what writes them: all seeds pooled, curves averaged."""
-    from matplotlib.figure import Figure
-
-    pooled: dict[str, list[Prediction]] = {}
-    for p in predictions:
-        pooled.setdefault(p.row, []).append(p)
-    rows = [row for row in pooled if row not in ("SGD", "IVON at its mean")] or ["SGD"]
-    figures = [Figure(figsize=(4.4 * len(rows), size), layout="constrained") for size in (5.4, 3.6)]
-    panels = [figure.subplots(1, len(rows), squeeze=False)[0] for figure in figures]
-    for row, upper, lower in zip(rows, *panels, strict=True):
-        inside, outside = (
-            jnp.exp(jnp.concatenate([getattr(p, part) for p in pooled[row]]))
-            for part in ("log_probs", "shifted")
-        )
-        labels = jnp.tile(data.test_y, len(pooled[row]))
-        plots.reliability_diagram(metrics.calibration(inside, labels), ax=upper)
-        plots.entropy_histogram(
-            metrics.entropy(inside), metrics.entropy(outside), labels=("test", "shifted"), ax=lower
-        )
-        pool = f" ({len(pooled[row])} seeds pooled)" if len(pooled[row]) > 1 else ""
-        # The diagram's panel of counts, on top, is the axes made last.
-        for ax in (upper.figure.axes[-1], lower):
-            ax.set_title(f"{row}{pool}", fontsize="medium")
-    names = dict.fromkeys(name for name, _ in runs)
-    curves = {
-        LABELS[name]: np.mean([run.losses for (n, _), run in runs.items() if n == name], axis=0)
-        for name in names
-    }
-    epochs = np.arange(1, 1 + max(map(len, curves.values())))
-    curve = plots.training_curves(
-        curves, steps=epochs, xlabel="epoch", ylabel="training loss, mean over seeds", yscale="log"
+    mine, score = results["parts"][part], PARTS[part].headline
+    names = [name for name in outcome.HEADINGS if name in mine["table"][0]]
+    n, seeds = mine["examples"], results["settings"]["seeds"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{part}: {mine['title']}; {n['train']} train, {n['val']} validate, {n['test']} test",
+        title_justify="left",
     )
-    how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
-    return {
-        name: functools.partial(figure.savefig, **how)
-        for name, figure in zip(FIGURES, (*figures, curve), strict=True)
-    }
+    table.add_column("prediction", no_wrap=True)
+    for name in names:
+        table.add_column(outcome.HEADINGS[name], justify="right", no_wrap=True)
+    table.add_column(f"wins ({outcome.HEADINGS[score]})", justify="right", no_wrap=True)
+    for index, entry in enumerate(mine["table"]):
+        wins = (
+            "" if entry["prediction"] == outcome.ADAMW else f"{entry[score]['wins']}/{len(seeds)}"
+        )
+        cells = [_cell(name, entry[name]) for name in names]
+        table.add_row(entry["prediction"], *cells, wins, end_section=index == 2)
+    console.print(table)
+    how = "mean ± sample standard deviation over seeds" if len(seeds) > 1 else "seed"
+    console.print(f"{how} {', '.join(map(str, seeds))}; the lower rows use the validation tenth")
+    for line in mine["closing"]:
+        console.print(line, highlight=False, soft_wrap=True)
+    for line in mine["warnings"]:
+        console.print(f"warning: {line}", style="bold", highlight=False, soft_wrap=True)
+
+
+def _cell(name: str, number: dict[str, Any]) -> str:
+    values = [number[key] for key in ("mean", "spread") if number[key] is not None]
+    return " ± ".join(outcome.format_number(name, value) for value in values)
 
 
 def _console() -> Console:
@@ -266,15 +205,15 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def progress(
-    console: Console, epochs: int
+    console: Console, total: int
 ) -> Iterator[tuple[Callable[[str, int], None], Callable[[str], None]]]:
-    """A progress bar on a terminal, elsewhere one line for every finished run.
+    """A progress bar on a terminal, elsewhere one line for every method of a part.
 
     Yields:
-        `advance(title, epochs)` and `finished(line)`.
+        `advance(title, times)` and `finished(line)`.
     """
     if not console.is_terminal:
-        yield lambda title, epochs: None, functools.partial(print, flush=True)
+        yield lambda title, times: None, functools.partial(print, flush=True)
         return
     from rich import progress as bars
 
@@ -286,8 +225,8 @@ def progress(
     with bars.Progress(
         *columns, bars.TimeRemainingColumn(), console=console, transient=True
     ) as bar:
-        task = bar.add_task("compiling", total=epochs)
+        task = bar.add_task("compiling", total=total)
         yield (
-            lambda title, epochs: bar.update(task, advance=epochs, description=title),
+            lambda title, times: bar.update(task, advance=times, description=title),
             lambda line: None,
         )

@@ -1,28 +1,21 @@
-"""The demo: what IVON's posterior is worth on real data, beside SGD and AdamW.
+"""The runs of the demo: AdamW untuned and IVON by its recipe, on the same network and batches.
 
-Every choice, each the same for all optimizers unless it says otherwise:
+Every choice, each the same for both methods unless it says otherwise:
 
-    data        scikit-learn's bundled digits, 1797 images of 8 x 8 pixels divided by 16, shuffled
-                once (`SPLIT_SEED`); the first half trains, the second half only ever scores; the
-                mean image of the training half is subtracted from all
-    network     64-128-128-10 with ReLU, flax.linen, flax's default initialisation
-    loss        mean cross-entropy of batches of 32; an epoch leaves out the few examples of its
-                last, incomplete batch, other ones each time
-    optimizers  optax SGD with momentum 0.9 and decay added to the gradient; optax AdamW; IVON with
-                ess = number of training examples, so that its posterior is not tempered
-    schedule    cosine from the learning rate to zero over the run
-    epochs      100 for everyone
-    rates, decays, IVON's first curvature: `DEFAULTS`, chosen by `benchmarks/search_demo.py` from
-                as many configurations for every optimizer, by the NLL of validation parts of the
-                training half
+    steps       3,000 on diabetes, 2,000 on digits, of 50 examples drawn anew for every step
+    AdamW       optax.adamw, rate 1e-3, weight decay 1e-4, 5 % warm-up and a cosine to zero
+    IVON        blr.recipes.ivon(params, num_examples, num_steps), task="regression" for diabetes:
+                nothing else is given but the seed of its noise
     prediction  at the parameters; for IVON also averaged over 64 samples of its posterior
-    shifted     the test images moved two pixels down and two to the right before the mean is
-                subtracted, zeros coming in
+    validation  a tenth of the data, which neither uses; for the rows that say so, AdamW's step of
+                the lowest NLL there (stopped early), its weight decay out of 1e-4, 0.1 and 1
+                (tuned), or both, and the width of IVON's posterior (`blr.recipes.temper`)
 
-Initialisation, shuffling and noise are functions of (seed, purpose, epoch) alone and nothing else
-is random, so a run that goes on from a checkpoint makes the very steps of one that never stopped.
-A checkpoint holds the whole state of a run; the last one of a run is its result. Where they live is
-in `folder`.
+The test part only ever scores. Initialisation, batches and noise are functions of (seed, purpose,
+step) alone and nothing else is random, so a run that goes on from a checkpoint makes the very steps
+of one that never stopped. All seeds and weight decays of a method are one program. A checkpoint
+holds the whole state of them; the last one is their result. Where they live is in `folder`, data
+and networks are in `tasks`.
 """
 
 from __future__ import annotations
@@ -30,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -41,80 +33,82 @@ import optax
 import blr_optax as blr
 from blr_optax._demo import folder as files
 from blr_optax._demo.folder import DemoError
+from blr_optax._demo.tasks import PARTS, TASKS, Data
+from blr_optax.optimizers._first_weights import warm_cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from jaxtyping import Array, Float, Int, Key
 
-# The choices of benchmarks/results/search_demo.json.
-DEFAULTS: dict[str, dict[str, float]] = {
-    "sgd": {"learning_rate": 0.3, "weight_decay": 0.0003},
-    "adamw": {"learning_rate": 0.03, "weight_decay": 0.3},
-    "ivon": {"learning_rate": 2.0, "hess_init": 0.1, "weight_decay": 0.0003},
-}
-LABELS = {"sgd": "SGD", "adamw": "AdamW", "ivon": "IVON"}
-EPOCHS, BATCH, SAMPLES, SEEDS = 100, 32, 64, (0, 1, 2)
-MOMENTUM = 0.9  # of SGD and IVON, and AdamW's b1
-IVON_B2 = 0.9999
-SMALLEST_SCORE = 3.0  # of a run; of size one when the statistic knows nothing of the noise
-SPLIT_SEED = 0
-SHIFT = 2
-
-CHECKPOINT_EVERY = 10
+METHODS = {"adamw": "AdamW", "ivon": "IVON"}
+RATE, DECAYS = 1e-3, (1e-4, 0.1, 1.0)  # of AdamW; the first decay is the untuned one
+BATCH, SAMPLES, SEEDS = 50, 64, (0, 1, 2)
+EVERY, CHECKPOINT_EVERY = 50, 500  # steps between scores, and between checkpoints
+LEAST_LEARNT, MOST_GROWTH = 0.05, 10.0
 EXTRAS = ("flax", "matplotlib", "orbax.checkpoint", "rich", "sklearn")
 
 # Purposes of randomness: each has its own stream of keys.
 INITIALISE, SHUFFLE, NOISE, PREDICT = range(4)
 
 
-class Data(NamedTuple):
-    """The two halves, the test half moved, and the mean image subtracted from all three."""
+class Cases(NamedTuple):
+    """What differs between the runs of one program: one entry for every run."""
 
-    train_x: Float[Array, "n 64"]
-    train_y: Int[Array, " n"]
-    test_x: Float[Array, "m 64"]
-    test_y: Int[Array, " m"]
-    shifted_x: Float[Array, "m 64"]
-    mean: Float[Array, " 64"]
+    seed: Int[Array, " runs"]
+    row: Int[Array, " runs"]  # of the seed in the data
+    decay: Float[Array, " runs"]
 
 
 class Run(NamedTuple):
-    """All of a run between two epochs; `losses` and `scores` have a place for every epoch.
+    """All of a run between two scores, which have a place for every time that they are taken.
 
     Attributes:
-        scores: of IVON, whether its statistic correlates with its noise, see `blr.diagnostics`.
+        best: the parameters with the lowest NLL on the validation part so far.
+        validation: NLL there, at the parameters.
+        scores: on the test part, at the parameters and for IVON averaged over samples.
     """
 
     params: Any
     opt_state: Any
-    losses: Float[Array, " epochs"]
-    scores: Float[Array, " epochs"]
+    best: Any
+    validation: Float[Array, " times"]
+    scores: Float[Array, "times ways 3"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What determines the numbers of a demo, together with the versions of the libraries."""
 
-    optimizers: tuple[str, ...] = tuple(DEFAULTS)
+    parts: tuple[str, ...] = tuple(PARTS)
     seeds: tuple[int, ...] = SEEDS
-    epochs: int = EPOCHS
+    steps: int | None = None
     samples: int = SAMPLES
+
+    def of(self, part: str) -> int:
+        """The number of steps of a part."""
+        return self.steps or PARTS[part].steps
 
     def record(self) -> dict[str, Any]:
         """All settings and versions, as plain JSON values."""
-        given = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
-        hyper = {name: DEFAULTS[name] for name in self.optimizers}
         return {
-            "settings": {**given, "batch": BATCH, "hyperparameters": hyper},
+            "settings": {
+                "parts": list(self.parts),
+                "seeds": list(self.seeds),
+                "steps": {part: self.of(part) for part in self.parts},
+                "samples": self.samples,
+                "batch": BATCH,
+                "every": EVERY,
+                "adamw": {"learning_rate": RATE, "weight_decay": list(DECAYS)},
+            },
             "versions": versions(),
         }
 
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that the numbers depend on."""
-    modules = ("jax", "optax", "flax", "blr_optax")
+    modules = ("jax", "optax", "flax", "sklearn", "blr_optax")
     return {name: importlib.import_module(name).__version__ for name in modules}
 
 
@@ -129,168 +123,180 @@ def require_extras() -> None:
             ) from error
 
 
-def load_data() -> Data:
-    """The digits, split in half."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.RandomState(SPLIT_SEED).permutation(len(digits.target))
-    images, labels = digits.images[order].astype(np.float32) / 16, digits.target[order]
-    half = len(order) // 2
-    shifted = np.zeros_like(images[half:])
-    shifted[:, SHIFT:, SHIFT:] = images[half:, :-SHIFT, :-SHIFT]
-    parts = [part.reshape(-1, 64) for part in (images[:half], images[half:], shifted)]
-    mean = parts[0].mean(axis=0)
-    train_x, test_x, shifted_x = (jnp.asarray(part - mean) for part in parts)
-    train_y, test_y = jnp.asarray(labels[:half]), jnp.asarray(labels[half:])
-    return Data(train_x, train_y, test_x, test_y, shifted_x, jnp.asarray(mean))
-
-
-@functools.cache
-def network() -> Any:
-    """The flax module."""
-    from flax import linen
-
-    return linen.Sequential(
-        [linen.Dense(128), linen.relu, linen.Dense(128), linen.relu, linen.Dense(10)]
-    )
-
-
 def stream(seed: Any, purpose: int, index: Any = 0) -> Key[Array, ""]:
     """The key of a purpose: a function of nothing but its arguments."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), index)
 
 
+def cases(method: str, seeds: tuple[int, ...]) -> Cases:
+    """All runs of a method: AdamW with every weight decay, the untuned one first."""
+    decays = DECAYS if method == "adamw" else (0.0,)
+    every = [(seed, row, decay) for decay in decays for row, seed in enumerate(seeds)]
+    seed, row, decay = (jnp.asarray(column) for column in zip(*every, strict=True))
+    return Cases(seed, row, decay)
+
+
+def recipe(task: str, params: Any, examples: int, steps: int, key: Any = 0) -> blr.recipes.Recipe:
+    """IVON's; the task is what it may not guess."""
+    return blr.recipes.ivon(params, examples, steps, task=task, key=key)
+
+
 def optimizer(
-    name: str, hyper: Mapping[str, Any], examples: int, steps: int, key: Any = 0
+    method: str, task: str, params: Any, examples: int, steps: int, decay: Any, key: Any = 0
 ) -> optax.GradientTransformation:
-    """One of the three, with a cosine schedule over `steps`; `hyper` may be traced."""
-    rate = optax.cosine_decay_schedule(hyper["learning_rate"], steps)
-    decay = hyper["weight_decay"]
-    if name == "sgd":
-        return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum=MOMENTUM))
-    if name == "adamw":
-        return optax.adamw(rate, b1=MOMENTUM, weight_decay=decay)
-    return blr.ivon(
-        rate, ess=examples, hess_init=hyper["hess_init"], b1=MOMENTUM, b2=IVON_B2,
-        weight_decay=decay, key=key,
-    )  # fmt: skip
+    """One of the two; `decay` may be traced."""
+    if method == "ivon":
+        return recipe(task, params, examples, steps, key).optimizer
+    return optax.adamw(warm_cosine(RATE, steps), weight_decay=decay)
 
 
-def start(name: str, hyper: Mapping[str, Any], seed: Any, epochs: int, examples: int) -> Run:
-    """A run before its first epoch."""
-    params = network().init(stream(seed, INITIALISE), jnp.zeros((1, 64)))
-    steps = epochs * (examples // BATCH)
-    tx = optimizer(name, hyper, examples, steps, stream(seed, NOISE))
-    return Run(params, tx.init(params), jnp.zeros(epochs), jnp.zeros(epochs))
+class Program(NamedTuple):
+    """What a compiled program is made for."""
+
+    method: str
+    task: str
+    steps: int
+    samples: int
+    every: int
+
+    @property
+    def times(self) -> int:
+        """How often scores are taken."""
+        return -(-self.steps // self.every)
 
 
-def train_epoch(
-    name: str, hyper: Mapping[str, Any], run: Run, seed: Any, epoch: Any, x: Array, y: Array
-) -> Run:
-    """One epoch; AdamW and IVON differ in nothing but their name."""
-    batches, epochs = len(x) // BATCH, len(run.losses)
-    tx = optimizer(name, hyper, len(x), epochs * batches)
-    order = jax.random.permutation(stream(seed, SHUFFLE, epoch), len(x))
-
-    def loss(params: Any, rows: Array) -> Array:
-        logits = network().apply(params, x[rows])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
-
-    train_step = blr.make_step(tx, loss, jit=False)
-
-    def step(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
-        params, opt_state, info = train_step(*carry, rows)
-        return (params, opt_state), (info.value, _score(name, hyper, carry[1], opt_state, params))
-
-    rows = order[: batches * BATCH].reshape(batches, BATCH)
-    carry, (values, scores) = jax.lax.scan(step, (run.params, run.opt_state), rows)
-    return Run(
-        *carry,
-        run.losses.at[epoch].set(values.mean()),
-        run.scores.at[epoch].set(scores.sum() / jnp.sqrt(batches)),
-    )
+@functools.partial(jax.jit, static_argnums=0)
+def first_params(task: str, seed: Any) -> Any:
+    """Of a seed, for both methods."""
+    return TASKS[task].start(stream(seed, INITIALISE))
 
 
-def _score(name: str, hyper: Mapping[str, Any], before: Any, after: Any, params: Any) -> Array:
-    """Return IVON's `statistic_score` of a step, 0 for the others."""
-    if name != "ivon":
-        return jnp.zeros(())
-    (step,) = blr.diagnostics(before, after, params, b2=IVON_B2, weight_decay=hyper["weight_decay"])
-    return step.statistic_score
+def start(program: Program, examples: int, cases: Cases) -> Run:
+    """All runs before their first step."""
+    drawn = {int(seed): first_params(program.task, int(seed)) for seed in cases.seed}
+    rows = [jax.device_get(drawn[int(seed)]) for seed in cases.seed]
+    return _start(program, examples, cases, jax.tree.map(lambda *x: np.stack(x), *rows))
 
 
-def warn_of_scores(scores: Array) -> None:
-    """Warn when the statistic of a whole run of IVON did not correlate with its noise."""
-    score = float(jnp.sum(scores) / jnp.sqrt(len(scores)))
-    if score < SMALLEST_SCORE:
-        warnings.warn(
-            f"IVON's curvature does not correlate with its noise (score {score:.1f}, below "
-            f"{SMALLEST_SCORE}): the posterior is not learnt. Take the gradient at "
-            "blr.sample(opt_state, params), as blr.make_step does.",
-            stacklevel=2,
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(program: Program, examples: int, cases: Cases, params: Any) -> Run:
+    def one(case: Cases, params: Any) -> Run:
+        key = stream(case.seed, NOISE)
+        tx = optimizer(
+            program.method, program.task, params, examples, program.steps, case.decay, key
+        )
+        ways = 2 if program.method == "ivon" else 1
+        validation = jnp.full(program.times, jnp.inf)
+        return Run(params, tx.init(params), params, validation, jnp.zeros((program.times, ways, 3)))
+
+    return jax.vmap(one)(cases, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advance(program: Program, runs: Run, cases: Cases, time: Any, data: Data) -> Run:
+    """Steps up to the next time at which scores are taken, and these."""
+    task = TASKS[program.task]
+
+    def one(pair: tuple[Run, Cases]) -> Run:
+        run, case = pair
+        train_x, train_y, val_x, val_y, test_x, test_y = (x[case.row] for x in data[:6])
+        tx = optimizer(
+            program.method, program.task, run.params, len(train_x), program.steps, case.decay
+        )
+        train_step = blr.make_step(tx, task.loss, jit=False)
+
+        def step(index: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            key = stream(case.seed, SHUFFLE, index)
+            rows = jax.random.randint(key, (BATCH,), 0, len(train_x))
+            params, opt_state, _ = train_step(*carry, train_x[rows], train_y[rows])
+            return params, opt_state
+
+        first, last = time * program.every, jnp.minimum((time + 1) * program.every, program.steps)
+        params, opt_state = jax.lax.fori_loop(first, last, step, (run.params, run.opt_state))
+        key = stream(case.seed, PREDICT)
+        found = task.scores(task.predict(key, [params], val_x, 1), val_y)["nll"]
+        found = jnp.where(jnp.isfinite(found), found, jnp.inf)
+        better = found < jnp.min(run.validation)
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, run.best)
+        ways = [([params], 1)]
+        if program.method == "ivon":
+            ways.append((blr.posterior(opt_state, params), program.samples))
+        scores = [task.scores(task.predict(key, q, test_x, n), test_y) for q, n in ways]
+        return Run(
+            params,
+            opt_state,
+            best,
+            run.validation.at[time].set(found),
+            run.scores.at[time].set(
+                jnp.array([[way[name] for name in task.names] for way in scores])
+            ),
         )
 
-
-def log_probabilities(run: Run, x: Array) -> Float[Array, "n 10"]:
-    """The prediction at the parameters."""
-    return jax.nn.log_softmax(network().apply(run.params, x))
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def averaged_log_probabilities(run: Run, x: Array, seed: Any, samples: int) -> Float[Array, "n 10"]:
-    """The prediction averaged over samples of the run's posterior."""
-    q = blr.posterior(run.opt_state, run.params)
-    return jnp.log(
-        blr.predict(stream(seed, PREDICT), q, network().apply, x, samples=samples).probabilities
-    )
+    # One after another: as fast as all at once here, and none depends on how many there are.
+    return jax.lax.map(one, (runs, cases))
 
 
 def train(
-    name: str,
-    seed: int,
-    settings: Settings,
+    program: Program,
+    cases: Cases,
     data: Data,
     folder: Path,
-    advance: Callable[[int], Any],
+    done: Callable[[int], Any],
 ) -> Run:
-    """Trains from the last checkpoint in `folder`, or from the start, to the last epoch.
+    """Trains from the last checkpoint in `folder`, or from the start, to the last step.
 
     Args:
-        name: The optimizer.
-        seed: Of initialisation, shuffling and noise.
-        settings: The number of epochs is used.
-        data: The training half is used.
+        program: The method and its task, the number of steps.
+        cases: The runs.
+        data: The parts of all seeds.
         folder: Where checkpoints lie and are written.
-        advance: Called with the number of epochs that are behind us since the last call.
+        done: Called with the number of scores that are behind us since the last call.
 
     Returns:
-        The finished run.
+        The finished runs.
     """
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     manage = functools.partial(ocp.CheckpointManager, folder.absolute(), options=options)
     with files.quiet(), manage() as manager:
-        run = _start(name, seed, settings.epochs, len(data.train_x))
-        first, run = files.restored(manager, run, settings.epochs, folder)
-        advance(first)
-        for epoch in range(first, settings.epochs):
-            run = _train_epoch(name, run, seed, epoch, data.train_x, data.train_y)
-            done = epoch + 1
-            if done % CHECKPOINT_EVERY == 0 or done == settings.epochs:
-                files.save(manager, done, run, folder)
-            advance(1)
-    if name == "ivon":
-        warn_of_scores(run.scores)
-    return run
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _start(name: str, seed: Any, epochs: int, examples: int) -> Run:
-    return start(name, DEFAULTS[name], seed, epochs, examples)
+        runs = start(program, data.train_x.shape[1], cases)
+        steps, runs = files.restored(manager, runs, program.steps, folder)
+        first = -(-steps // program.every)
+        done(first)
+        for time in range(first, program.times):
+            runs = advance(program, runs, cases, time, data._replace(shifted_x=None))
+            steps = min((time + 1) * program.every, program.steps)
+            if steps % CHECKPOINT_EVERY == 0 or steps == program.steps:
+                files.save(manager, steps, runs, folder)
+            done(1)
+    return runs
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _train_epoch(name: str, run: Run, seed: Any, epoch: Any, x: Array, y: Array) -> Run:
-    return train_epoch(name, DEFAULTS[name], run, seed, epoch, x, y)
+def learnt_and_growth(program: Program, first: Run, last: Run) -> tuple[Array, Array]:
+    """Of every run of IVON: how much of its precision the data have moved, and how far."""
+    b2 = 1.0 - 1.0 / program.steps
+
+    def one(first: Run, last: Run) -> tuple[Array, Array]:
+        (found,) = blr.diagnostics(first.opt_state, last.opt_state, last.params, b2=b2)
+        return found.learnt, found.growth
+
+    return jax.vmap(one)(first, last)
+
+
+def warnings_of(learnt: float, growth: float) -> list[str]:
+    """In words, what makes a posterior less than it seems."""
+    said = []
+    if learnt < LEAST_LEARNT:
+        said.append(
+            f"the data have moved {learnt:.1%} of IVON's deviations, less than {LEAST_LEARNT:.0%}: "
+            "they are those that the recipe started from, one for all weights of a layer. More "
+            "examples, or a temperature below 1, let the data tell."
+        )
+    if growth > MOST_GROWTH:
+        said.append(
+            f"IVON's steps have become {growth:.0f} times as long, more than {MOST_GROWTH:.0f}, as "
+            "its precision fell, and it may diverge: lower the learning rate, or raise b2."
+        )
+    return said
