@@ -50,12 +50,12 @@ def _dots(ax: plt.Axes, records: Records, tasks: list[str], metric: str, minus: 
         x = rows.table(records, row, tasks, metric)
         if minus is not None:
             x = x - rows.table(records, minus, tasks, metric)
-        if np.isnan(x).all():
+        x = np.ma.masked_invalid(x)
+        if x.mask.all():
             continue
         colour, marker = STYLE[row.label]
         at = np.arange(len(tasks)) + 0.75 * (i / (len(SHOWN) - 1) - 0.5)
-        middle, spread = np.nanmean(x, 1), np.nanstd(x, 1)
-        ax.errorbar(at, middle, spread, fmt=marker, ms=5, lw=1, color=colour, label=row.label)
+        ax.errorbar(at, x.mean(1), x.std(1), fmt=marker, ms=5, lw=1, color=colour, label=row.label)
     ax.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     ax.grid(alpha=0.3, axis="y")
 

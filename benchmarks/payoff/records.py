@@ -49,6 +49,11 @@ def plain(x: Any) -> Any:
     return float(f"{float(x):.6g}") if math.isfinite(float(x)) else None
 
 
+def number(x: float | None) -> float:
+    """A score out of a record: infinite where the run diverged, which was written as None."""
+    return math.inf if x is None else x
+
+
 class Records:
     """Records by key, in a file of JSON lines.
 

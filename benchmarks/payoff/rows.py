@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from benchmarks.payoff.records import Records
+from benchmarks.payoff.records import Records, number
 from benchmarks.payoff.tasks import SPLITS, TASKS
 
 CHOSEN = "chosen"  # mean or samples, by validation NLL of the split
@@ -83,9 +83,8 @@ def score(records: Records, row: Row, task: str, split: int, metric: str) -> flo
     view = row.view
     if view == CHOSEN:
         nll = {v: record["views"][v]["valid_nll"] for v in ("mean", "samples")}
-        view = min(nll, key=lambda v: np.inf if nll[v] is None else nll[v])
-    found = record["views"][view][metric]
-    return np.inf if found is None else found
+        view = min(nll, key=lambda v: number(nll[v]))
+    return number(record["views"][view][metric])
 
 
 def table(records: Records, row: Row, tasks: Iterable[str], metric: str) -> np.ndarray:

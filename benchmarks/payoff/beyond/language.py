@@ -23,7 +23,7 @@ from benchmarks.payoff.claims import Claim, unmeasured
 from benchmarks.payoff.loop import one_step, transformation
 from benchmarks.payoff.methods import METHODS, RECIPE, Numbers
 from benchmarks.payoff.page import cell, markdown
-from benchmarks.payoff.records import Job, Records
+from benchmarks.payoff.records import Job, Records, number
 from benchmarks.payoff.tables import folder as package_folder
 
 NAME, TASK = "language", "hamlet"
@@ -153,8 +153,8 @@ def values(records: Records, label: str, view: str) -> np.ndarray:
     """Perplexity by seed."""
     method = CONTESTANTS[label][0]
     found = [records.get(f"{NAME}:{TASK}", method, label, seed) for seed in SEEDS]
-    values = [np.nan if r is None else r["views"].get(view, {}).get("perplexity") for r in found]
-    return np.array([np.nan if v is None else v for v in values])
+    views = [{} if r is None else r["views"] for r in found]
+    return np.array([number(v[view]["perplexity"]) if view in v else np.nan for v in views])
 
 
 def claims(records: Records) -> list[Claim]:

@@ -11,7 +11,7 @@ from benchmarks.payoff import figures
 from benchmarks.payoff.claims import Claim, unmeasured
 from benchmarks.payoff.methods import untuned
 from benchmarks.payoff.page import cell, markdown
-from benchmarks.payoff.records import Job, Records
+from benchmarks.payoff.records import Job, Records, number
 from benchmarks.payoff.run import run_one
 from benchmarks.payoff.tasks import CORE, OPTIONAL, SPLITS, TASKS
 
@@ -56,8 +56,7 @@ def nll(records: Records, task: str, method: str, rate: float) -> np.ndarray:
         record = records.get(f"{NAME}:{task}", method, f"lr {rate:g}", split)
         if record is None:
             return np.full(len(SPLITS), np.nan)
-        value = record["views"][VIEW[method]]["nll"]
-        found.append(np.inf if value is None else value)
+        found.append(number(record["views"][VIEW[method]]["nll"]))
     return np.array(found)
 
 
@@ -68,7 +67,7 @@ def spread(records: Records, task: str, method: str) -> float:
 
 
 def _measured(records: Records) -> list[str]:
-    return [t for t in PLACES if np.isfinite(spread(records, t, "ivon"))]
+    return [t for t in PLACES if not np.isnan(spread(records, t, "ivon"))]
 
 
 def _tens(records: Records) -> list[tuple[str, float, float]]:

@@ -25,7 +25,7 @@ from benchmarks.payoff.claims import Claim, unmeasured
 from benchmarks.payoff.loop import fan_in, one_step, transformation
 from benchmarks.payoff.methods import METHODS, untuned
 from benchmarks.payoff.page import cell, markdown
-from benchmarks.payoff.records import Job, Records
+from benchmarks.payoff.records import Job, Records, number
 from benchmarks.payoff.tasks import SPLITS, passes
 from blr_optax import metrics
 
@@ -177,8 +177,8 @@ def jobs(records: Records, optional: bool) -> list[Job]:
 def values(records: Records, method: str, view: str, metric: str) -> np.ndarray:
     """A score by split."""
     found = [records.get(f"{NAME}:{TASK}", method, "untuned", s) for s in SPLITS]
-    return np.array([np.nan if r is None else r["views"].get(view, {}).get(metric, np.nan)
-                     for r in found], float)  # fmt: skip
+    views = [{} if r is None else r["views"] for r in found]
+    return np.array([number(v[view][metric]) if view in v else np.nan for v in views])
 
 
 def claims(records: Records) -> list[Claim]:
