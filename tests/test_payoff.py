@@ -198,7 +198,7 @@ def test_moved_images_and_what_a_label_is_worth():
 
 def test_a_bandit_that_learns_misses_less():
     x = np.eye(10, 64, dtype=np.float32)[np.arange(200) % 10]
-    numbers = {k: np.float32(v) for k, v in bandit.RECIPE.items()}
+    numbers = {k: np.float32(v) for k, v in untuned("ivon", "classification").items()}
     play = bandit.player("IVON recipe, Thompson", rounds=200)
     misses = np.asarray(play(numbers, 0, 3 * x, np.arange(200) % 10))
     assert set(np.unique(misses)) == {0.0, 1.0} and misses[:50].mean() > misses[-50:].mean() + 0.2
