@@ -217,7 +217,7 @@ def test_what_validation_chooses_is_what_it_scores_best():
 def test_a_posterior_that_is_not_learnt_and_steps_that_grow_are_warned_of():
     assert experiment.warnings_of(0.06, 9.0) == []
     (said,) = experiment.warnings_of(0.001, 3.0)
-    assert "0.1% of IVON's deviations, less than 5%" in said and "temperature" in said
+    assert "0.1 % of IVON's deviations, less than 5 %" in said and "temperature" in said
     (said,) = experiment.warnings_of(0.5, 40.0)
     assert "40 times as long" in said and "learning rate" in said
 

@@ -154,7 +154,7 @@ def drawing(
     mine = {row: [p for p in rows if p.row == row] for row in shown}
     figure = figures.FIGURES[part](mine, data, results["parts"][part])
     # No version of matplotlib in the file: the same figure is the same bytes.
-    how = {"format": "png", "dpi": 110, "metadata": {"Software": None}}
+    how = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
     return functools.partial(figure.savefig, **how)
 
 
