@@ -329,6 +329,24 @@ def test_the_committed_results_are_of_the_defaults():
         assert outcome.closing(part, result, samples) == result["closing"]
 
 
+def test_the_documentation_has_the_committed_numbers():
+    found = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["parts"]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    columns: dict[tuple[str, str], list[str]] = {}
+    for part, result in found.items():
+        for entry in result["table"]:
+            names = [name for name in outcome.HEADINGS if name in entry]
+            row = " | ".join([entry["prediction"], *(report._cell(n, entry[n]) for n in names)])
+            assert f"| {row} |" in page
+            if entry["prediction"] in ("AdamW", "IVON, 64 samples", "AdamW, tuned and stopped"):
+                for name in names:
+                    cell = outcome.format_number(name, entry[name]["mean"])
+                    columns.setdefault((part, name), []).append(cell)
+    readme = (ROOT / "README.md").read_text()
+    for line in (("a", "coverage"), ("a", "nll"), ("b", "nll"), ("c", "nll"), ("c", "auroc")):
+        assert f" | {' | '.join(columns[line])} |" in readme, line
+
+
 def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     with report.progress(screen, 4) as (advance, finished):

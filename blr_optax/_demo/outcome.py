@@ -180,9 +180,8 @@ def closing(part: str, results: dict[str, Any], samples: int) -> list[str]:
         return sum(LOSS[score](x) < LOSS[score](y) for x, y in zip(ours, theirs, strict=True))
 
     def said(row: str) -> str:
-        return " and ".join(
-            WORDS[name].format(rows[row][name]["mean"]) for name in PARTS[part].said
-        )
+        numbers = {name: format_number(name, rows[row][name]["mean"]) for name in PARTS[part].said}
+        return " and ".join(WORDS[name].format(number) for name, number in numbers.items())
 
     names = [name for name in HEADINGS if name in rows[ivon]]
     worse = [
