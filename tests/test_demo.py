@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -212,6 +213,28 @@ def test_what_validation_chooses_is_what_it_scores_best():
         "AdamW, tuned": (3.0, {"weight_decay": 0.1}),
         "AdamW, tuned and stopped": (15.0, {"weight_decay": 1.0, "step": 2}),
     }
+
+
+def test_the_best_parameters_are_those_of_the_lowest_validation_nll():
+    settings = experiment.Settings(("b",), (0, 1), 4, 3)
+    made, cases = report.program(settings, "b", "adamw"), experiment.cases("adamw", (0, 1))
+    data = tasks.load_digits((0, 1), tasks.NOISY)
+    runs = experiment.start(made, data.train_x.shape[1], cases)
+    # As if the first time had been the best for the first run.
+    runs = experiment.advance(made, runs, cases, 0, data)
+    first = jax.device_get(runs.params)
+    runs = runs._replace(validation=runs.validation.at[0, 0].set(0.0))
+    runs = experiment.advance(made, runs, cases, 1, data)
+    assert np.all(runs.validation[1:, 1] < runs.validation[1:, 0])  # they still learn
+    for best, then, last in zip(
+        *(jax.tree.leaves(tree) for tree in (runs.best, first, runs.params)), strict=True
+    ):
+        np.testing.assert_array_equal(best[0], then[0])
+        np.testing.assert_array_equal(best[1:], last[1:])
+    logits = np.asarray(tasks.logits(jax.tree.map(lambda x: x[1], runs.params), data.val_x[1]))
+    nll = -logits + np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = np.mean(nll[np.arange(len(nll)), data.val_y[1]])
+    assert float(runs.validation[1, 1]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_posterior_that_is_not_learnt_and_steps_that_grow_are_warned_of():

@@ -183,7 +183,10 @@ def show(console: Console, part: str, results: dict[str, Any]) -> None:
         table.add_row(entry["prediction"], *cells, wins, end_section=index == 2)
     console.print(table)
     how = "mean ± sample standard deviation over seeds" if len(seeds) > 1 else "seed"
-    console.print(f"{how} {', '.join(map(str, seeds))}; the lower rows use the validation tenth")
+    console.print(
+        f"{how} {', '.join(map(str, seeds))}; the lower rows use the validation tenth",
+        soft_wrap=True,
+    )
     for line in mine["closing"]:
         console.print(line, highlight=False, soft_wrap=True)
     for line in mine["warnings"]:
