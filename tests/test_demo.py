@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -214,10 +215,32 @@ def test_what_validation_chooses_is_what_it_scores_best():
     }
 
 
+def test_the_best_parameters_are_those_of_the_lowest_validation_nll():
+    settings = experiment.Settings(("b",), (0, 1), 4, 3)
+    made, cases = report.program(settings, "b", "adamw"), experiment.cases("adamw", (0, 1))
+    data = tasks.load_digits((0, 1), tasks.NOISY)
+    runs = experiment.start(made, data.train_x.shape[1], cases)
+    # As if the first time had been the best for the first run.
+    runs = experiment.advance(made, runs, cases, 0, data)
+    first = jax.device_get(runs.params)
+    runs = runs._replace(validation=runs.validation.at[0, 0].set(0.0))
+    runs = experiment.advance(made, runs, cases, 1, data)
+    assert np.all(runs.validation[1:, 1] < runs.validation[1:, 0])  # they still learn
+    for best, then, last in zip(
+        *(jax.tree.leaves(tree) for tree in (runs.best, first, runs.params)), strict=True
+    ):
+        np.testing.assert_array_equal(best[0], then[0])
+        np.testing.assert_array_equal(best[1:], last[1:])
+    logits = np.asarray(tasks.logits(jax.tree.map(lambda x: x[1], runs.params), data.val_x[1]))
+    nll = -logits + np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = np.mean(nll[np.arange(len(nll)), data.val_y[1]])
+    assert float(runs.validation[1, 1]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_posterior_that_is_not_learnt_and_steps_that_grow_are_warned_of():
     assert experiment.warnings_of(0.06, 9.0) == []
     (said,) = experiment.warnings_of(0.001, 3.0)
-    assert "0.1% of IVON's deviations, less than 5%" in said and "temperature" in said
+    assert "0.1 % of IVON's deviations, less than 5 %" in said and "temperature" in said
     (said,) = experiment.warnings_of(0.5, 40.0)
     assert "40 times as long" in said and "learning rate" in said
 
@@ -327,6 +350,24 @@ def test_the_committed_results_are_of_the_defaults():
         assert outcome.summary(result["runs"]) == result["table"]
         samples = found["settings"]["samples"]
         assert outcome.closing(part, result, samples) == result["closing"]
+
+
+def test_the_documentation_has_the_committed_numbers():
+    found = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())["parts"]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    columns: dict[tuple[str, str], list[str]] = {}
+    for part, result in found.items():
+        for entry in result["table"]:
+            names = [name for name in outcome.HEADINGS if name in entry]
+            row = " | ".join([entry["prediction"], *(report._cell(n, entry[n]) for n in names)])
+            assert f"| {row} |" in page
+            if entry["prediction"] in ("AdamW", "IVON, 64 samples", "AdamW, tuned and stopped"):
+                for name in names:
+                    cell = outcome.format_number(name, entry[name]["mean"])
+                    columns.setdefault((part, name), []).append(cell)
+    readme = (ROOT / "README.md").read_text()
+    for line in (("a", "coverage"), ("a", "nll"), ("b", "nll"), ("c", "nll"), ("c", "auroc")):
+        assert f" | {' | '.join(columns[line])} |" in readme, line
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(capsys):

@@ -39,9 +39,9 @@ HEADINGS = {
     "auroc": "AUROC",
 }
 WORDS = {
-    "coverage": "{:.1%} of the points inside",
-    "nll": "NLL {:.3f}",
-    "auroc": "AUROC {:.3f}",
+    "coverage": "{} % of the points inside",
+    "nll": "NLL {}",
+    "auroc": "AUROC {}",
 }
 LOSS: dict[str, Callable[[float], float]] = {
     "coverage": lambda x: abs(x - LEVEL),
@@ -128,7 +128,7 @@ def _adamw(
     tuned, both = int(np.argmin(found[:, -1])), int(np.argmin(found.min(axis=1)))
     decay = [{"weight_decay": one} for one in experiment.DECAYS]
     steps = np.minimum((found.argmin(axis=1) + 1) * experiment.EVERY, settings.of(part))
-    stop = [{"step": int(one)} for one in steps]
+    stop: list[dict[str, float]] = [{"step": int(one)} for one in steps]
 
     def of(params: Any, index: int) -> Any:
         return jax.tree.map(lambda x: x[index], params)
@@ -180,13 +180,12 @@ def closing(part: str, results: dict[str, Any], samples: int) -> list[str]:
         return sum(LOSS[score](x) < LOSS[score](y) for x, y in zip(ours, theirs, strict=True))
 
     def said(row: str) -> str:
-        return " and ".join(
-            WORDS[name].format(rows[row][name]["mean"]) for name in PARTS[part].said
-        )
+        numbers = {name: format_number(name, rows[row][name]["mean"]) for name in PARTS[part].said}
+        return " and ".join(WORDS[name].format(number) for name, number in numbers.items())
 
     names = [name for name in HEADINGS if name in rows[ivon]]
     worse = [
-        HEADINGS[name]
+        HEADINGS[name].partition(" (")[0]
         for name in names
         if LOSS[name](rows[ivon][name]["mean"]) >= LOSS[name](rows[ADAMW][name]["mean"])
     ]

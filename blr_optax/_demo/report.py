@@ -154,7 +154,7 @@ def drawing(
     mine = {row: [p for p in rows if p.row == row] for row in shown}
     figure = figures.FIGURES[part](mine, data, results["parts"][part])
     # No version of matplotlib in the file: the same figure is the same bytes.
-    how = {"format": "png", "dpi": 110, "metadata": {"Software": None}}
+    how = {"format": "png", "dpi": 100, "metadata": {"Software": None}}
     return functools.partial(figure.savefig, **how)
 
 
@@ -183,7 +183,10 @@ def show(console: Console, part: str, results: dict[str, Any]) -> None:
         table.add_row(entry["prediction"], *cells, wins, end_section=index == 2)
     console.print(table)
     how = "mean ± sample standard deviation over seeds" if len(seeds) > 1 else "seed"
-    console.print(f"{how} {', '.join(map(str, seeds))}; the lower rows use the validation tenth")
+    console.print(
+        f"{how} {', '.join(map(str, seeds))}; the lower rows use the validation tenth",
+        soft_wrap=True,
+    )
     for line in mine["closing"]:
         console.print(line, highlight=False, soft_wrap=True)
     for line in mine["warnings"]:

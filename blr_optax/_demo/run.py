@@ -218,7 +218,7 @@ def advance(program: Program, runs: Run, cases: Cases, time: Any, data: Data) ->
         found = jnp.where(jnp.isfinite(found), found, jnp.inf)
         better = found < jnp.min(run.validation)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, run.best)
-        ways = [([params], 1)]
+        ways: list[tuple[Any, int]] = [([params], 1)]
         if program.method == "ivon":
             ways.append((blr.posterior(opt_state, params), program.samples))
         scores = [task.scores(task.predict(key, q, test_x, n), test_y) for q, n in ways]
@@ -274,11 +274,11 @@ def train(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def learnt_and_growth(program: Program, first: Run, last: Run) -> tuple[Array, Array]:
+def learnt_and_growth(program: Program, first: Run, last: Run) -> tuple[Any, Any]:
     """Of every run of IVON: how much of its precision the data have moved, and how far."""
     b2 = 1.0 - 1.0 / program.steps
 
-    def one(first: Run, last: Run) -> tuple[Array, Array]:
+    def one(first: Run, last: Run) -> tuple[Any, Any]:
         (found,) = blr.diagnostics(first.opt_state, last.opt_state, last.params, b2=b2)
         return found.learnt, found.growth
 
@@ -290,9 +290,9 @@ def warnings_of(learnt: float, growth: float) -> list[str]:
     said = []
     if learnt < LEAST_LEARNT:
         said.append(
-            f"the data have moved {learnt:.1%} of IVON's deviations, less than {LEAST_LEARNT:.0%}: "
-            "they are those that the recipe started from, one for all weights of a layer. More "
-            "examples, or a temperature below 1, let the data tell."
+            f"the data have moved {100 * learnt:.1f} % of IVON's deviations, less than "
+            f"{100 * LEAST_LEARNT:.0f} %: they are those that the recipe started from, one for all "
+            "weights of a layer. More examples, or a temperature below 1, let the data tell."
         )
     if growth > MOST_GROWTH:
         said.append(

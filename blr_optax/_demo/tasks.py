@@ -33,7 +33,7 @@ NOISY, SHIFT, LEVEL = 0.15, 2, 0.9
 
 
 class Data(NamedTuple):
-    """The parts of every seed, seeds in front; `unit` and `origin` give targets their own unit."""
+    """The parts of every seed, seeds in front; `origin` and `unit` give targets their own unit."""
 
     train_x: Array
     train_y: Array
@@ -44,6 +44,13 @@ class Data(NamedTuple):
     shifted_x: Array | None
     origin: Array
     unit: Array
+
+
+def _of(rows: list[dict[str, Any]]) -> Data:
+    """One row for every seed."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    stacked = {name: jnp.asarray(np.stack(column)) for name, column in columns.items()}
+    return Data(**{"shifted_x": None, **stacked})
 
 
 @functools.cache
@@ -65,15 +72,15 @@ def load_diabetes(seeds: tuple[int, ...], noisy: float) -> Data:
     x, y = load_diabetes(return_X_y=True, scaled=False)
     rows = []
     for seed in seeds:
-        train, val, test = _split(len(y), seed, 0.6, 0.1)
-        center, deviation = x[train].mean(0), x[train].std(0)
-        origin, unit = y[train].mean(), y[train].std()
-        pairs = [((x[i] - center) / deviation, (y[i] - origin) / unit) for i in (train, val, test)]
-        rows.append([*sum(pairs, ()), origin, unit])
-    *parts, origin, unit = (
-        jnp.asarray(np.stack(column), jnp.float32) for column in zip(*rows, strict=True)
-    )
-    return Data(*parts, None, origin, unit)
+        parts = _split(len(y), seed, 0.6, 0.1)
+        center, deviation = x[parts["train"]].mean(0), x[parts["train"]].std(0)
+        origin, unit = y[parts["train"]].mean(), y[parts["train"]].std()
+        row: dict[str, Any] = {"origin": np.float32(origin), "unit": np.float32(unit)}
+        for name, index in parts.items():
+            row[f"{name}_x"] = np.float32((x[index] - center) / deviation)
+            row[f"{name}_y"] = np.float32((y[index] - origin) / unit)
+        rows.append(row)
+    return _of(rows)
 
 
 def start_regression(key: Any) -> Any:
@@ -115,22 +122,25 @@ def load_digits(seeds: tuple[int, ...], noisy: float) -> Data:
     """The parts, with noisy labels, or with a shifted copy of the test part."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images, size = digits.images.astype(np.float32), len(digits.target)
-    moved = np.zeros_like(images)
-    moved[:, SHIFT:, SHIFT:] = images[:, :-SHIFT, :-SHIFT]
+    pixels, labels = load_digits(return_X_y=True)
+    x, size = np.asarray(pixels, np.float32), len(labels)
+    moved = np.zeros((size, 8, 8), np.float32)
+    moved[:, SHIFT:, SHIFT:] = x.reshape(size, 8, 8)[:, :-SHIFT, :-SHIFT]
+    moved = moved.reshape(size, 64)
     rows = []
     for seed in seeds:
-        train, val, test = _split(size, seed, 0.45, 0.1)
+        parts = _split(size, seed, 0.45, 0.1)
         draw = np.random.RandomState([1, seed])
-        others = np.where(draw.rand(size) < noisy, draw.randint(0, 10, size), -1)
-        y = np.where(others >= 0, others, digits.target)
-        center, deviation = images[train].mean(0), images[train].std()
-        x, far = ((pixels - center).reshape(size, 64) / deviation for pixels in (images, moved))
-        rows.append([*(half for i in (train, val, test) for half in (x[i], y[i])), far[test]])
-    *parts, shifted = (jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
-    ones = jnp.ones(len(seeds))
-    return Data(*parts, None if noisy else shifted, 0 * ones, ones)
+        wrong, others = draw.rand(size) < noisy, draw.randint(0, 10, size)
+        y = np.where(wrong, others, labels)
+        center, deviation = x[parts["train"]].mean(0), x[parts["train"]].std()
+        row: dict[str, Any] = {"origin": np.float32(0.0), "unit": np.float32(1.0)}
+        for name, index in parts.items():
+            row[f"{name}_x"], row[f"{name}_y"] = (x[index] - center) / deviation, y[index]
+        if not noisy:
+            row["shifted_x"] = (moved[parts["test"]] - center) / deviation
+        rows.append(row)
+    return _of(rows)
 
 
 def start_classification(key: Any) -> Any:
@@ -174,10 +184,10 @@ def auroc(found: Array, shifted: Array) -> Array:
 # --- parts ----------------------------------------------------------------------------------------
 
 
-def _split(size: int, seed: int, train: float, val: float) -> list[np.ndarray]:
+def _split(size: int, seed: int, train: float, val: float) -> dict[str, np.ndarray]:
     order = np.random.RandomState([0, seed]).permutation(size)
-    first, second = round(train * size), round((train + val) * size)
-    return np.split(order, [first, second])
+    parts = np.split(order, [round(train * size), round((train + val) * size)])
+    return dict(zip(("train", "val", "test"), parts, strict=True))
 
 
 class Task(NamedTuple):
