@@ -368,6 +368,12 @@ def test_the_documentation_has_the_committed_numbers():
     readme = (ROOT / "README.md").read_text()
     for line in (("a", "coverage"), ("a", "nll"), ("b", "nll"), ("c", "nll"), ("c", "auroc")):
         assert f" | {' | '.join(columns[line])} |" in readme, line
+    ten = json.loads((ROOT / "benchmarks" / "results" / "demo_ten_seeds.json").read_text())
+    rows = {entry["prediction"]: entry["auroc"] for entry in ten["parts"]["c"]["table"]}
+    for row, texts in (("AdamW", (page, readme)), ("IVON, 64 samples", (page, readme))):
+        assert all(report._cell("auroc", rows[row]) in text for text in texts)
+    assert report._cell("auroc", rows["AdamW, tuned and stopped"]) in page
+    assert rows["IVON, 64 samples"]["wins"] == 8
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
