@@ -388,6 +388,14 @@ def test_a_terminal_gets_a_bar_instead_of_lines(capsys):
 # --- flags ----------------------------------------------------------------------------------------
 
 
+def test_the_help_names_the_parts_and_their_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "b is digits with 15 % random labels" in said and "3000 in a, 2000 in b" in said
+
+
 @pytest.mark.parametrize(
     "arguments", [["--part", "c,a"], ["--part", "c", "--part", "a"], ["--part", "c", "a", "c"]]
 )

@@ -84,7 +84,7 @@ def build() -> Parser:
         metavar="PART",
         **several,
         help=f"any of {', '.join(PARTS)} (default: all): "
-        + "; ".join(f"{name} is {part.title}" for name, part in PARTS.items()),
+        + "; ".join(f"{name} is {part.title}" for name, part in PARTS.items()).replace("%", "%%"),
     )
     demo.add_argument(
         "--seed",

@@ -53,7 +53,8 @@ def intervals(rows: Rows, data: Data, results: dict[str, Any]) -> Figure:
             some = which[order]
             ax.plot(at[some], y[order][some], "o", color=color, markersize=3, label=name)
         ax.set(
-            xlabel="test points, sorted by prediction", title=f"{row}: {inside.mean():.0%} inside"
+            xlabel="test points, sorted by prediction",
+            title=f"{row}: {100 * inside.mean():.0f} % inside",
         )
         ax.title.set_size("medium")
         ax.spines[["top", "right"]].set_visible(False)
