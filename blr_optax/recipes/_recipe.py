@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -232,25 +232,13 @@ def ivon(
     )
 
 
-def vogn(
-    params: Params,
-    num_examples: int,
-    num_steps: int,
-    *,
-    noise: float = NOISE,
-    prior: float = PRIOR,
-    temperature: float = 1.0,
-    task: str = "classification",
-    learning_rate: float | None = None,
-    clip_step: float = CLIP_STEP,
-    **options: object,
-) -> Recipe:
+def vogn(params: Params, num_examples: int, num_steps: int, **options: object) -> Recipe:
     """Return VOGN for a run of known length: as `recipes.ivon`, from per-example gradients.
 
     Args:
-        params, num_examples, num_steps, noise, prior: as in `recipes.ivon`.
-        temperature, task, learning_rate, clip_step: as in `recipes.ivon`.
-        options: others of `blr_optax.vogn`.
+        params, num_examples, num_steps: as in `recipes.ivon`.
+        options: `noise=`, `prior=`, `temperature=`, `task=`, `learning_rate=`, `clip_step=` as in
+            `recipes.ivon`, and others of `blr_optax.vogn`.
 
     Raises:
         ValueError: as `recipes.ivon`.
@@ -263,40 +251,17 @@ def vogn(
       >>> print(recipe.row, round(recipe.leaves[0].deviation, 3))
       vogn 0.1
     """
-    return _recipe(
-        "vogn",
-        params,
-        num_examples,
-        num_steps,
-        noise=noise,
-        prior=prior,
-        temperature=temperature,
-        task=task,
-        learning_rate=learning_rate,
-        clip_step=clip_step,
-        **options,
-    )
+    given = cast("dict[str, Any]", options)
+    return _recipe("vogn", params, num_examples, num_steps, **given)
 
 
-def evon(
-    params: Params,
-    num_examples: int,
-    num_steps: int,
-    *,
-    noise: float = NOISE,
-    prior: float = PRIOR,
-    temperature: float = 1.0,
-    task: str = "classification",
-    learning_rate: float | None = None,
-    clip_step: float = CLIP_STEP,
-    **options: object,
-) -> Recipe:
+def evon(params: Params, num_examples: int, num_steps: int, **options: object) -> Recipe:
     """Return EVON for a run of known length: as `recipes.ivon`, along learnt directions.
 
     Args:
-        params, num_examples, num_steps, noise, prior: as in `recipes.ivon`.
-        temperature, task, learning_rate, clip_step: as in `recipes.ivon`.
-        options: others of `blr_optax.evon`.
+        params, num_examples, num_steps: as in `recipes.ivon`.
+        options: `noise=`, `prior=`, `temperature=`, `task=`, `learning_rate=`, `clip_step=` as in
+            `recipes.ivon`, and others of `blr_optax.evon`.
 
     Raises:
         ValueError: as `recipes.ivon`.
@@ -309,40 +274,17 @@ def evon(
       >>> print(recipe.row, round(recipe.leaves[0].deviation, 3))
       evon 0.1
     """
-    return _recipe(
-        "evon",
-        params,
-        num_examples,
-        num_steps,
-        noise=noise,
-        prior=prior,
-        temperature=temperature,
-        task=task,
-        learning_rate=learning_rate,
-        clip_step=clip_step,
-        **options,
-    )
+    given = cast("dict[str, Any]", options)
+    return _recipe("evon", params, num_examples, num_steps, **given)
 
 
-def bsam(
-    params: Params,
-    num_examples: int,
-    num_steps: int,
-    *,
-    noise: float = NOISE,
-    prior: float = PRIOR,
-    temperature: float = 1.0,
-    task: str = "classification",
-    learning_rate: float | None = None,
-    clip_step: float = CLIP_STEP,
-    **options: object,
-) -> Recipe:
+def bsam(params: Params, num_examples: int, num_steps: int, **options: object) -> Recipe:
     """Return bSAM for a run of known length: as `recipes.ivon`, with an adversary.
 
     Args:
-        params, num_examples, num_steps, noise, prior: as in `recipes.ivon`.
-        temperature, task, learning_rate, clip_step: as in `recipes.ivon`.
-        options: others of `blr_optax.bsam`.
+        params, num_examples, num_steps: as in `recipes.ivon`.
+        options: `noise=`, `prior=`, `temperature=`, `task=`, `learning_rate=`, `clip_step=` as in
+            `recipes.ivon`, and others of `blr_optax.bsam`.
 
     Raises:
         ValueError: as `recipes.ivon`.
@@ -355,40 +297,17 @@ def bsam(
       >>> print(recipe.row, round(recipe.leaves[0].deviation, 3))
       bsam 0.1
     """
-    return _recipe(
-        "bsam",
-        params,
-        num_examples,
-        num_steps,
-        noise=noise,
-        prior=prior,
-        temperature=temperature,
-        task=task,
-        learning_rate=learning_rate,
-        clip_step=clip_step,
-        **options,
-    )
+    given = cast("dict[str, Any]", options)
+    return _recipe("bsam", params, num_examples, num_steps, **given)
 
 
-def mixture_ivon(
-    params: Params,
-    num_examples: int,
-    num_steps: int,
-    *,
-    noise: float = NOISE,
-    prior: float = PRIOR,
-    temperature: float = 1.0,
-    task: str = "classification",
-    learning_rate: float | None = None,
-    clip_step: float = CLIP_STEP,
-    **options: object,
-) -> Recipe:
+def mixture_ivon(params: Params, num_examples: int, num_steps: int, **options: object) -> Recipe:
     """Return a mixture of IVONs for a run of known length: as `recipes.ivon`, stacked networks.
 
     Args:
-        params, num_examples, num_steps, noise, prior: as in `recipes.ivon`.
-        temperature, task, learning_rate, clip_step: as in `recipes.ivon`.
-        options: others of `blr_optax.mixture_ivon`.
+        params, num_examples, num_steps: as in `recipes.ivon`.
+        options: `noise=`, `prior=`, `temperature=`, `task=`, `learning_rate=`, `clip_step=` as in
+            `recipes.ivon`, and others of `blr_optax.mixture_ivon`.
 
     Raises:
         ValueError: as `recipes.ivon`.
@@ -402,15 +321,5 @@ def mixture_ivon(
       mixture_ivon 0.1
     """
     return _recipe(
-        "mixture_ivon",
-        params,
-        num_examples,
-        num_steps,
-        noise=noise,
-        prior=prior,
-        temperature=temperature,
-        task=task,
-        learning_rate=learning_rate,
-        clip_step=clip_step,
-        **options,
+        "mixture_ivon", params, num_examples, num_steps, **cast("dict[str, Any]", options)
     )
