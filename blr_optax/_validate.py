@@ -170,7 +170,7 @@ def check_positive(
                 "numbers for other leaves: one optimizer each, in optax.partition."
             )
     for number in jax.tree.leaves(hyper):
-        if isinstance(number, (str, bool)):
+        if isinstance(number, (str, bool)) or not is_number(number):
             raise ValueError(f"{name}={number!r} must be a number, an array or a schedule.")
         if not holds(lambda x: (x >= 0) if zero else (x > 0), number):
             raise ValueError(f"{name}={number} must be {'at least zero' if zero else 'positive'}.")

@@ -15,6 +15,7 @@ many tasks: with a rate that is too large every weight moves by the bound, and f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,8 +26,15 @@ import numpy as np
 import optax
 
 from blr_optax import _tree
-from blr_optax._decay import decay_leaves
-from blr_optax._validate import check_count, check_number, check_positive, concrete, size_at
+from blr_optax._decay import decay_leaves, masked
+from blr_optax._validate import (
+    check_count,
+    check_number,
+    check_positive,
+    concrete,
+    holds,
+    size_at,
+)
 from blr_optax.optimizers._zero_mean_prior import (
     WEIGHT_DECAY,
     decay_of,
@@ -71,7 +79,9 @@ def relative_noise(share: float = NOISE) -> RelativeNoise:
     """Return a first posterior relative to the first weights: sigma = share * rms of every leaf.
 
     It is the `hess_init=` of `ivon`, `evon` and `mixture_ivon`, and the `init_precision=` of `vogn`
-    and `bsam`: the same noise in any network, for any number of examples.
+    and `bsam`: the same noise in any network, for any number of examples. The precision of a
+    distribution as `prior=` comes on top. In a group of `optax.partition`, leaves of zeros have the
+    size of the smallest matrix of their group.
 
     Args:
         share: of the root mean square of a leaf's first values; 0.2 to 0.3.
@@ -122,21 +132,22 @@ def warm_cosine(peak: float, num_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(peak / (rise + 1), peak, rise, num_steps)
 
 
-@jax.jit
-def scales(params: Params) -> Array:
-    """Return s of every leaf, one float32 array."""
+@functools.partial(jax.jit, static_argnames="leading")
+def scales(params: Params, leading: int = 0) -> Array:
+    """Return s of every leaf, one float32 array; `leading` axes are of networks side by side."""
     leaves = jax.tree.leaves(params)
     sizes = [jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))) / max(x.size, 1)) for x in leaves]
     pairs = list(zip(sizes, leaves, strict=True))
-    known = [jnp.where(size > 0, size, jnp.inf) for size, x in pairs if x.ndim > 1]
+    known = [jnp.where(size > 0, size, jnp.inf) for size, x in pairs if x.ndim > 1 + leading]
     smallest = jnp.min(jnp.array(known), initial=jnp.inf)
 
     def leaf(size: Array, x: Array) -> Array:
         # A network that starts at zero: the size with which layers are drawn.
-        drawn = min(1.0 / math.sqrt(max(math.prod(x.shape[:-1]), 1)), LARGEST_OF_VECTORS)
+        inputs = max(math.prod(x.shape[leading:-1]), 1)
+        drawn = min(1.0 / math.sqrt(inputs), LARGEST_OF_VECTORS)
         other = jnp.where(jnp.isfinite(smallest), smallest, drawn)
         found = jnp.where(size > 0, size, other)
-        return found if x.ndim > 1 else jnp.minimum(found, LARGEST_OF_VECTORS)
+        return found if x.ndim > 1 + leading else jnp.minimum(found, LARGEST_OF_VECTORS)
 
     return jnp.array([leaf(*pair) for pair in pairs], jnp.float32)
 
@@ -163,6 +174,9 @@ def from_first_weights(
     prior: Hyperparameter | RelativePrior,
     ess: ScalarOrSchedule | None,
     trial: tuple[float | None, float],
+    *,
+    mask: PyTree | Callable[[Params], PyTree] = None,
+    leading: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Return make(noise, prior), both in numbers; what is relative is known once params are.
 
@@ -172,25 +186,25 @@ def from_first_weights(
         prior: the second, or relative.
         ess: where both are per example; None where they are total.
         trial: numbers for which `make` checks its other arguments at once.
+        mask: of the leaves that the prior holds for.
+        leading: axes of networks side by side.
     """
     relative = isinstance(noise, RelativeNoise), isinstance(prior, RelativePrior)
     if not any(relative):
         return make(noise, prior)
     shares = [x.share for x in (noise, prior) if isinstance(x, (RelativeNoise, RelativePrior))]
-    if all(relative) and concrete(shares) and shares[0] >= shares[1]:
-        raise ValueError(
-            f"relative_noise({shares[0]}) must be below relative_prior({shares[1]}): a posterior "
-            "is never wider than its prior."
-        )
+    if all(relative):
+        check_narrower(*shares)
     make(*trial)
 
     def of(sizes: Any, like: PyTree) -> optax.GradientTransformationExtraArgs:
         s = jax.tree.unflatten(jax.tree.structure(like), list(sizes))
-        return make(*in_numbers(noise, prior, s, ess))
+        return make(*in_numbers(noise, prior, s, ess, like, mask))
 
     def init_fn(params: Params) -> FirstWeightsState:
+        _tree.check_float_leaves(params, "ivon, vogn, evon, bsam, mixture_ivon")
         # Of parameters that are only shapes the state has the right types, and is never read.
-        found = scales(jax.tree.map(_array, params))
+        found = scales(jax.tree.map(_array, params), leading)
         # Numbers that Python knows are checked, and nothing is compiled for them.
         known = np.asarray(found).tolist() if concrete(found) else found
         return FirstWeightsState(found, of(known, params).init(params))
@@ -198,6 +212,12 @@ def from_first_weights(
     def update_fn(
         updates: Updates, state: Any, params: Params = None, **extra: Any
     ) -> tuple[Any, FirstWeightsState]:
+        if not isinstance(state, FirstWeightsState):
+            raise ValueError(
+                "update: its second argument must be the optimizer state, as tx.init(params) makes "
+                f"and update returns it; got {type(state).__name__}. The order is update(grads, "
+                "opt_state, params)."
+            )
         tx = of(state.scales, updates)
         out, inner = tx.update(updates, state.inner, params, **extra)
         return out, FirstWeightsState(state.scales, inner)
@@ -210,8 +230,14 @@ def in_numbers(
     prior: Hyperparameter | RelativePrior,
     s: PyTree,
     ess: ScalarOrSchedule | None,
+    like: Params,
+    mask: PyTree | Callable[[Params], PyTree] = None,
 ) -> tuple[PyTree, PyTree]:
-    """Return (h_0, delta), or without ess (S_q, S_0), for the scales s of all leaves."""
+    """Return (h_0, delta), or without ess (S_q, S_0), for the scales s of all leaves.
+
+    Raises:
+        ValueError: where the first posterior would be wider than a prior in numbers.
+    """
     if isinstance(prior, RelativePrior):
         total = jax.tree.map(lambda s: 1.0 / (prior.share * s) ** 2, s)
         prior = total if ess is None else decay_of(total, ess)
@@ -220,8 +246,24 @@ def in_numbers(
     first = jax.tree.map(lambda s: 1.0 / (noise.share * s) ** 2, s)
     if ess is None:
         return first, prior
-    delta = decay_leaves(prior, s, 0)
-    return jax.tree.map(lambda p, d: p / size_at(ess, 0) - d, first, delta), prior
+    delta = decay_leaves(masked(prior, mask), like, 0)
+    curvature = jax.tree.map(lambda p, d: p / size_at(ess, 0) - d, first, delta)
+    if not all(holds(lambda h: h >= 0, h) for h in jax.tree.leaves(curvature)):
+        raise ValueError(
+            f"relative_noise({noise.share}): the first posterior would be wider than the prior, "
+            "whose strength is per example and counts ess times. Give "
+            "prior=relative_prior(...), a smaller weight_decay, or less noise."
+        )
+    return curvature, prior
+
+
+def check_narrower(noise: Scalar, prior: Scalar) -> None:
+    """Raise ValueError unless the noise is narrower than the prior; traced numbers pass."""
+    if not holds(lambda pair: pair[0] < pair[1], (noise, prior)):
+        raise ValueError(
+            f"relative_noise({noise}) must be below relative_prior({prior}): a posterior is never "
+            "wider than its prior."
+        )
 
 
 class ChosenPrior(NamedTuple):
@@ -286,6 +328,8 @@ def clipped_step(
     radius: Scalar, first_precision: Callable[[Params], PyTree]
 ) -> optax.GradientTransformation:
     """Bound the step of every weight by `radius` deviations of the first posterior.
+
+    A distribution as prior is left out of them, as it is out of the rescaled rate.
 
     Args:
         radius: one number for all weights.

@@ -487,7 +487,7 @@ def evon(
             rescale_lr=rescale_lr,
         )
 
-    return from_first_weights(make, run.noise, decay, ess, trial=(1.0, 1.0))
+    return from_first_weights(make, run.noise, decay, ess, (1.0, 1.0), mask=mask)
 
 
 def orthogonalize(steps: int = 5) -> optax.GradientTransformationExtraArgs:

@@ -165,10 +165,10 @@ def ivon(
         prior_precision: the same prior by its total precision, ess * delta, in place of
             weight_decay; a number or prefix tree.
         mask: which leaves decay, as in `optax.adamw`: a prefix tree of booleans or a function from
-            params to one; None for all. A `prior` is not masked.
+            params to one; None for all. A distribution as `prior` is not masked.
         clip_radius: xi, elementwise bound on the preconditioned step; None for none.
-        clip_step: bound on the step that every weight makes, in deviations of its first posterior;
-            None for none, 0.1 with `num_steps`.
+        clip_step: bound on the step that every weight makes, in deviations of its first posterior
+            (a distribution as `prior` left out); None for none, 0.1 with `num_steps`.
         rescale_lr: multiply the learning rate by hess_init + weight_decay (not by a `prior`'s).
         debias: divide the gradient's average by 1 - b1^t.
         curvature: "reparameterized" (Price) or `squared_gradient(...)`.
@@ -241,7 +241,7 @@ def ivon(
             rescale_lr=rescale_lr,
         )
 
-    return from_first_weights(make, run.noise, chosen.strength, ess, trial=(1.0, 1.0))
+    return from_first_weights(make, run.noise, chosen.strength, ess, (1.0, 1.0), mask=mask)
 
 
 def soba(

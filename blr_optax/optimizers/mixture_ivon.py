@@ -409,4 +409,6 @@ def mixture_ivon(
             rescale_lr=rescale_lr,
         )
 
-    return from_first_weights(make, run.noise, chosen.strength, ess, trial=(1.0, 1.0))
+    return from_first_weights(
+        make, run.noise, chosen.strength, ess, (1.0, 1.0), mask=mask, leading=1
+    )

@@ -97,6 +97,12 @@ def from_totals(
         num_steps, prior_precision, ess, init, damping: as in `vogn`.
         options: others of `scale_by_precision`.
     """
+    dense = given.prior is not None and not isinstance(given.prior, RelativePrior)
+    if num_steps is not None and dense and init is None and given.noise is None:
+        raise ValueError(
+            f"{who}: num_steps= beside a distribution as prior= needs the first posterior, init=, "
+            "and the learning rate; or give prior=relative_prior(...)."
+        )
     run = of_run(
         who,
         num_steps,

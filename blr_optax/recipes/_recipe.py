@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from blr_optax import _tree, optimizers
+from blr_optax._distribution import Distribution
 from blr_optax._validate import check_count, check_number, concrete
 from blr_optax.optimizers._first_weights import (
     CLIP_STEP,
@@ -128,9 +129,17 @@ def _recipe(
     check_count("num_examples", num_examples)
     check_count("num_steps", num_steps)
     check_number("temperature", temperature)
+    if isinstance(prior, Distribution) or "init" in options:
+        raise ValueError(
+            f"recipes.{row}: prior= is a width in units of the first weights, and the first "
+            f"posterior N(params, (noise s)^2). Distributions go into blr.{row}(prior=, init=)."
+        )
     peak = peak_rate(task, learning_rate)
     _tree.check_float_leaves(params, f"recipes.{row}")
     schedule = warm_cosine(peak, num_steps)
+    clip_step = CLIP_STEP if clip_step is None else clip_step
+    if options.get("b2") is None:
+        options["b2"] = 1.0 - 1.0 / num_steps
     first = "init_precision" if row in UNSCALED else "hess_init"
     made = getattr(optimizers, row)(
         schedule,
@@ -148,19 +157,22 @@ def _recipe(
         peak=peak,
         ess=num_examples / temperature,
         num_steps=num_steps,
-        b2=options.get("b2", 1.0 - 1.0 / num_steps),
+        b2=options["b2"],
         clip_step=clip_step,
         noise=noise,
         prior=prior,
-        leaves=tuple(_leaf_choices(params, noise, prior)),
+        leaves=tuple(_leaf_choices(params, noise, prior, int(row == "mixture_ivon"))),
     )
 
 
-def _leaf_choices(params: Params, noise: float, prior: float) -> list[LeafChoice]:
-    if not concrete(params):
-        return []
-    sizes = np.asarray(scales(params)).tolist()
+def _leaf_choices(params: Params, noise: float, prior: float, leading: int) -> list[LeafChoice]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for _, x in leaves):
+        raise ValueError("recipes: params must be arrays, of whose values the sizes are taken.")
+    found = scales(params, leading)
+    if not concrete(found):
+        return []
+    sizes = np.asarray(found).tolist()
     return [
         LeafChoice(_tree.leaf_name(path) or "params", x.shape, s, noise * s, prior * s)
         for (path, x), s in zip(leaves, sizes, strict=True)
@@ -187,10 +199,11 @@ def ivon(
     root mean square of each leaf's first values.
 
     Args:
-        params: the first parameters, as drawn or pre-trained; only their sizes are looked at.
+        params: the first parameters, as drawn or pre-trained; only their sizes are looked at. In a
+            group of `optax.partition` sizes of zeros are those of the group.
         num_examples: N, the training examples (for a language model, the tokens) that the mean
             loss stands for.
-        num_steps: of the whole run; the schedule ends there.
+        num_steps: of the whole run; the schedule ends there, and later steps move nothing.
         noise: deviation of the first posterior in units of s; 0.3 for noisy labels.
         prior: deviation of the prior in units of s, the number that matters most: 1.7, 3.2 or 10,
             see `tune`.
@@ -198,7 +211,7 @@ def ivon(
         task: "classification", "language_model" or "regression", for the learning rate.
         learning_rate: its peak, in place of the task's.
         clip_step: bound on a weight's step, in deviations of the first posterior.
-        options: others of `blr_optax.ivon`.
+        options: others of `blr_optax.ivon`, but for `init`.
 
     Raises:
         ValueError: for counts or numbers out of range, an unknown task, integer parameters, and as

@@ -31,8 +31,20 @@ class Tempered(NamedTuple):
 
 
 def scaled(q: Distribution, scale: float) -> Distribution | Ensemble:
-    """Return q with its deviations times `scale`; at 0 the mean alone."""
-    return ensemble([q.mean]) if scale == 0 else q ** (1.0 / scale**2)
+    """Return q with its deviations times `scale`; at 0 the mean alone.
+
+    Raises:
+        ValueError: for a posterior that has no powers.
+    """
+    if scale == 0:
+        return ensemble([q.mean])
+    try:
+        return q ** (1.0 / scale**2)
+    except ValueError as error:
+        raise ValueError(
+            f"temper: a posterior of {q.family} has no powers ({error}). Those of ivon, vogn, "
+            "bsam, adam and sgd have; of others compare the mean with q by hand."
+        ) from error
 
 
 def temper(
@@ -47,7 +59,8 @@ def temper(
     have agreed on. One number mends that, and the same comparison tells whether to average at all.
 
     Args:
-        q: a Gaussian posterior of any of the library's Gaussian families.
+        q: a posterior with powers: an exponential family's, as of `ivon`, `vogn`, `bsam`; not of
+            `evon` and `mixture_ivon`.
         score: of what predicts, on validation data; lower is better. It gets q at other widths, for
             `predict` or `predict_regression`.
         scales: of the deviations; 0 is the mean alone, 1 is q.
@@ -73,7 +86,7 @@ def temper(
       0.0
     """
     check_distribution("temper: q", q)
-    if not scales or any(not np.isfinite(s) or s < 0 for s in scales):
+    if len(scales) == 0 or any(not np.isfinite(s) or s < 0 for s in scales):
         raise ValueError(f"temper: scales={scales!r} must be numbers of at least 0.")
     scores = {float(s): float(score(scaled(q, s))) for s in scales}
     finite = {s: found for s, found in scores.items() if np.isfinite(found)}

@@ -13,7 +13,12 @@ from blr_optax import optimizers
 from blr_optax._distribution import Distribution
 from blr_optax._random import canonical_key
 from blr_optax._validate import check_count, check_number, scalar_loss
-from blr_optax.optimizers._first_weights import RelativePrior, relative_noise, warm_cosine
+from blr_optax.optimizers._first_weights import (
+    RelativePrior,
+    check_narrower,
+    relative_noise,
+    warm_cosine,
+)
 from blr_optax.recipes import _recipe
 from blr_optax.state import make_step, posterior
 
@@ -71,8 +76,8 @@ def tune(
         batch_size: examples per step, drawn anew for each.
         priors: deviations of the prior in units of the first weights.
         noise, temperature, task, learning_rate: as in `recipes.ivon`.
-        score: of a trained posterior, lower is better; by default the loss of its mean on the
-            validation examples.
+        score: of a trained posterior, lower is better, a function that jax can trace; by default
+            the loss of its mean on the validation examples.
         row: "ivon", "vogn", "evon" or "bsam".
         key: typed key or integer seed, of batches and noise.
 
@@ -98,19 +103,20 @@ def tune(
     """
     check_count("num_steps", num_steps)
     check_count("batch_size", batch_size)
-    if not priors:
+    if len(priors) == 0:
         raise ValueError("tune: priors= must have at least one width.")
     for prior in priors:
         check_number("tune: priors", prior)
-    sizes = {x.shape[0] for x in jax.tree.leaves(train)}
-    if len(sizes) != 1:
-        raise ValueError(f"tune: the arrays of train= differ in their leading axes: {sizes}.")
-    (examples,) = sizes
+        check_narrower(noise, prior)
+    check_number("temperature", temperature)
+    train, validation = _arrays("train", train), _arrays("validation", validation)
+    examples = jax.tree.leaves(train)[0].shape[0]
     if row not in ROWS:
         raise ValueError(f"tune: row={row!r} is unknown; known: {', '.join(ROWS)}.")
     peak = _recipe.peak_rate(task, learning_rate)
     first = "init_precision" if row in _recipe.UNSCALED else "hess_init"
     loss = scalar_loss("tune", loss)
+    of_batches, of_noise = jax.random.split(canonical_key(key))
     judge = score or (lambda q: loss(q.mean, *validation))
 
     def run(prior: Any, train: tuple) -> tuple[Params, OptState, Scalar]:
@@ -119,6 +125,7 @@ def tune(
             ess=examples / temperature,
             num_steps=num_steps,
             prior=RelativePrior(prior),
+            key=of_noise,
             **{first: relative_noise(noise)},
         )
         step = make_step(tx, loss, jit=False, donate=False)
@@ -129,12 +136,12 @@ def tune(
             params, state, _ = step(*carry, *batch)
             return (params, state), None
 
-        keys = jax.random.split(canonical_key(key), num_steps)
+        keys = jax.random.split(of_batches, num_steps)
         (after, state), _ = jax.lax.scan(body, (params, tx.init(params)), keys)
         return after, state, jnp.asarray(judge(posterior(state, after)))
 
-    widths, arrays = jnp.asarray(priors, jnp.float32), jax.tree.map(jnp.asarray, tuple(train))
-    trained, states, found = jax.jit(jax.vmap(run, (0, None)))(widths, arrays)
+    widths = jnp.asarray(priors, jnp.float32)
+    trained, states, found = jax.jit(jax.vmap(run, (0, None)))(widths, train)
     scores = np.where(np.isfinite(found), found, np.inf)
     best = int(np.argmin(scores))
     if not np.isfinite(scores[best]):
@@ -142,3 +149,19 @@ def tune(
     chosen = jax.tree.map(lambda x: x[best], (trained, states))
     named = dict(zip(map(float, priors), np.asarray(found).tolist(), strict=True))
     return Tuned(float(priors[best]), named, *chosen)
+
+
+def _arrays(name: str, given: Sequence[PyTree]) -> tuple[PyTree, ...]:
+    """Return the arguments of a loss as arrays, all with as many examples.
+
+    Raises:
+        ValueError: for what is no list of them, or when they differ in length.
+    """
+    if not isinstance(given, (tuple, list)) or not given:
+        raise ValueError(f"tune: {name}= is a tuple of arrays, as the loss takes them: (x, y).")
+    is_list = lambda x: isinstance(x, list)  # noqa: E731
+    arrays = jax.tree.map(lambda x: jnp.asarray(x), tuple(given), is_leaf=is_list)
+    sizes = {x.shape[:1] for x in jax.tree.leaves(arrays)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(f"tune: the arrays of {name}= differ in their leading axes: {sizes}.")
+    return arrays

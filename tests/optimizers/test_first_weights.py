@@ -187,3 +187,54 @@ def test_a_start_that_is_given_asks_for_a_rate():
         blr.ivon(0.1, ess=ESS, hess_init=blr.relative_noise(), init=q)
     tx = blr.ivon(0.1, ess=ESS, num_steps=10, init=q)
     assert_same(blr.posterior(tx.init(q.mean), q.mean).variance, np.full(2, 1 / 9.0), rtol=1e-6)
+
+
+def test_components_of_a_mixture_have_the_sizes_of_one_network():
+    """The leading axis makes no matrix of a bias, and no larger layer of a matrix."""
+    one = network()
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), one)
+    options = {"hess_init": blr.relative_noise(0.2), "prior": blr.relative_prior(3.0), "ess": ESS}
+    alone = blr.ivon(0.1, **options).init(one).scales
+    together = blr.mixture_ivon(0.1, **options).init(two).scales
+    np.testing.assert_allclose(together, alone, rtol=1e-6)
+    zeros = jnp.zeros((4, 100, 10))
+    found = blr.mixture_ivon(0.1, **options).init(zeros).scales
+    np.testing.assert_allclose(found, [0.1], rtol=1e-6)
+
+
+def test_a_leaf_without_prior_has_the_same_noise():
+    params = {"w": jnp.full((2, 2), 0.5), "v": jnp.full((2, 2), 0.5)}
+    mask = {"w": True, "v": False}
+    prior = blr.relative_prior(0.25)
+    for given in (mask, lambda p: {k: k == "w" for k in p}):
+        tx = blr.ivon(ess=ESS, num_steps=10, mask=given, prior=prior)
+        variance = blr.posterior(tx.init(params), params).variance
+        for leaf in variance.values():
+            np.testing.assert_allclose(leaf, np.full((2, 2), 0.1**2), rtol=1e-5)
+
+
+def test_noise_that_is_wider_than_the_prior_is_named():
+    tx = blr.ivon(0.1, ess=1e6, hess_init=blr.relative_noise())  # 1e-4 per example
+    with pytest.raises(ValueError, match="wider than the prior"):
+        tx.init({"w": jnp.ones((3, 3))})
+
+
+def test_shares_may_be_arrays_also_inside_a_program():
+    params, share = make_params(), blr.relative_prior(jnp.float32(3.2))
+    make = lambda p: blr.ivon(ess=ESS, num_steps=10, prior=share).init(p).scales  # noqa: E731
+    np.testing.assert_allclose(jax.jit(make)(params), make(params), rtol=1e-6)
+
+
+def test_wrong_objects_are_named():
+    params = make_params()
+    tx = blr.ivon(ess=ESS, num_steps=10)
+    with pytest.raises(ValueError, match="must be the optimizer state"):
+        tx.update(params, params, params)
+    with pytest.raises(ValueError, match="no array"):
+        tx.init({**params, "f": jnp.tanh})
+    q = blr.distribution("normal", mean=0.0, precision=1.0)
+    for row in (blr.vogn, blr.bsam):
+        with pytest.raises(ValueError, match="needs the first posterior, init="):
+            row(ess=ESS, num_steps=10, prior=q)
+    with pytest.raises(ValueError, match="hess_init=RelativeNoise"):
+        blr.scale_by_precision(ess=ESS, hess_init=blr.relative_noise())

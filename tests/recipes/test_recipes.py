@@ -100,8 +100,47 @@ def test_tune_names_mistakes():
         blr.recipes.tune(logistic, w, (train[0], train[1][:5]), validation, 5)
     with pytest.raises(ValueError, match="at least one width"):
         blr.recipes.tune(logistic, w, train, validation, 5, priors=())
+    with pytest.raises(ValueError, match="must be below"):
+        blr.recipes.tune(logistic, w, train, validation, 5, priors=np.array([0.1, 3.0]))
+    with pytest.raises(ValueError, match="validation= is a tuple"):
+        blr.recipes.tune(logistic, w, train, {"x": validation[0]}, 5)
     with pytest.raises(ValueError, match="row='adam'"):
         blr.recipes.tune(logistic, w, train, validation, 5, row="adam")
+
+
+def test_the_key_of_tune_seeds_the_noise_too():
+    train, validation = data(0.0)
+    keys = [
+        blr.recipes.tune(logistic, jnp.full(20, 0.1), train, validation, 2, priors=(3.0,), key=k)
+        for k in (0, 7)
+    ]
+    found = [
+        jax.random.key_data(x).tolist()
+        for tuned in keys
+        for x in jax.tree.leaves(tuned.opt_state)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    assert found[: len(found) // 2] != found[len(found) // 2 :]
+
+
+def test_a_recipe_inside_a_program_and_with_defaults_in_words():
+    init = jax.jit(lambda p: blr.recipes.ivon(PARAMS, 100, 10).optimizer.init(p).scales)
+    np.testing.assert_allclose(init(PARAMS), [0.3, 0.5], rtol=1e-6)
+    recipe = blr.recipes.ivon(PARAMS, 100, 10, clip_step=None, b2=None)
+    assert (recipe.clip_step, recipe.b2) == (0.1, 0.9) and str(recipe)
+    q = blr.distribution("normal", mean=0.0, precision=1.0)
+    for given in ({"prior": q}, {"init": q}):
+        with pytest.raises(ValueError, match="is a width in units of the first weights"):
+            blr.recipes.ivon(PARAMS, 100, 10, **given)
+    with pytest.raises(ValueError, match="must be arrays"):
+        blr.recipes.ivon(jax.eval_shape(lambda: PARAMS), 100, 10)
+
+
+def test_temper_names_posteriors_without_powers():
+    tx = blr.evon(0.1, ess=10.0)
+    q = blr.posterior(tx.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"temper: .* no powers"):
+        blr.recipes.temper(q, lambda q: 0.0)
 
 
 def test_temper_finds_the_width_that_made_the_data():
