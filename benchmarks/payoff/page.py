@@ -33,8 +33,9 @@ the recipe's noise and prior were chosen on split 100 of {study}. Its learning r
 bound on its steps were chosen on one or two other re-draws of the rows of satimage, contraceptive,
 letter, spambase, digits+noise, auto-mpg, Boston and diabetes, test rows among them, and, with five
 settings, on characters of the play that overlap those on which the language model is scored here.
-Averages are over 64 samples, or 64 dropout masks. Regression: "learnt" noise is that of the training loss, "noise from validation" is
-fitted on a tenth of the rows. Early stopping looks at the validation NLL every 50 steps.
+Averages are over 64 samples, or 64 dropout masks. Regression: "learnt" noise is that of the
+training loss, "noise from validation" is fitted on a tenth of the rows. Early stopping looks at the
+validation NLL every 50 steps.
 
 {boxes}
 """

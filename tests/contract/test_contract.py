@@ -694,6 +694,8 @@ def test_devices_draw_differently_and_average_products(row):
         noise = jax.tree.map(lambda e: np.asarray(e)[None], draw(i))
         piece = (x[2 * i : 2 * i + 2], y[2 * i : 2 * i + 2])
         parts.append(programs(row).estimate(state, params, *piece, noise=noise))
+    if draw(0) is not None:
+        assert differ(draw(0), draw(1))
     one = jax.tree.map(lambda *a: sum(map(np.asarray, a)) / 8, *parts)
     assert_same(many.grad, one.grad, rtol=1e-4, atol=1e-5)
     assert_same(many.statistic, one.statistic, rtol=1e-3, atol=1e-4)

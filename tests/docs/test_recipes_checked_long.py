@@ -95,6 +95,10 @@ def valid_mean(n: Names) -> Callable[..., Any]:
 SET_UPS: dict[str, Callable[[Names], Case]] = {
     "README.md": whole,
     "Raw JAX": lambda n: plain(n, n["x"][:100], n["y"][:100], step=n["train_step"]),
+    "Nothing to search: an optimizer from two counts": lambda n: (
+        (n["recipe"].optimizer, n["loss"], n["params"], n["train_x"][:50], n["train_y"][:50]),
+        {"num_examples": len(n["train_x"]), "step": n["step"]},
+    ),
     "Linen TrainState": lambda n: linen(
         n, n["loss"], n["x"][:128], n["y"][:128], num_examples=len(n["x"])
     ),

@@ -431,6 +431,13 @@ def test_mean_field_draws_differ_between_leaves_and_follow_the_path(x64):
     np.testing.assert_array_equal(alone["b"], both["b"])
 
 
+def test_leaves_of_other_mean_fields_draw_differently():
+    family = families.MeanField(families.get("gamma"))
+    ones = {"a": np.ones(9), "b": np.ones(9)}
+    found = family.sample(jax.random.key(0), family.natural(concentration=ones, rate=ones))
+    assert not np.any(np.asarray(found["a"]) == np.asarray(found["b"]))
+
+
 def test_mean_field_refuses_vector_families():
     with pytest.raises(ValueError, match="Gaussian is not elementwise"):
         families.MeanField(GAUSSIAN)
