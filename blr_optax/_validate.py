@@ -324,14 +324,19 @@ def positive(tree: PyTree) -> list[Any]:
 MISTAKEN = ("curvature", "hessian", "hess", "statistics")
 
 
-def check_update_arguments(state: Any, extra: dict[str, Any]) -> None:
-    """Raise ValueError for an `update` whose state is none, or whose statistic has another name."""
-    if not hasattr(state, "reader"):
+def check_state(state: Any, field: str) -> None:
+    """Raise ValueError for a state of `update` that is none: it has not the field of one."""
+    if not hasattr(state, field):
         raise ValueError(
             "update: its second argument must be the optimizer state, as tx.init(params) makes and "
             f"update returns it; got {type(state).__name__}. The order is update(grads, opt_state, "
             "params)."
         )
+
+
+def check_update_arguments(state: Any, extra: dict[str, Any]) -> None:
+    """Raise ValueError for an `update` whose state is none, or whose statistic has another name."""
+    check_state(state, "reader")
     for name in MISTAKEN:
         if name in extra:
             raise ValueError(

@@ -31,6 +31,7 @@ from blr_optax._validate import (
     check_count,
     check_number,
     check_positive,
+    check_state,
     concrete,
     holds,
     size_at,
@@ -212,12 +213,7 @@ def from_first_weights(
     def update_fn(
         updates: Updates, state: Any, params: Params = None, **extra: Any
     ) -> tuple[Any, FirstWeightsState]:
-        if not isinstance(state, FirstWeightsState):
-            raise ValueError(
-                "update: its second argument must be the optimizer state, as tx.init(params) makes "
-                f"and update returns it; got {type(state).__name__}. The order is update(grads, "
-                "opt_state, params)."
-            )
+        check_state(state, "scales")
         tx = of(state.scales, updates)
         out, inner = tx.update(updates, state.inner, params, **extra)
         return out, FirstWeightsState(state.scales, inner)

@@ -344,7 +344,6 @@ class PrecisionReader(Reader):
         def worst(p: Array, m: Array, g: Array) -> Array:
             return m.astype(p.dtype) + radius * g.astype(p.dtype) / p
 
-        radius = self.radius or 0.0
         moved = jax.tree.map(worst, state.precision, params, grads)
         return cast_on_average(moved, params, state.key, state.count)
 
